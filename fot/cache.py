@@ -1,0 +1,274 @@
+"""The local window, and what moves from it to the memory.
+
+``LocalCache`` is what the decoder layers see: keys and values of the current window. ``FoTCache`` is what
+``generate`` carries from call to call: the local window, and for each row of the batch the memories it reads.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from transformers import Cache, DynamicCache
+from transformers.models.llama.modeling_llama import rotate_half
+
+from memory import Memory
+
+if TYPE_CHECKING:
+    from fot.windows import Inputs
+
+UNKNOWN_TOKEN = -1  # stored for inputs given as embeddings
+
+
+class LocalCache(DynamicCache):
+    """Keys and values of the local window of B rows, S slots each.
+
+    Rows shorter than the others have padding in their first slots. Memory layers also keep their keys unrotated
+    here, since it is those that move to the memory.
+
+    Attributes:
+        memories: for each row, the memories its memory layers read.
+        mask: (B, S) bool, False at padding; None while no row has any.
+        token_ids: (B, S) int64.
+        positions: (B, S) int64, as the caller counts them.
+        base: (B, 1) int64, the position at which each row's window starts.
+        counts: tokens of each row, padding not counted.
+    """
+
+    def __init__(self, memories: Sequence[Sequence[Memory]]) -> None:
+        super().__init__()
+        self.memories = memories
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget the whole window."""
+        self.layers = []
+        self.unrotated: dict[int, Tensor] = {}
+        self.mask: Tensor | None = None
+        self.token_ids: Tensor | None = None
+        self.positions: Tensor | None = None
+        self.base: Tensor | None = None
+        self.counts = [0] * len(self.memories)
+
+    def extend(self, token_ids: Tensor, positions: Tensor, mask: Tensor | None) -> Tensor:
+        """Take note of T new tokens before the layers run on them.
+
+        Args:
+            token_ids: (B, T) int64.
+            positions: (B, T) int64; each row's grow from left to right.
+            mask: (B, T) bool, False at padding; None if all are tokens.
+
+        Returns:
+            (B, T) positions in the window.
+        """
+        starts = positions if mask is None else positions.masked_fill(~mask, torch.iinfo(torch.int64).max)
+        starts = starts.amin(1, keepdim=True)
+        if self.token_ids is None or self.base is None or self.positions is None:
+            self.token_ids, self.positions, self.base, self.mask = token_ids, positions, starts, mask
+        else:
+            if self.mask is not None or mask is not None:
+                old = torch.ones_like(self.token_ids, dtype=torch.bool) if self.mask is None else self.mask
+                new = torch.ones_like(token_ids, dtype=torch.bool) if mask is None else mask
+                self.mask = torch.cat([old, new], dim=1)
+            self.token_ids = torch.cat([self.token_ids, token_ids], dim=1)
+            self.positions = torch.cat([self.positions, positions], dim=1)
+            if 0 in self.counts:  # a row whose window was emptied starts a new one here
+                empty = torch.tensor(self.counts, device=starts.device).unsqueeze(1) == 0
+                self.base = torch.where(empty, starts, self.base)
+        added = [token_ids.shape[1]] * len(self.counts) if mask is None else mask.sum(1).tolist()
+        self.counts = [count + new for count, new in zip(self.counts, added, strict=True)]
+        return (positions - self.base).clamp(min=0)
+
+    def stage(self, layer: int, keys: Tensor) -> None:
+        """Keep the unrotated keys (B, G, T, D) of a memory layer until they move to the memory."""
+        before = self.unrotated.get(layer)
+        self.unrotated[layer] = keys if before is None else torch.cat([before, keys], dim=2)
+
+    def move(
+        self,
+        row: int,
+        count: int,
+        memory: Memory,
+        *,
+        document: str | None = None,
+        spans: Sequence[tuple[int, int]] | None = None,
+    ) -> Tensor:
+        """Append the oldest ``count`` tokens of a row to a memory, with their source if it is known.
+
+        Returns:
+            their slots here, (count,) int64; the caller drops them with ``drop_slots``.
+        """
+        assert self.token_ids is not None
+        slots = torch.arange(self.token_ids.shape[1], device=self.token_ids.device)
+        if self.mask is not None:
+            slots = slots[self.mask[row]]
+        slots = slots[:count]
+        keys = {layer: self._take(self.unrotated[layer][row], slots) for layer in memory.layers}
+        values = {layer: self._take(self.layers[layer].values[row], slots) for layer in memory.layers}
+        memory.append(keys, values, self.token_ids[row, slots], document=document, spans=spans)
+        return slots
+
+    def drop_slots(self, dropped: Sequence[Tensor], inv_freq: Tensor, rotated_layers: Sequence[int]) -> None:
+        """Forget slots whose content has moved, and count positions from what is left.
+
+        Args:
+            dropped: for each row, slots of its oldest tokens.
+            inv_freq: (D / 2,) the model's rotary frequencies.
+            rotated_layers: layers whose keys here are rotated.
+        """
+        assert self.token_ids is not None and self.positions is not None and self.base is not None
+        keep = torch.ones_like(self.token_ids, dtype=torch.bool) if self.mask is None else self.mask.clone()
+        for row, slots in enumerate(dropped):
+            keep[row, slots] = False
+            self.counts[row] -= len(slots)
+        if not any(self.counts):
+            self.clear()
+            return
+        moved = torch.tensor([[len(slots) > 0 and count > 0] for slots, count in zip(dropped, self.counts, strict=True)])
+        starts = self.positions.masked_fill(~keep, torch.iinfo(torch.int64).max).amin(1, keepdim=True)
+        base = torch.where(moved.to(starts.device), starts, self.base)
+        self._shift_positions(base - self.base, inv_freq, rotated_layers)
+        first = int(keep.any(0).int().argmax())  # leading slots that no row uses any more
+        self.base = base
+        self.token_ids, self.positions = self.token_ids[:, first:], self.positions[:, first:]
+        self.mask = None if bool(keep[:, first:].all()) else keep[:, first:]
+        self.unrotated = {layer: keys[:, :, first:] for layer, keys in self.unrotated.items()}
+        for layer in self.layers:
+            layer.keys, layer.values = layer.keys[:, :, first:], layer.values[:, :, first:]
+
+    def select_rows(self, rows: Tensor) -> None:
+        """Row i becomes what row ``rows[i]`` was (beam search); memories are the caller's."""
+        super().reorder_cache(rows)
+        self.unrotated = {layer: keys.index_select(0, rows.to(keys.device)) for layer, keys in self.unrotated.items()}
+        if self.token_ids is not None and self.positions is not None and self.base is not None:
+            rows = rows.to(self.token_ids.device)
+            self.token_ids, self.positions, self.base = self.token_ids[rows], self.positions[rows], self.base[rows]
+            self.mask = None if self.mask is None else self.mask[rows]
+        self.counts = [self.counts[row] for row in rows.tolist()]
+
+    def _shift_positions(self, shift: Tensor, inv_freq: Tensor, rotated_layers: Sequence[int]) -> None:
+        """Rotate cached keys back by ``shift`` (B, 1) positions: R(p - shift) k = R(-shift) R(p) k."""
+        angle = -shift.float().unsqueeze(-1) * inv_freq.to(shift.device, torch.float32)  # (B, 1, D / 2)
+        angle = torch.cat([angle, angle], dim=-1).unsqueeze(1)  # (B, 1, 1, D)
+        for number in rotated_layers:
+            layer = self.layers[number]
+            here = angle.to(layer.keys.device)
+            keys = layer.keys.float()  # float32: the rotation must not add to bfloat16's rounding
+            layer.keys = (keys * here.cos() + rotate_half(keys) * here.sin()).to(layer.keys.dtype)
+
+    @staticmethod
+    def _take(vectors: Tensor, slots: Tensor) -> Tensor:
+        return vectors[:, slots.to(vectors.device)].detach()  # (G, count, D)
+
+
+class Row:
+    """The memories of one row of a batch: some that it only reads, and one that its own tokens move to."""
+
+    def __init__(self, reads: Sequence[Memory], own: Memory) -> None:
+        self.reads = list(reads)
+        self.own = own
+
+    @property
+    def memories(self) -> list[Memory]:
+        """All that the row reads."""
+        return [*self.reads, self.own]
+
+    def fork(self) -> "Row":
+        """The same row, to go on differently (a beam)."""
+        return Row(self.reads, self.own.clone())
+
+
+class FoTCache(Cache):
+    """State of one call of ``generate``: the local window, and the memories of each row.
+
+    Attributes:
+        rows: for each row, its memories; empty until the first tokens come.
+        local: the local window.
+        seen: tokens so far, padding included, as ``generate`` counts them.
+        next_positions: (B, 1) position of each row's next token.
+        align_padding: see ``MemoryConfig``.
+    """
+
+    def __init__(self, given: Sequence[Memory], align_padding: str, *, write: bool = False) -> None:
+        """
+        Args:
+            given: memories to read: none, one for all rows, or one a row.
+            align_padding: see ``MemoryConfig``.
+            write: the rows' own tokens move to the given memories; each row needs one of its own.
+        """
+        super().__init__(layers=[])
+        self.given = list(given)
+        self.align_padding = align_padding
+        self.write = write
+        self.rows: list[Row] = []
+        self.local = LocalCache([])
+        self.seen = 0
+        self.next_positions: Tensor | None = None
+
+    def open_rows(self, batch_size: int, new_memory: Callable[[], Memory]) -> None:
+        """Set up the memories of ``batch_size`` rows.
+
+        Args:
+            batch_size: rows; a multiple of the number of given memories (``num_beams`` repeats each prompt).
+            new_memory: makes an empty memory.
+
+        Raises:
+            ValueError: the given memories cannot be shared out.
+        """
+        count = len(self.given)
+        if self.write:
+            if count != batch_size:
+                raise ValueError(
+                    f"update_memory=True with {batch_size} rows and {count} memories: rows must not write to one "
+                    "memory; give memory= a list with one for each row, without beams or num_return_sequences"
+                )
+            self.rows = [Row([], memory) for memory in self.given]
+        elif count and batch_size % count:
+            raise ValueError(f"{count} memories for {batch_size} rows: give one for all rows, or one for each")
+        else:
+            repeat = batch_size // count if count else 0
+            reads = [[self.given[row // repeat]] if count else [] for row in range(batch_size)]
+            self.rows = [Row(read, new_memory()) for read in reads]
+        self.open_window()
+
+    def open_window(self) -> None:
+        """Start an empty local window that reads the rows' memories."""
+        self.local = LocalCache([row.memories for row in self.rows])
+
+    def advance(self, inputs: "Inputs") -> None:
+        """Count tokens that went through."""
+        self.seen += inputs.length
+        self.next_positions = inputs.positions[:, -1:] + 1
+
+    def flush(self) -> None:
+        """Move what is left in the local window to the rows' own memories."""
+        for number, row in enumerate(self.rows):
+            if self.local.counts[number]:
+                self.local.move(number, self.local.counts[number], row.own)
+        self.open_window()
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens so far, moved or local: what ``generate`` has already fed."""
+        return self.seen
+
+    @property
+    def is_compileable(self) -> bool:
+        """False: the memory grows."""
+        return False
+
+    @property
+    def is_croppable(self) -> bool:
+        """False: what has moved to the memory cannot be taken back token by token."""
+        return False
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Row i becomes what row ``beam_idx[i]`` was."""
+        order = beam_idx.tolist()
+        taken: set[int] = set()
+        rows = []
+        for row in order:
+            rows.append(self.rows[row].fork() if row in taken else self.rows[row])
+            taken.add(row)
+        self.rows = rows
+        self.local.select_rows(beam_idx)
+        self.local.memories = [row.memories for row in self.rows]

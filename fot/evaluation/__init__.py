@@ -1,0 +1,1 @@
+"""What a model with memory can do, measured."""

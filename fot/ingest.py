@@ -1,0 +1,204 @@
+"""Read tokens or text into a memory, window by window."""
+
+import codecs
+import io
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from fot.cache import Row
+from fot.windows import Inputs, store_window
+from memory import Memory
+
+Span = tuple[int, int]
+
+# Text is tokenised in pieces of about this many characters, cut behind a line, so that a file streams from disk.
+PIECE = 1 << 16
+LONGEST_PIECE = 1 << 20
+
+
+@dataclass
+class Piece:
+    """Some tokens of a source, and how far into it they reach.
+
+    Attributes:
+        ids: token ids.
+        spans: the characters of each token in the source; None for a source that is not text.
+        done: share of the source read with this piece, 0..1; None if the source has no known length.
+    """
+
+    ids: list[int]
+    spans: list[Span] | None
+    done: float | None
+
+
+@torch.no_grad()
+def ingest(
+    model: Any,
+    ids_or_text: Tensor | Iterable[int] | str | Path,
+    memory: Memory,
+    source: str | None = None,
+    *,
+    tokenizer: Any = None,
+    progress: bool | None = None,
+) -> int:
+    """Read tokens or text into a memory.
+
+    Windows of ``local_context`` tokens go through the layers up to the last memory layer's keys and values; each
+    reads the memory as it was before, then joins it. What is needed meanwhile does not grow with the memory.
+    Interrupted, the memory keeps every whole window read so far.
+
+    Args:
+        model: a ``FoTForCausalLM``.
+        ids_or_text: a ``str`` is text; a ``Path`` is a UTF-8 text file, streamed from disk; anything else yields token
+            ids: a tensor (T,) or (1, T), a list, a generator.
+        memory: made by this model's ``new_memory``.
+        source: name of the document; a file's path by default.
+        tokenizer: for text; ``model.tokenizer`` by default.
+        progress: show a progress bar (tokens, tokens a second, time left) on stderr; None: only on a terminal.
+
+    Returns:
+        tokens read.
+
+    Raises:
+        ValueError: no tokens, ids outside the vocabulary, a file that is not UTF-8, a memory of other weights; what
+            can be checked beforehand is, and then nothing is stored.
+    """
+    model.check_memory(memory)
+    if isinstance(ids_or_text, Path):
+        check_utf8(ids_or_text)
+        size = max(1, ids_or_text.stat().st_size)
+        with open(ids_or_text, encoding="utf-8", newline="") as file:
+            pieces = text_pieces(file, size, tokenizer or model.tokenizer)
+            return _ingest(model, pieces, memory, str(ids_or_text) if source is None else source, progress)
+    if isinstance(ids_or_text, str):
+        size = max(1, len(ids_or_text.encode()))
+        pieces = text_pieces(io.StringIO(ids_or_text, newline=""), size, tokenizer or model.tokenizer)
+    else:
+        pieces = id_pieces(model, ids_or_text)
+    return _ingest(model, pieces, memory, source, progress)
+
+
+def _ingest(model: Any, pieces: Iterator[Piece], memory: Memory, source: str | None, progress: bool | None) -> int:
+    window, count = model.memory_config.window, 0
+    # disable=None lets tqdm decide: no bar where stderr is not a terminal
+    with tqdm(desc=source or "ingest", unit="tok", disable=None if progress is None else not progress) as bar:
+        for ids, spans, done in _windows(pieces, window):
+            tensor = torch.tensor([ids], dtype=torch.int64)
+            model.check_ids(tensor)
+            row = Row([], memory)
+            positions = torch.arange(len(ids), device=model.device).unsqueeze(0)
+            inputs = Inputs(tensor.to(model.device), None, None, positions)
+            store_window(model, inputs, row, hidden_states=False, document=source, spans=spans)
+            count += len(ids)
+            if done:
+                bar.total = max(count, round(count / done))
+            bar.update(len(ids))
+        bar.total = count
+    if count == 0:
+        raise ValueError(f"{source or 'the input'} has no tokens; nothing was stored")
+    return count
+
+
+def _windows(pieces: Iterator[Piece], window: int) -> Iterator[tuple[list[int], list[Span] | None, float | None]]:
+    ids: list[int] = []
+    spans: list[Span] = []
+    done: float | None = None
+    for piece in pieces:
+        ids += piece.ids
+        spans += piece.spans or []
+        done = piece.done
+        start = 0
+        while len(ids) - start >= window:
+            stop = start + window
+            share = None if done is None else done * stop / len(ids) if stop < len(ids) else done
+            yield ids[start:stop], spans[start:stop] or None, share
+            start = stop
+        ids, spans = ids[start:], spans[start:]
+    if ids:
+        yield ids, spans or None, done
+
+
+def id_pieces(model: Any, ids: Tensor | Iterable[int]) -> Iterator[Piece]:
+    """Token ids in pieces of one window.
+
+    Raises:
+        ValueError: a tensor of another shape, or ids outside the vocabulary, before anything is yielded if the ids
+            are a tensor or a list.
+    """
+    if isinstance(ids, Tensor):
+        if ids.ndim == 2 and ids.shape[0] == 1:
+            ids = ids[0]
+        if ids.ndim != 1:
+            raise ValueError(f"token ids have shape {tuple(ids.shape)}; one memory takes one row: (tokens,)")
+        ids = ids.tolist()
+    total = len(ids) if isinstance(ids, list | tuple) else None
+    if isinstance(ids, list | tuple) and ids:
+        model.check_ids(torch.tensor(ids))
+    iterator, count = iter(ids), 0
+    while piece := list(islice(iterator, model.memory_config.window)):
+        count += len(piece)
+        yield Piece(piece, None, None if total is None else count / total)
+
+
+def text_pieces(file: TextIO, size: int, tokenizer: Any) -> Iterator[Piece]:
+    """Tokenise a text as it is read.
+
+    Pieces end behind a line where there is one, where tokenisers do not merge across; a tokeniser that puts a space
+    in front of every text (SentencePiece) adds one token in about 16,000.
+
+    Args:
+        file: text, read once.
+        size: its length in bytes of UTF-8.
+        tokenizer: with character offsets if it is a fast one; else spans are not known.
+    """
+    if tokenizer is None:
+        raise ValueError("text needs a tokenizer: load the model with FoTForCausalLM.from_pretrained, or pass tokenizer=")
+    fast = getattr(tokenizer, "is_fast", False)
+    offset = done = 0
+    for text in _cut_text(file):
+        options = {"add_special_tokens": offset == 0, "return_offsets_mapping": fast, "verbose": False}
+        encoded = tokenizer(text, **options)
+        spans = [(a + offset, b + offset) for a, b in encoded["offset_mapping"]] if fast else None
+        offset += len(text)
+        done += len(text.encode())
+        yield Piece(list(encoded["input_ids"]), spans, min(1.0, done / size))
+
+
+def _cut_text(file: TextIO) -> Iterator[str]:
+    rest = ""
+    while more := file.read(PIECE):
+        rest += more
+        cut = rest.rfind("\n") + 1
+        if not cut and len(rest) >= LONGEST_PIECE:  # one endless line: cut before its last word
+            cut = max(rest.rfind(" "), 0) or len(rest)
+        if cut:
+            yield rest[:cut]
+            rest = rest[cut:]
+    if rest:
+        yield rest
+
+
+def check_utf8(path: Path) -> None:
+    """Raise ValueError, naming file and byte, if a text file is not UTF-8."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    start = 0
+    with open(path, "rb") as file:
+        while True:
+            block = file.read(1 << 20)
+            try:
+                decoder.decode(block, final=not block)
+            except UnicodeDecodeError as error:
+                raise ValueError(
+                    f"{path} is not UTF-8 text (byte {start + error.start}): convert it, for instance with "
+                    "iconv -t utf-8; nothing was stored"
+                ) from error
+            if not block:
+                return
+            start += len(block)

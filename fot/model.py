@@ -1,0 +1,306 @@
+"""A Hugging Face causal language model with an external memory: attach, forward, generate, ingest."""
+
+import functools
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from fot.attention import make_memory_layer
+from fot.cache import FoTCache
+from fot.config import CONFIG_KEY, MemoryConfig
+from fot.fingerprint import weights_fingerprint
+from fot.ingest import ingest
+from fot.loss import chunked_loss
+from fot.windows import Inputs, extend, prefill
+from memory import Memory
+
+# Decoders whose attention modules have the shape that fot.attention expects.
+SUPPORTED_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "longllama")
+
+
+def attach_memory(model: PreTrainedModel, config: MemoryConfig | None = None) -> "FoTForCausalLM":
+    """Give a loaded Hugging Face causal language model an external memory, in place.
+
+    No parameter is added or renamed: what ``save_pretrained`` writes loads in plain transformers, and for inputs
+    within one window the model computes what it did before. May be called again to change settings.
+
+    Args:
+        model: a Llama, Mistral, Qwen2 or Qwen3 model for causal language modelling, on any device, quantised or not.
+        config: memory settings; None for the defaults.
+
+    Returns:
+        the same object, now also a ``FoTForCausalLM``.
+
+    Raises:
+        ValueError: a model that has no memory attention (named), or settings that do not fit it.
+    """
+    check_supported(model)
+    config = config or MemoryConfig()
+    resolved = config.resolve(
+        model.config.num_hidden_layers, model.config.max_position_embeddings, str(model.dtype).removeprefix("torch.")
+    )
+    if not isinstance(model, FoTForCausalLM):
+        model.__class__ = _with_memory(type(model))
+    model.memory_config = resolved
+    if model.config.model_type != "longllama":  # that has fields of its own
+        setattr(model.config, CONFIG_KEY, config.to_dict() | {"mem_layers": list(resolved.layers)})
+    for number, layer in enumerate(model.model.layers):
+        _plain_forward(layer.self_attn)
+        if number in resolved.layers:
+            make_memory_layer(layer.self_attn, resolved)
+    return model
+
+
+def check_supported(model: nn.Module) -> None:
+    """Raise ValueError, naming the model, if memory cannot be attached to it."""
+    config = getattr(model, "config", None)
+    kind = getattr(config, "model_type", type(model).__name__)
+    if kind not in SUPPORTED_MODEL_TYPES:
+        raise ValueError(f"{kind!r} models have no memory attention here; supported: {', '.join(SUPPORTED_MODEL_TYPES)}")
+    if not (hasattr(model, "lm_head") and hasattr(model, "model")):
+        raise ValueError(f"{type(model).__name__} is not a causal language model; load {kind} with AutoModelForCausalLM")
+    sliding = getattr(config, "sliding_window", None)
+    uses_sliding = getattr(config, "use_sliding_window", sliding is not None)
+    if (sliding and uses_sliding) or "sliding_attention" in (getattr(config, "layer_types", None) or ()):
+        raise ValueError(
+            f"{type(model).__name__} attends within a sliding window of {sliding} tokens, which the memory's windows "
+            "contradict; if your windows are shorter than that, load it with sliding_window=None"
+        )
+
+
+class FoTForCausalLM:
+    """What ``attach_memory`` adds to a causal language model. Load one with ``FoTForCausalLM.from_pretrained``.
+
+    Attributes:
+        memory_config: resolved settings.
+        tokenizer: set by ``from_pretrained`` if the checkpoint has one; ``ingest`` of text needs it.
+    """
+
+    memory_config: MemoryConfig
+    tokenizer: Any = None
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: str | Path, *args: Any, **kwargs: Any) -> "FoTForCausalLM":
+        """Load a checkpoint and attach a memory to it.
+
+        Args:
+            name_or_path: an alias (``smollm2-135m``, ``long-llama-3b``, ...), a folder, a GGUF file or a hub id.
+            kwargs: settings of ``MemoryConfig`` (``mem_layers=[8, 16, 24]``, ``index=...``), and whatever
+                ``AutoModelForCausalLM.from_pretrained`` takes (``dtype``, ``device_map``, ``quantization_config``).
+
+        Raises:
+            ValueError: a name or a setting that means nothing.
+            OSError: the checkpoint cannot be had.
+        """
+        if issubclass(cls, PreTrainedModel):  # a concrete class, as the Auto classes call it
+            return super().from_pretrained(name_or_path, *args, **kwargs)  # type: ignore[misc]
+        from fot.loading import load_model
+
+        return load_model(name_or_path, *args, **kwargs)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: FoTCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        memory: Memory | Sequence[Memory] | None = None,
+        last_context_length: int | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast | tuple:
+        """Logits, and a loss, of an input of any length.
+
+        What does not fit the local window goes through in windows that fill a memory, as in LongLLaMA.
+
+        Args:
+            input_ids: (B, T) int64.
+            attention_mask: (B, T) or, with a cache, (B, tokens so far + T); 0 at padding. A single new token is
+                taken to be real.
+            position_ids: (B, T); None counts the tokens of each row.
+            past_key_values: the ``FoTCache`` of an earlier call.
+            inputs_embeds: (B, T, hidden_size) instead of ``input_ids``.
+            labels: (B, T), -100 where no loss is wanted. The loss is taken in chunks, over every label.
+            use_cache: return a cache to go on with.
+            logits_to_keep: logits of this many last tokens, or of these positions; 0 means all, and costs
+                B x T x vocabulary numbers.
+            memory: read by every row (or a list, one a row), besides what this input itself moves to memory.
+            last_context_length: overrides the setting of this name.
+            return_dict: False for a tuple.
+            kwargs: passed to the decoder (``output_hidden_states=True``, ...) if the input fits one window.
+
+        Raises:
+            ValueError: inputs that do not go together, or a memory made by other weights.
+        """
+        cache = self._open_cache(past_key_values, memory)
+        inputs = Inputs.make(input_ids, inputs_embeds, attention_mask, position_ids, cache)
+        if not cache.rows:
+            cache.open_rows(inputs.batch_size, self.new_memory)
+        num_items = kwargs.pop("num_items_in_batch", None)
+        needs_all = labels is not None or isinstance(logits_to_keep, Tensor) or logits_to_keep == 0
+        keep = inputs.length if needs_all else min(int(logits_to_keep), inputs.length)
+        use_cache = self.config.use_cache if use_cache is None else use_cache
+        if cache.seen == 0:
+            outputs = prefill(self, inputs, cache, keep, last_context_length, kwargs)
+        else:
+            outputs = extend(self, inputs, cache, keep, kwargs)
+        hidden = outputs.last_hidden_state  # (B, keep, hidden_size)
+        loss = None if labels is None else chunked_loss(hidden, labels, self.lm_head, num_items)
+        if isinstance(logits_to_keep, Tensor):
+            hidden = hidden[:, logits_to_keep]
+        elif logits_to_keep:
+            hidden = hidden[:, -int(logits_to_keep) :]
+        result = CausalLMOutputWithPast(
+            loss=loss,
+            logits=self.lm_head(hidden),
+            past_key_values=cache if use_cache else None,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+        return result.to_tuple() if return_dict is False else result
+
+    def generate(
+        self,
+        inputs: Tensor | None = None,
+        *args: Any,
+        memory: Memory | Sequence[Memory] | None = None,
+        update_memory: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """``generate`` of transformers, with a prompt of any length and an optional memory.
+
+        Args:
+            inputs: (B, T) prompt ids, padded on the left.
+            memory: read by every row, or a list with one for each row. Not written to, so it can serve many prompts.
+            update_memory: also store the prompt and the answer (but its last token) in ``memory``.
+            args: as in transformers.
+            kwargs: as in transformers.
+
+        Raises:
+            ValueError: an empty prompt, ids outside the vocabulary, a memory made by other weights.
+        """
+        ids = kwargs.get("input_ids") if inputs is None else inputs
+        if isinstance(ids, Tensor) and ids.dtype in (torch.int32, torch.int64):
+            self.check_ids(ids)
+        if update_memory and memory is None:
+            raise ValueError("update_memory=True needs a memory to update: pass memory=model.new_memory()")
+        cache = kwargs.pop("past_key_values", None)
+        wants_cache = kwargs.get("use_cache", True) is not False
+        if cache is None and wants_cache:
+            cache = FoTCache(self._given(memory), "row", write=update_memory)
+        elif memory is not None:
+            if update_memory or cache is not None:
+                raise ValueError("memory= cannot be joined with use_cache=False and update_memory, nor with a cache")
+            kwargs["memory"] = memory
+        result = super().generate(inputs, *args, past_key_values=cache, **kwargs)  # type: ignore[misc]
+        if update_memory:
+            cache.flush()
+        return result
+
+    def new_memory(self, **settings: Any) -> Memory:
+        """An empty memory for this model.
+
+        Args:
+            settings: what differs from ``memory_config``: ``key_dtype``, ``value_dtype``, ``index``, ``top_k``,
+                ``device``.
+        """
+        config = self.memory_config
+        defaults = {
+            "key_dtype": config.key_dtype,
+            "value_dtype": config.value_dtype,
+            "index": config.index,
+            "top_k": config.top_k,
+            "device": config.memory_device,
+        }
+        head_dim = self.model.layers[0].self_attn.head_dim
+        return Memory(
+            config.layers,
+            self.config.num_key_value_heads,
+            head_dim,
+            fingerprint=self.fingerprint(),
+            **(defaults | settings),
+        )
+
+    def ingest(
+        self,
+        ids_or_text: "Tensor | Iterable[int] | str | Path",
+        memory: Memory,
+        source: str | None = None,
+        *,
+        tokenizer: Any = None,
+        progress: bool | None = None,
+    ) -> int:
+        """Read tokens or text into a memory; see ``fot.ingest.ingest``."""
+        return ingest(self, ids_or_text, memory, source, tokenizer=tokenizer, progress=progress)
+
+    def fingerprint(self) -> str:
+        """Names the weights that a memory's keys and values depend on."""
+        return weights_fingerprint(self)
+
+    def check_ids(self, ids: Tensor) -> None:
+        """Raise ValueError if token ids are missing or outside the vocabulary."""
+        if ids.numel() == 0:
+            raise ValueError("the prompt is empty: give at least one token")
+        low, high = int(ids.min()), int(ids.max())
+        if low < 0 or high >= self.config.vocab_size:
+            raise ValueError(
+                f"token id {low if low < 0 else high} is outside the vocabulary 0..{self.config.vocab_size - 1}: "
+                "use the tokenizer that belongs to this model"
+            )
+
+    def check_memory(self, memory: Memory) -> None:
+        """Raise ValueError, with both fingerprints, if a memory was made by other weights or settings."""
+        heads, dim = self.config.num_key_value_heads, self.model.layers[0].self_attn.head_dim
+        ours = (self.memory_config.layers, heads, dim)
+        theirs = (memory.layers, memory.num_key_value_heads, memory.head_dim)
+        if ours != theirs:
+            raise ValueError(
+                "this memory was made by another model: it has (layers, KV heads, head size) = "
+                f"{theirs}, the model {ours}; load the model that made it, or ingest again with this one"
+            )
+        if memory.fingerprint != self.fingerprint():
+            raise ValueError(
+                f"this memory was made by other weights: its fingerprint is {memory.fingerprint or 'missing'}, the "
+                f"model's {self.fingerprint()}; load the model that made it, or ingest again with this one"
+            )
+
+    def _given(self, memory: Memory | Sequence[Memory] | None) -> list[Memory]:
+        given = [] if memory is None else [memory] if isinstance(memory, Memory) else list(memory)
+        for one in given:
+            self.check_memory(one)
+        return given
+
+    def _open_cache(self, cache: Any, memory: Memory | Sequence[Memory] | None) -> FoTCache:
+        if cache is None:
+            return FoTCache(self._given(memory), self.memory_config.align_padding)
+        if not isinstance(cache, FoTCache):
+            raise ValueError(
+                f"past_key_values is a {type(cache).__name__}; a model with memory goes on from the FoTCache that it "
+                "returned, or from None"
+            )
+        if memory is not None:
+            raise ValueError("pass memory= with the first call only: the cache carries it on")
+        return cache
+
+
+@functools.cache
+def _with_memory(plain: type[PreTrainedModel]) -> type:
+    """The class of ``plain`` models with memory. It keeps the name, which save_pretrained writes to config.json."""
+    return type(plain.__name__, (FoTForCausalLM, plain), {"__module__": plain.__module__})
+
+
+def _plain_forward(attention: nn.Module) -> None:
+    """Undo ``make_memory_layer``."""
+    if hasattr(attention, "_old_forward"):
+        attention._old_forward = functools.partial(type(attention).forward, attention)
+    else:
+        attention.__dict__.pop("forward", None)

@@ -1,0 +1,345 @@
+"""An input of any length, window by window: first what goes to the memory, then the local window."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from fot.attention import project_keys_values
+from fot.cache import UNKNOWN_TOKEN, FoTCache, LocalCache, Row
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """B rows of T new tokens.
+
+    Attributes:
+        ids: (B, T) int64; ``UNKNOWN_TOKEN`` throughout if embeddings were given.
+        embeds: (B, T, hidden_size), or None.
+        mask: (B, T) bool, False at padding; None if there is none.
+        positions: (B, T) int64, as the caller counts them.
+    """
+
+    ids: Tensor
+    embeds: Tensor | None
+    mask: Tensor | None
+    positions: Tensor
+
+    @classmethod
+    def make(
+        cls,
+        input_ids: Tensor | None,
+        inputs_embeds: Tensor | None,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        cache: FoTCache,
+    ) -> "Inputs":
+        """From the arguments of ``forward``.
+
+        Raises:
+            ValueError: arguments that do not go together.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if input_ids is None:
+            assert inputs_embeds is not None
+            input_ids = torch.full(inputs_embeds.shape[:2], UNKNOWN_TOKEN, device=inputs_embeds.device)
+        if input_ids.ndim != 2 or input_ids.numel() == 0:
+            raise ValueError(f"the input has shape {tuple(input_ids.shape)}; it takes (rows, tokens), at least one each")
+        batch, length = input_ids.shape
+        mask = None if attention_mask is None else _new_mask(attention_mask, batch, length, cache.seen)
+        if position_ids is not None:
+            positions = position_ids.expand(batch, length)
+        else:
+            ones = torch.ones_like(input_ids) if mask is None else mask.long()
+            start = 0 if cache.next_positions is None else cache.next_positions
+            positions = (ones.cumsum(1) - 1).clamp(min=0) + start
+        return cls(input_ids, inputs_embeds, mask, positions)
+
+    @property
+    def batch_size(self) -> int:
+        """B."""
+        return self.ids.shape[0]
+
+    @property
+    def length(self) -> int:
+        """T."""
+        return self.ids.shape[1]
+
+    def pick(self, rows: Tensor | slice, columns: Tensor | slice, mask: Tensor | None) -> "Inputs":
+        """Some of the tokens, with another padding mask."""
+        embeds = None if self.embeds is None else self.embeds[rows, columns]
+        return Inputs(self.ids[rows, columns], embeds, mask, self.positions[rows, columns])
+
+    def real_columns(self, row: int) -> Tensor:
+        """Columns of a row that are not padding, ascending."""
+        columns = torch.arange(self.length, device=self.ids.device)
+        return columns if self.mask is None else columns[self.mask[row]]
+
+
+def prefill(
+    model: Any, inputs: Inputs, cache: FoTCache, keep: int, last_context_length: int | None, options: dict[str, Any]
+) -> BaseModelOutputWithPast:
+    """The first tokens of a cache: all but the local part of each row goes to its memory.
+
+    Args:
+        model: a ``FoTForCausalLM``.
+        inputs: any length.
+        cache: fresh, its rows open.
+        keep: hidden states wanted, counted from the end; 1..T.
+        last_context_length: overrides the setting of this name.
+        options: passed to the decoder; needs an input that fits one window.
+
+    Returns:
+        ``last_hidden_state`` (B, keep, hidden_size), zero at padding; ``hidden_states`` and ``attentions`` if asked.
+    """
+    columns = [inputs.real_columns(row) for row in range(inputs.batch_size)]
+    local_lengths = [_local_length(model, inputs, cache, real, last_context_length) for real in columns]
+    stored = [len(real) - local for real, local in zip(columns, local_lengths, strict=True)]
+    if any(stored):
+        _refuse_single_window_options(model, options)
+    pieces = []  # (row, columns, hidden states)
+    first_kept = inputs.length - keep
+    for group in _equal_rows(inputs, cache, columns, stored, first_kept):
+        row = group[0]
+        real = columns[row][: stored[row]]
+        for start, stop in _window_bounds(model, cache, columns[row], stored[row]):
+            window = inputs.pick(slice(row, row + 1), real[start:stop], None)
+            wanted = int(real[stop - 1]) >= first_kept
+            hidden = store_window(model, window, cache.rows[row], hidden_states=wanted)
+            if hidden is not None:
+                pieces.append((row, real[start:stop], hidden[0]))
+        if len(group) > 1:
+            shared = cache.rows[row].memories
+            for member in group:
+                cache.rows[member] = Row(shared, model.new_memory())
+    cache.open_window()
+    outputs = _local_prefill(model, inputs, cache, columns, local_lengths, pieces, keep, options)
+    cache.advance(inputs)
+    return outputs
+
+
+def extend(model: Any, inputs: Inputs, cache: FoTCache, keep: int, options: dict[str, Any]) -> BaseModelOutputWithPast:
+    """More tokens of a cache. When they outgrow the window, its oldest tokens move to the memory first.
+
+    Args and returns as ``prefill``.
+    """
+    window = model.memory_config.window
+    if inputs.length > window:
+        _refuse_single_window_options(model, options)
+    hidden = []
+    outputs = None
+    for start in range(0, inputs.length, window):
+        part = slice(start, start + window)
+        piece = inputs.pick(slice(None), part, None if inputs.mask is None else inputs.mask[:, part])
+        _make_room(model, cache, piece.length)
+        outputs = run_window(model, piece, cache.local, options)
+        hidden.append(outputs.last_hidden_state)
+    assert outputs is not None
+    outputs.last_hidden_state = torch.cat(hidden, dim=1)[:, -keep:]
+    cache.advance(inputs)
+    return outputs
+
+
+def run_window(model: Any, inputs: Inputs, local: LocalCache, options: dict[str, Any]) -> BaseModelOutputWithPast:
+    """All layers on tokens that fit the local window; the window keeps their keys and values."""
+    if model.training and model.is_gradient_checkpointing and any(len(m) for row in local.memories for m in row):
+        raise ValueError(
+            "gradient checkpointing hides the memory from its layers: call model.gradient_checkpointing_disable(), or "
+            "give inputs that fit one window"
+        )
+    positions = local.extend(inputs.ids, inputs.positions, inputs.mask)
+    given = {"input_ids": inputs.ids} if inputs.embeds is None else {"inputs_embeds": inputs.embeds}
+    mask = None if local.mask is None else local.mask.long()
+    return model.model(
+        **given, attention_mask=mask, position_ids=positions, past_key_values=local, use_cache=True, **options
+    )
+
+
+def store_window(
+    model: Any,
+    inputs: Inputs,
+    row: Row,
+    *,
+    hidden_states: bool,
+    document: str | None = None,
+    spans: Sequence[tuple[int, int]] | None = None,
+) -> Tensor | None:
+    """Read one window of one row, then store it in the row's own memory.
+
+    Args:
+        model: a ``FoTForCausalLM``.
+        inputs: one row, no padding, at most a window long.
+        row: what is read, and what is written to.
+        hidden_states: run all layers and return their last hidden states (1, T, hidden_size). Otherwise nothing
+            above the keys and values of the last memory layer is computed.
+        document: name of the text, for the memory.
+        spans: the characters of each token in it.
+    """
+    local = LocalCache([row.memories])
+    hidden = None
+    if hidden_states:
+        hidden = run_window(model, inputs, local, {}).last_hidden_state
+    elif model.memory_config.layers:
+        fill_window(model, inputs, local)
+    else:
+        return None  # without memory layers nothing would be stored
+    if model.memory_config.layers:
+        local.move(0, inputs.length, row.own, document=document, spans=spans)
+    return hidden
+
+
+def fill_window(model: Any, inputs: Inputs, local: LocalCache) -> None:
+    """The layers below the last memory layer, and that layer's keys and values; nothing else."""
+    decoder = model.model
+    positions = local.extend(inputs.ids, inputs.positions, inputs.mask)
+    hidden = decoder.embed_tokens(inputs.ids) if inputs.embeds is None else inputs.embeds
+    rotary = decoder.rotary_emb(hidden, position_ids=positions)
+    mask = create_causal_mask(
+        config=model.config,
+        inputs_embeds=hidden,
+        attention_mask=None,
+        past_key_values=None,
+        position_ids=positions,
+    )
+    last = model.memory_config.layers[-1]
+    for number, layer in enumerate(decoder.layers[:last]):
+        cache = local if number in model.memory_config.layers else None
+        hidden = layer(
+            hidden, attention_mask=mask, position_ids=positions, past_key_values=cache, position_embeddings=rotary
+        )
+    layer = decoder.layers[last]
+    weight = layer.self_attn.k_proj.weight
+    if weight.device.type != "meta":  # a model spread over devices: only whole layers move their inputs themselves
+        hidden = hidden.to(weight.device)
+    keys, values = project_keys_values(layer.self_attn, layer.input_layernorm(hidden))
+    local.stage(last, keys)
+    local.update(keys, values, last)
+
+
+def _local_prefill(
+    model: Any,
+    inputs: Inputs,
+    cache: FoTCache,
+    columns: list[Tensor],
+    local_lengths: list[int],
+    pieces: list[tuple[int, Tensor, Tensor]],
+    keep: int,
+    options: dict[str, Any],
+) -> BaseModelOutputWithPast:
+    """The local part of every row at once, padded on the left; hidden states put where their tokens are."""
+    if min(local_lengths) == inputs.length:
+        outputs = run_window(model, inputs.pick(slice(None), slice(None), None), cache.local, options)
+        outputs.last_hidden_state = outputs.last_hidden_state[:, -keep:]
+        return outputs
+    width, device = max(local_lengths), inputs.ids.device
+    where = torch.zeros(inputs.batch_size, width, dtype=torch.int64, device=device)
+    mask = torch.zeros(inputs.batch_size, width, dtype=torch.bool, device=device)
+    for row, (real, count) in enumerate(zip(columns, local_lengths, strict=True)):
+        if count:
+            where[row, -count:] = real[-count:]
+            mask[row, -count:] = True
+    rows = torch.arange(inputs.batch_size, device=device).unsqueeze(1)
+    uniform = min(local_lengths) == width
+    outputs = run_window(model, inputs.pick(rows, where, None if uniform else mask), cache.local, options)
+    last = outputs.last_hidden_state
+    for row, count in enumerate(local_lengths):
+        if count:
+            pieces.append((row, columns[row][-count:], last[row, -count:]))
+    first_kept = inputs.length - keep
+    hidden = last.new_zeros(inputs.batch_size, keep, last.shape[-1])
+    for row, real, states in pieces:
+        wanted = real >= first_kept
+        hidden[row, real[wanted] - first_kept] = states.to(last.device)[wanted.to(last.device)]
+    outputs.last_hidden_state = hidden
+    return outputs
+
+
+def _make_room(model: Any, cache: FoTCache, num_tokens: int) -> None:
+    """Move the oldest tokens of rows whose window would overflow."""
+    config, local = model.memory_config, cache.local
+    if all(count + num_tokens <= config.window for count in local.counts):
+        return
+    dropped = []
+    for number, (row, count) in enumerate(zip(cache.rows, local.counts, strict=True)):
+        over = count + num_tokens > config.window
+        moved = count - min(config.overflow_keep, config.window - num_tokens) if over else 0
+        dropped.append(local.move(number, moved, row.own))
+    rotated = [i for i in range(len(local.layers)) if config.mem_positionals or i not in config.layers]
+    local.drop_slots(dropped, model.model.rotary_emb.inv_freq, rotated)
+
+
+def _local_length(model: Any, inputs: Inputs, cache: FoTCache, real: Tensor, last_context_length: int | None) -> int:
+    """How many of a row's last tokens stay local."""
+    config = model.memory_config
+    if last_context_length is not None:
+        if not 1 <= last_context_length <= config.window:
+            raise ValueError(f"last_context_length is {last_context_length}; it must be 1..{config.window}, the window")
+        wanted = last_context_length
+    elif cache.align_padding == "batch":
+        wanted = config.local_length(inputs.length)
+    else:
+        return config.local_length(len(real))
+    if cache.align_padding == "batch":
+        return int((real >= inputs.length - wanted).sum())
+    return min(len(real), wanted)
+
+
+def _window_bounds(model: Any, cache: FoTCache, real: Tensor, stored: int) -> list[tuple[int, int]]:
+    """Windows over the first ``stored`` tokens of a row, as (start, stop) in its own count."""
+    if not stored:
+        return []
+    window = model.memory_config.window
+    first = window - int(real[0]) % window if cache.align_padding == "batch" else window
+    starts = [0, *range(first, stored, window)]
+    return list(zip(starts, [*starts[1:], stored], strict=True))
+
+
+def _equal_rows(
+    inputs: Inputs, cache: FoTCache, columns: list[Tensor], stored: list[int], first_kept: int
+) -> list[list[int]]:
+    """Rows that would store the same in the same memories (beams, several samples of a prompt): read once."""
+    groups: list[list[int]] = []
+    for row in range(inputs.batch_size):
+        shareable = not cache.write and inputs.embeds is None and stored[row] > 0
+        # A row whose stored windows' hidden states are wanted must run itself.
+        shareable = shareable and int(columns[row][stored[row] - 1]) < first_kept
+        for group in groups if shareable else ():
+            other = group[0]
+            if (
+                stored[other] == stored[row]
+                and cache.rows[other].reads == cache.rows[row].reads
+                and torch.equal(columns[other], columns[row])
+                and torch.equal(inputs.ids[other], inputs.ids[row])
+                and torch.equal(inputs.positions[other], inputs.positions[row])
+            ):
+                group.append(row)
+                break
+        else:
+            groups.append([row])
+    return groups
+
+
+def _new_mask(attention_mask: Tensor, batch: int, length: int, seen: int) -> Tensor | None:
+    if attention_mask.ndim != 2 or attention_mask.shape[0] != batch:
+        raise ValueError(f"attention_mask has shape {tuple(attention_mask.shape)}; it takes ({batch}, tokens)")
+    if attention_mask.shape[1] not in (length, seen + length):
+        raise ValueError(
+            f"attention_mask covers {attention_mask.shape[1]} tokens; the input has {length}, after {seen} in the cache"
+        )
+    if length == 1:  # looking at it would wait for the device at every generated token
+        return None
+    mask = attention_mask[:, -length:].bool()
+    return None if bool(mask.all()) else mask
+
+
+def _refuse_single_window_options(model: Any, options: dict[str, Any]) -> None:
+    for name in ("output_hidden_states", "output_attentions"):
+        if options.get(name):
+            raise ValueError(
+                f"{name} is kept within one window of {model.memory_config.window} tokens; this input is longer"
+            )

@@ -1,0 +1,113 @@
+"""Softmax attention that can be taken in parts: each part returns its output and its log-sum-exp.
+
+The output over the union of two key sets is the average of the two outputs, weighted by ``exp(lse)``
+(``merge``). That is how memory keys and local keys share one softmax (arXiv 2307.03170, section 3.1) while
+each part keeps the kernel that suits it, and how a memory of any length is attended to block by block.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+# Scores of one naive step: 2**22 float32 numbers are 16 MiB, which stays in a CPU's outer cache.
+NAIVE_SCORES = 1 << 22
+
+# What the fused kernels of this torch accept; anything else takes the naive path, which is exact for all.
+FUSED_CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+FUSED_CUDA_DTYPES = (torch.bfloat16, torch.float16)
+
+
+def attend(
+    queries: Tensor, keys: Tensor, values: Tensor, *, scale: float, causal: bool = False, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Softmax attention with its log-sum-exp, by a fused kernel where one can be used.
+
+    Args:
+        queries: (B, H, T, D) float.
+        keys: (B, H, N, D), dtype and device of ``queries``.
+        values: (B, H, N, D), likewise.
+        scale: factor on inner products, normally ``head_dim**-0.5``.
+        causal: query t sees keys 0..t; needs T == N and no ``mask``.
+        mask: bool, broadcastable to (B, H, T, N); True where a query sees a key. Each query must see one.
+
+    Returns:
+        output (B, H, T, D) in the dtype of ``queries``, log-sum-exp (B, H, T) float32. Differentiable in
+        queries, keys and values where autograd is on.
+    """
+    if _fused_kernel_fits(queries, keys, values, mask):
+        return _attend_fused(queries, keys, values, scale, causal, mask)
+    return _attend_naive(queries, keys, values, scale, causal, mask)
+
+
+def merge(parts: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Attention over the union of disjoint key sets, from the attention over each.
+
+    With ``o_i`` and ``l_i`` the output and log-sum-exp over set i, the result is
+    ``sum_i exp(l_i - l) o_i`` with ``l = logsumexp_i l_i``: the same numbers as one softmax over everything.
+
+    Args:
+        parts: (output (..., T, D), log-sum-exp (..., T)) of each set; at least one.
+
+    Returns:
+        output in the dtype of the first part, log-sum-exp float32.
+    """
+    iterator = iter(parts)
+    output, lse = next(iterator)
+    dtype = output.dtype
+    for other, other_lse in iterator:
+        total = torch.logaddexp(lse, other_lse)
+        # float32: the weights of many small parts would be lost in bfloat16 sums.
+        weight, other_weight = (lse - total).exp(), (other_lse - total).exp()
+        output = weight.unsqueeze(-1) * output.float() + other_weight.unsqueeze(-1) * other.float()
+        lse = total
+    return output.to(dtype), lse
+
+
+def _fused_kernel_fits(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> bool:
+    # The fused kernels have no derivative for the log-sum-exp, so a merge of their parts would get wrong gradients.
+    if torch.is_grad_enabled() and (queries.requires_grad or keys.requires_grad or values.requires_grad):
+        return False
+    if queries.device.type == "cpu":
+        return queries.dtype in FUSED_CPU_DTYPES
+    return queries.device.type == "cuda" and mask is None and queries.dtype in FUSED_CUDA_DTYPES
+
+
+def _attend_fused(
+    queries: Tensor, keys: Tensor, values: Tensor, scale: float, causal: bool, mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    # torch's public scaled_dot_product_attention returns no log-sum-exp; the operators behind it do.
+    if queries.device.type == "cpu":
+        bias = None
+        if mask is not None:
+            # This operator broadcasts size-1 dimensions of a 4-D mask.
+            bias = torch.zeros(mask.shape, dtype=queries.dtype).masked_fill_(~mask, -torch.inf)
+        output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            queries, keys, values, 0.0, causal, attn_mask=bias, scale=scale
+        )
+        return output, lse.float()
+    output, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(
+        queries, keys, values, 0.0, causal, False, scale=scale
+    )
+    return output, lse.float()
+
+
+def _attend_naive(
+    queries: Tensor, keys: Tensor, values: Tensor, scale: float, causal: bool, mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    B, H, T, _ = queries.shape  # noqa: N806
+    N = keys.shape[2]  # noqa: N806
+    if causal:
+        mask = torch.ones(T, N, dtype=torch.bool, device=queries.device).tril()
+    mask = None if mask is None else mask.expand(B, H, T, N)
+    rows = max(1, NAIVE_SCORES // max(1, B * H * N))
+    outputs, lses = [], []
+    for start in range(0, T, rows):
+        # float32: bfloat16 logits would let rounding decide between near-equal keys.
+        scores = scale * (queries[:, :, start : start + rows].float() @ keys.float().mT)  # (B, H, rows, N)
+        if mask is not None:
+            scores = scores.masked_fill(~mask[:, :, start : start + rows], -torch.inf)
+        lse = scores.logsumexp(-1)
+        outputs.append(((scores - lse.unsqueeze(-1)).exp() @ values.float()).to(queries.dtype))
+        lses.append(lse)
+    return torch.cat(outputs, dim=2), torch.cat(lses, dim=2)

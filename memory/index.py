@@ -1,0 +1,150 @@
+"""What a memory backend must do, the exact backend, and how one is chosen.
+
+A backend serves one memory layer: G KV heads, the query heads of a KV head folded into the query axis, so that
+keys are neither expanded nor stored twice. The model calls ``attend``; ``search`` is how some backends do it, and
+what inspection and tests use.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from memory.attend import NAIVE_SCORES, attend, merge
+from memory.vectors import VectorBlocks
+
+# Retrieved pairs of one query when a backend must cut off and the user named no number (the paper's k).
+DEFAULT_TOP_K = 128
+
+# On a CPU, an approximate index pays from here on (benchmarks/memory_backends.py measures the crossover).
+AUTO_EXACT_LIMIT = 262_144
+
+
+class Index(Protocol):
+    """A backend over the keys and values of one memory layer. It reads them from the blocks it was made with."""
+
+    def add(self, keys: Tensor) -> None:
+        """Take note of (G, T, D) keys that were appended to the blocks just now."""
+
+    def search(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """The k stored keys of largest inner product with each query, best first.
+
+        Args:
+            queries: (G, T, D) float.
+            k: at most the number of stored keys.
+
+        Returns:
+            inner products (G, T, k) float32 with the stored keys, and their slots (G, T, k) int64. An approximate
+            backend that finds fewer pads with score -inf and slot -1.
+        """
+
+    def attend(self, queries: Tensor, *, scale: float) -> tuple[Tensor, Tensor]:
+        """Softmax attention over the memory, or the part of it that this backend looks at.
+
+        Returns:
+            output (G, T, D) in the dtype of ``queries``, log-sum-exp (G, T) float32.
+        """
+
+    def nbytes(self) -> int:
+        """Bytes that this backend holds beyond the keys and values themselves."""
+
+    def describe(self) -> str:
+        """A few words for people: the kind of index now in use."""
+
+
+def attend_hits(
+    queries: Tensor, scores: Tensor, slots: Tensor, values: VectorBlocks, *, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Softmax attention over retrieved pairs alone.
+
+    Args:
+        queries: (G, T, D), for their dtype.
+        scores: (G, T, K) float32 inner products; -inf where fewer than K were found.
+        slots: (G, T, K) int64; -1 there.
+        values: the stored values.
+        scale: factor on inner products.
+
+    Returns:
+        output (G, T, D) in the dtype of ``queries``, log-sum-exp (G, T) float32.
+    """
+    logits = scale * scores
+    lse = logits.logsumexp(-1)
+    weights = (logits - lse.unsqueeze(-1)).exp()  # (G, T, K)
+    outputs = []
+    rows = max(1, NAIVE_SCORES * 4 // max(1, slots.shape[0] * slots.shape[2] * queries.shape[-1]))
+    for start in range(0, queries.shape[1], rows):
+        found = values.gather(slots[:, start : start + rows].clamp(min=0), torch.float32)  # (G, rows, K, D)
+        outputs.append((weights[:, start : start + rows].unsqueeze(-2) @ found).squeeze(-2))
+    return torch.cat(outputs, dim=1).to(queries.dtype), lse
+
+
+class ExactIndex:
+    """Dense attention over all of memory, block by block, or over the exact top-k if ``top_k`` is set.
+
+    Runs on the device of the stored vectors. Holds nothing of its own, and never a score matrix of queries x memory.
+    """
+
+    def __init__(self, keys: VectorBlocks, values: VectorBlocks, top_k: int | None = None) -> None:
+        self._keys = keys
+        self._values = values
+        self._top_k = top_k
+
+    def add(self, keys: Tensor) -> None:
+        """Nothing to note: the blocks are the index."""
+
+    def search(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """Exact top-k by inner product in float32; shapes as in ``Index.search``."""
+        # float32: bfloat16 scores would let rounding decide between near-equal keys.
+        queries = queries.float()
+        best_scores = queries.new_empty(*queries.shape[:2], 0)
+        best_slots = torch.empty(*queries.shape[:2], 0, dtype=torch.int64, device=queries.device)
+        start = 0
+        for keys in self._keys.blocks(torch.float32):
+            scores, slots = _top_k_of_block(queries, keys, min(k, keys.shape[1]))
+            best_scores = torch.cat([best_scores, scores], dim=-1)
+            best_slots = torch.cat([best_slots, slots + start], dim=-1)
+            best_scores, order = best_scores.topk(min(k, best_scores.shape[-1]), dim=-1)
+            best_slots = best_slots.gather(-1, order)
+            start += keys.shape[1]
+        return best_scores, best_slots
+
+    def attend(self, queries: Tensor, *, scale: float) -> tuple[Tensor, Tensor]:
+        """Softmax attention over all of memory, or over the exact top-k; shapes as in ``Index.attend``."""
+        if self._top_k is not None:
+            scores, slots = self.search(queries, min(self._top_k, len(self._keys)))
+            return attend_hits(queries, scores, slots, self._values, scale=scale)
+        pairs = zip(self._keys.blocks(queries.dtype), self._values.blocks(queries.dtype), strict=True)
+        output, lse = merge(attend(queries[None], k[None], v[None], scale=scale) for k, v in pairs)
+        return output[0], lse[0]
+
+    def nbytes(self) -> int:
+        """0: the keys and values are counted by the store."""
+        return 0
+
+    def describe(self) -> str:
+        """What this backend does, in a few words."""
+        return "exact, dense" if self._top_k is None else f"exact, top-{self._top_k}"
+
+
+def _top_k_of_block(queries: Tensor, keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    rows = max(1, 4 * NAIVE_SCORES // (keys.shape[0] * keys.shape[1]))
+    found = [(queries[:, i : i + rows] @ keys.mT).topk(k, dim=-1) for i in range(0, queries.shape[1], rows)]
+    return torch.cat([scores for scores, _ in found], dim=1), torch.cat([slots for _, slots in found], dim=1)
+
+
+@dataclass(frozen=True)
+class BackendChoice:
+    """A backend by name (``exact`` or a FAISS factory string), and why it was taken."""
+
+    name: str
+    reason: str
+
+
+def choose_backend(num_keys: int, device: torch.device) -> BackendChoice:
+    """What ``index="auto"`` uses for a memory of ``num_keys`` tokens whose vectors lie on ``device``."""
+    if device.type != "cpu":
+        return BackendChoice("exact", f"on {device.type} dense attention outruns a search of the index")
+    if num_keys < AUTO_EXACT_LIMIT:
+        return BackendChoice("exact", f"{num_keys:,} keys are fewer than {AUTO_EXACT_LIMIT:,}: exact and fast enough")
+    return BackendChoice("IVF,Flat", f"{num_keys:,} keys on a CPU: searching an inverted file is faster than reading all")

@@ -1,0 +1,154 @@
+"""Growable storage for the vectors of one memory layer: blocks that are never copied when more is appended."""
+
+from bisect import bisect_right
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+# Blocks double from the first size to the last, so that a small memory stays small and a large one has few blocks.
+FIRST_BLOCK = 1024
+LAST_BLOCK = 16384
+
+VECTOR_DTYPES: dict[str, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "int8": torch.int8,
+}
+
+
+class VectorBlocks:
+    """(G, N, D) vectors in append order; N grows, in time proportional to what is appended.
+
+    With ``dtype=int8`` each vector is stored as integers and one float32 scale, ``max(abs(x)) / 127``.
+    """
+
+    def __init__(self, num_heads: int, head_dim: int, dtype: torch.dtype) -> None:
+        self.num_heads = num_heads
+        self.head_dim = head_dim
+        self.dtype = dtype
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget every vector and free their space."""
+        self._data: list[Tensor] = []  # each (G, capacity, D)
+        self._scales: list[Tensor] = []  # each (G, capacity, 1) float32, for int8 alone
+        self._starts: list[int] = []  # slot of each block's first vector
+        self._length = 0
+
+    def __len__(self) -> int:
+        return self._length
+
+    @property
+    def device(self) -> torch.device | None:
+        """Where the vectors lie; None while there are none."""
+        return self._data[0].device if self._data else None
+
+    @classmethod
+    def like(cls, other: "VectorBlocks") -> "VectorBlocks":
+        """Empty blocks for vectors of the same shape and dtype."""
+        return cls(other.num_heads, other.head_dim, other.dtype)
+
+    def take(self, other: "VectorBlocks", slots: Tensor) -> None:
+        """Append the vectors that ``other``, of the same dtype, holds in these slots: (M,) int64."""
+        for start in range(0, len(slots), LAST_BLOCK):
+            chosen = slots[start : start + LAST_BLOCK].expand(self.num_heads, -1)
+            # float32 holds every stored value exactly, and an int8 vector gets its own scale and integers back.
+            self.append(other.gather(chosen, torch.float32))
+
+    def nbytes(self) -> int:
+        """Bytes allocated, the free room of the last block included."""
+        return sum(block.numel() * block.element_size() for block in (*self._data, *self._scales))
+
+    def append(self, vectors: Tensor) -> None:
+        """Add (G, T, D) vectors at the end. Never touches what is stored already."""
+        done, total = 0, vectors.shape[1]
+        while done < total:
+            if not self._data or self._free() == 0:
+                self._add_block(vectors.device)
+            count = min(total - done, self._free())
+            self._write(vectors[:, done : done + count])
+            done += count
+
+    def truncate(self, length: int) -> None:
+        """Forget every vector from slot ``length`` on."""
+        while self._starts and self._starts[-1] >= length:
+            self._starts.pop()
+            self._data.pop()
+            if self._scales:
+                self._scales.pop()
+        self._length = min(self._length, length)
+
+    def blocks(self, dtype: torch.dtype) -> Iterator[Tensor]:
+        """The stored vectors in slot order as (G, n, D) tensors of ``dtype``; a view where no cast is needed."""
+        for index, start in enumerate(self._starts):
+            count = min(self._length - start, self._data[index].shape[1])
+            if count:
+                yield self._decode(self._data[index][:, :count], index, slice(0, count), dtype)
+
+    def gather(self, slots: Tensor, dtype: torch.dtype) -> Tensor:
+        """The vectors in the given slots.
+
+        Args:
+            slots: (G, ...) int64 in 0..N-1, per head, on the device of the vectors.
+            dtype: of the result.
+
+        Returns:
+            (G, ..., D) of ``dtype``.
+        """
+        heads, flat = slots.shape[0], slots.reshape(slots.shape[0], -1).contiguous()  # (G, M)
+        out = torch.empty(heads, flat.shape[1], self.head_dim, dtype=dtype, device=slots.device)
+        head_of = torch.arange(heads, device=slots.device).unsqueeze(1)
+        if len(self._data) == 1:
+            out = self._decode(self._data[0], 0, (head_of, flat), dtype)
+        else:
+            block_of = torch.bucketize(flat, torch.tensor(self._starts[1:], device=slots.device), right=True)
+            for index in range(len(self._data)):
+                rows, columns = (block_of == index).nonzero(as_tuple=True)
+                inside = flat[rows, columns] - self._starts[index]
+                out[rows, columns] = self._decode(self._data[index], index, (rows, inside), dtype)
+        return out.reshape(*slots.shape, self.head_dim)
+
+    def slice(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        """Vectors of slots start..stop-1 as one (G, stop - start, D) tensor of ``dtype``."""
+        parts = []
+        index = max(0, bisect_right(self._starts, start) - 1)
+        while start < stop:
+            offset = start - self._starts[index]
+            count = min(stop - start, self._data[index].shape[1] - offset)
+            window = slice(offset, offset + count)
+            parts.append(self._decode(self._data[index][:, window], index, window, dtype))
+            start, index = start + count, index + 1
+        if not parts:
+            return torch.empty(self.num_heads, 0, self.head_dim, dtype=dtype, device=self.device)
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+    def _free(self) -> int:
+        return self._starts[-1] + self._data[-1].shape[1] - self._length
+
+    def _add_block(self, device: torch.device) -> None:
+        capacity = min(LAST_BLOCK, FIRST_BLOCK << min(len(self._data), 30))
+        self._starts.append(self._length)
+        self._data.append(torch.empty(self.num_heads, capacity, self.head_dim, dtype=self.dtype, device=device))
+        if self.dtype == torch.int8:
+            self._scales.append(torch.empty(self.num_heads, capacity, 1, dtype=torch.float32, device=device))
+
+    def _write(self, vectors: Tensor) -> None:
+        offset = self._length - self._starts[-1]
+        window = slice(offset, offset + vectors.shape[1])
+        if self.dtype == torch.int8:
+            scales = vectors.float().abs().amax(-1, keepdim=True).clamp(min=1e-12) / 127.0
+            self._scales[-1][:, window] = scales
+            vectors = (vectors.float() / scales).round()
+        self._data[-1][:, window] = vectors
+        self._length += vectors.shape[1]
+
+    def _decode(self, stored: Tensor, block: int, where: "slice | tuple[Tensor, Tensor]", dtype: torch.dtype) -> Tensor:
+        """``stored`` is a block or its window at ``where``; a tuple of index tensors still has to be looked up."""
+        if isinstance(where, tuple):
+            stored = stored[where]
+        if self.dtype != torch.int8:
+            return stored.to(dtype)
+        scales = self._scales[block][:, where] if isinstance(where, slice) else self._scales[block][where]
+        return (stored.float() * scales).to(dtype)

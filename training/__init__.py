@@ -1,0 +1,1 @@
+"""Crossbatch fine-tuning (arXiv 2307.03170, section 3.2)."""
