@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fot.config import MemoryConfig
     from fot.longllama import LongLlamaConfig, LongLlamaForCausalLM
-    from fot.model import FoTForCausalLM, attach_memory
+    from fot.model import FoTForCausalLM, attach_memory, detach_memory
     from memory import Memory, attention_mass_recall
 
 __version__ = "0.1.0"
@@ -32,6 +32,7 @@ __all__ = [
     "MemoryConfig",
     "attach_memory",
     "attention_mass_recall",
+    "detach_memory",
 ]
 
 _HOMES = {
@@ -42,6 +43,7 @@ _HOMES = {
     "MemoryConfig": "fot.config",
     "attach_memory": "fot.model",
     "attention_mass_recall": "memory",
+    "detach_memory": "fot.model",
 }
 
 

@@ -3,6 +3,7 @@
 import codecs
 import io
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -46,7 +47,7 @@ def ingest(
     source: str | None = None,
     *,
     tokenizer: Any = None,
-    progress: bool | None = None,
+    progress: bool | tqdm | None = None,
 ) -> int:
     """Read tokens or text into a memory.
 
@@ -61,7 +62,8 @@ def ingest(
         memory: made by this model's ``new_memory``.
         source: name of the document; a file's path by default.
         tokenizer: for text; ``model.tokenizer`` by default.
-        progress: show a progress bar (tokens, tokens a second, time left) on stderr; None: only on a terminal.
+        progress: show a progress bar (tokens, tokens a second, time left) on stderr; None: only on a terminal; a
+            tqdm bar of the caller's: move that one.
 
     Returns:
         tokens read.
@@ -85,10 +87,11 @@ def ingest(
     return _ingest(model, pieces, memory, source, progress)
 
 
-def _ingest(model: Any, pieces: Iterator[Piece], memory: Memory, source: str | None, progress: bool | None) -> int:
+def _ingest(
+    model: Any, pieces: Iterator[Piece], memory: Memory, source: str | None, progress: bool | tqdm | None
+) -> int:
     window, count = model.memory_config.window, 0
-    # disable=None lets tqdm decide: no bar where stderr is not a terminal
-    with tqdm(desc=source or "ingest", unit="tok", disable=None if progress is None else not progress) as bar:
+    with _bar(source or "ingest", progress) as bar:
         for ids, spans, done in _windows(pieces, window):
             tensor = torch.tensor([ids], dtype=torch.int64)
             model.check_ids(tensor)
@@ -97,13 +100,19 @@ def _ingest(model: Any, pieces: Iterator[Piece], memory: Memory, source: str | N
             inputs = Inputs(tensor.to(model.device), None, None, positions)
             store_window(model, inputs, row, hidden_states=False, document=source, spans=spans)
             count += len(ids)
-            if done:
+            if done and bar is not progress:
                 bar.total = max(count, round(count / done))
             bar.update(len(ids))
-        bar.total = count
     if count == 0:
         raise ValueError(f"{source or 'the input'} has no tokens; nothing was stored")
     return count
+
+
+def _bar(name: str, progress: bool | tqdm | None) -> AbstractContextManager[tqdm]:
+    if isinstance(progress, tqdm):
+        return nullcontext(progress)
+    # disable=None lets tqdm decide: no bar where stderr is not a terminal
+    return tqdm(desc=name, unit="tok", disable=None if progress is None else not progress)
 
 
 def _windows(pieces: Iterator[Piece], window: int) -> Iterator[tuple[list[int], list[Span] | None, float | None]]:

@@ -1,6 +1,6 @@
 """Load a model by name and give it a memory."""
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,50 +13,45 @@ from fot.model import FoTForCausalLM, attach_memory
 
 SETTINGS = tuple(field.name for field in fields(MemoryConfig))
 
-# LongLLaMA's own names for settings that have another name here.
-LONGLLAMA_NAMES = {"local_context": "max_position_embeddings"}
-
 
 def load_model(name_or_path: str | Path, *args: Any, **kwargs: Any) -> FoTForCausalLM:
     """What ``FoTForCausalLM.from_pretrained`` does; see there."""
     settings = {name: kwargs.pop(name) for name in SETTINGS if name in kwargs}
     checkpoint = pretrained.resolve(name_or_path)
-    if checkpoint.gguf_file is not None:
-        kwargs["gguf_file"] = checkpoint.gguf_file
+    options = {"trust_remote_code": False} | pretrained.gguf_options(checkpoint) | kwargs
     with pretrained.hub_errors(checkpoint):
-        model = AutoModelForCausalLM.from_pretrained(checkpoint.path, *args, **kwargs)
-    if isinstance(model, FoTForCausalLM):
-        saved = model.config.memory_config()
-    else:
-        saved = saved_settings(model.config)
-        if saved.mem_layers is None and checkpoint.mem_layers is not None:
-            settings.setdefault("mem_layers", checkpoint.mem_layers)
-    model = attach_memory(model, MemoryConfig(**(_as_dict(saved) | settings)))
+        model = AutoModelForCausalLM.from_pretrained(checkpoint.path, *args, **options)
+    model = attach_memory(model, _merge(model.config, checkpoint, settings))
     model.eval()
     model.tokenizer = _tokenizer_or_none(checkpoint)
     return model
 
 
-def load_config(name_or_path: str | Path) -> tuple[Any, MemoryConfig]:
-    """The configuration of a checkpoint and its memory settings, resolved, without its weights."""
+def load_config(name_or_path: str | Path, dtype: str, **settings: Any) -> tuple[Any, MemoryConfig]:
+    """The configuration of a checkpoint and its memory settings, resolved, without its weights.
+
+    Args:
+        name_or_path: as for ``FoTForCausalLM.from_pretrained``.
+        dtype: in which the model would be loaded (``bfloat16``).
+        settings: settings of ``MemoryConfig`` that override the checkpoint's.
+    """
     checkpoint = pretrained.resolve(name_or_path)
     options = {} if checkpoint.gguf_file is None else {"gguf_file": checkpoint.gguf_file}
     with pretrained.hub_errors(checkpoint):
-        config = AutoConfig.from_pretrained(checkpoint.path, **options)
-    saved = config.memory_config() if config.model_type == "longllama" else saved_settings(config)
-    if saved.mem_layers is None and checkpoint.mem_layers is not None:
-        saved = MemoryConfig(**(_as_dict(saved) | {"mem_layers": checkpoint.mem_layers}))
-    dtype = str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")
-    return config, saved.resolve(config.num_hidden_layers, config.max_position_embeddings, dtype)
+        config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False, **options)
+    merged = _merge(config, checkpoint, settings)
+    return config, merged.resolve(config.num_hidden_layers, config.max_position_embeddings, dtype)
 
 
-def saved_settings(config: Any) -> MemoryConfig:
-    """The memory settings that an earlier ``save_pretrained`` left in config.json, else the defaults."""
-    return MemoryConfig.from_dict(getattr(config, CONFIG_KEY, None) or {})
-
-
-def _as_dict(config: MemoryConfig) -> dict[str, Any]:
-    return {name: getattr(config, name) for name in SETTINGS}
+def _merge(config: Any, checkpoint: pretrained.Checkpoint, settings: dict[str, Any]) -> MemoryConfig:
+    """Settings asked for, over those saved in the checkpoint's config.json, over those known for its alias."""
+    if config.model_type == "longllama":
+        saved = config.memory_config()
+    else:
+        saved = MemoryConfig.from_dict(getattr(config, CONFIG_KEY, None) or {})
+    if saved.mem_layers is None:
+        saved = replace(saved, mem_layers=checkpoint.mem_layers)
+    return replace(saved, **settings)
 
 
 def _tokenizer_or_none(checkpoint: pretrained.Checkpoint) -> Any:

@@ -56,6 +56,17 @@ def attach_memory(model: PreTrainedModel, config: MemoryConfig | None = None) ->
     return model
 
 
+def detach_memory(model: "FoTForCausalLM") -> PreTrainedModel:
+    """Undo ``attach_memory``, in place: the same object is the plain transformers model again.
+
+    ``attach_memory(model, config)`` brings the memory back.
+    """
+    for layer in model.model.layers:
+        _plain_forward(layer.self_attn)
+    model.__class__ = next(cls for cls in type(model).__mro__ if not issubclass(cls, FoTForCausalLM))
+    return model
+
+
 def check_supported(model: nn.Module) -> None:
     """Raise ValueError, naming the model, if memory cannot be attached to it."""
     config = getattr(model, "config", None)

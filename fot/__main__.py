@@ -1,0 +1,7 @@
+"""``python -m fot``."""
+
+import sys
+
+from fot.cli import main
+
+sys.exit(main())

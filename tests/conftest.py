@@ -1,0 +1,89 @@
+"""Tiny random models of every supported family, and a tokenizer of bytes."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, set_seed
+from transformers.models.llama import LlamaConfig
+from transformers.models.mistral import MistralConfig
+from transformers.models.qwen2 import Qwen2Config
+from transformers.models.qwen3 import Qwen3Config
+
+import fot
+
+VOCABULARY = 300
+WINDOW = 16
+
+SHAPE = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    # Larger than trained models start with, so that attention is peaked and what it reads matters.
+    "initializer_range": 0.3,
+}
+FAMILIES: dict[str, Any] = {
+    "llama": lambda: LlamaConfig(**SHAPE, tie_word_embeddings=True),
+    "mistral": lambda: MistralConfig(**SHAPE, sliding_window=None, head_dim=12),
+    "qwen2": lambda: Qwen2Config(**SHAPE, use_sliding_window=False),
+    "qwen3": lambda: Qwen3Config(**SHAPE, head_dim=8),
+}
+
+ModelMaker = Callable[..., Any]
+
+
+@pytest.fixture(scope="session")
+def make_plain() -> ModelMaker:
+    """family -> a plain transformers model; the same weights each time."""
+
+    def make(family: str = "llama", seed: int = 0) -> Any:
+        set_seed(seed)
+        return AutoModelForCausalLM.from_config(FAMILIES[family]()).eval()
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_model(make_plain: ModelMaker) -> ModelMaker:
+    """family, settings -> a model with memory layers 1 and 3 and windows of 16 tokens."""
+
+    def make(family: str = "llama", seed: int = 0, **settings: Any) -> Any:
+        defaults = {"mem_layers": (1, 3), "local_context": WINDOW, "index": "exact"}
+        return fot.attach_memory(make_plain(family, seed), fot.MemoryConfig(**(defaults | settings)))
+
+    return make
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """A token a byte, after three special ones."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: number for number, token in enumerate(["<pad>", "<s>", "</s>", *alphabet])}
+    inner = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+
+
+@pytest.fixture
+def ids() -> Callable[..., torch.Tensor]:
+    """count, seed -> (1, count) random token ids, none of them special."""
+
+    def draw(count: int, seed: int = 0, rows: int = 1) -> torch.Tensor:
+        return torch.randint(3, VOCABULARY, (rows, count), generator=torch.Generator().manual_seed(seed))
+
+    return draw
