@@ -84,7 +84,7 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
                         help="auto, exact, or a FAISS factory string such as IVF,Flat or HNSW32")  # fmt: skip
     parser.add_argument("--top-k", type=int, metavar="K", help="pairs a query retrieves (default: all, or 128)")
     parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto",
-                        help="auto: bfloat16 where the machine computes in it")  # fmt: skip
+                        help="auto: the fastest on this device")  # fmt: skip
     parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
     parser.add_argument("-v", "--verbose", action="store_true", help="say what is chosen and why")
 
@@ -147,9 +147,8 @@ def _load(args: argparse.Namespace) -> Any:
     """The model that the options name, on its device."""
     _quiet()
     from fot import FoTForCausalLM
-    from fot.evaluation.machine import default_device
 
-    device = args.device or str(default_device())
+    device = _device(args)
     model: Any = FoTForCausalLM.from_pretrained(args.model, dtype=_dtype(args), **_settings(args))
     if model.tokenizer is None:
         raise ValueError(f"{args.model} has no tokenizer beside its weights; put its tokenizer files into the folder")
@@ -168,11 +167,15 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
 def _dtype(args: argparse.Namespace) -> Any:
     import torch
 
-    from fot.evaluation.machine import default_device, default_dtype
+    from fot.evaluation.machine import default_dtype
 
-    if args.dtype != "auto":
-        return getattr(torch, args.dtype)
-    return default_dtype(torch.device(args.device) if args.device else default_device())
+    return default_dtype(_device(args)) if args.dtype == "auto" else getattr(torch, args.dtype)
+
+
+def _device(args: argparse.Namespace) -> Any:
+    from fot.evaluation.machine import find_device
+
+    return find_device(args.device)
 
 
 def _quiet() -> None:

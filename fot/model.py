@@ -217,6 +217,14 @@ class FoTForCausalLM:
             cache.flush()
         return result
 
+    def _get_stopping_criteria(self, *args: Any, **kwargs: Any) -> Any:
+        # transformers warns when an answer passes max_position_embeddings; here that is what the memory is for.
+        criteria = super()._get_stopping_criteria(*args, **kwargs)  # type: ignore[misc]
+        for criterion in criteria:
+            if hasattr(criterion, "max_position_embeddings"):
+                criterion.max_position_embeddings = None
+        return criteria
+
     def new_memory(self, **settings: Any) -> Memory:
         """An empty memory for this model.
 

@@ -102,6 +102,8 @@ def prefill(
     stored = [len(real) - local for real, local in zip(columns, local_lengths, strict=True)]
     if any(stored):
         _refuse_single_window_options(model, options)
+    if any(stored) or any(len(memory) for row in cache.rows for memory in row.memories):
+        _refuse_checkpointing(model)
     pieces = []  # (row, columns, hidden states)
     first_kept = inputs.length - keep
     for group in _equal_rows(inputs, cache, columns, stored, first_kept):
@@ -129,6 +131,7 @@ def extend(model: Any, inputs: Inputs, cache: FoTCache, keep: int, options: dict
     Args and returns as ``prefill``.
     """
     window = model.memory_config.window
+    _refuse_checkpointing(model)
     if inputs.length > window:
         _refuse_single_window_options(model, options)
     hidden = []
@@ -147,11 +150,6 @@ def extend(model: Any, inputs: Inputs, cache: FoTCache, keep: int, options: dict
 
 def run_window(model: Any, inputs: Inputs, local: LocalCache, options: dict[str, Any]) -> BaseModelOutputWithPast:
     """All layers on tokens that fit the local window; the window keeps their keys and values."""
-    if model.training and model.is_gradient_checkpointing and any(len(m) for row in local.memories for m in row):
-        raise ValueError(
-            "gradient checkpointing hides the memory from its layers: call model.gradient_checkpointing_disable(), or "
-            "give inputs that fit one window"
-        )
     positions = local.extend(inputs.ids, inputs.positions, inputs.mask)
     given = {"input_ids": inputs.ids} if inputs.embeds is None else {"inputs_embeds": inputs.embeds}
     mask = None if local.mask is None else local.mask.long()
@@ -343,3 +341,12 @@ def _refuse_single_window_options(model: Any, options: dict[str, Any]) -> None:
             raise ValueError(
                 f"{name} is kept within one window of {model.memory_config.window} tokens; this input is longer"
             )
+
+
+def _refuse_checkpointing(model: Any) -> None:
+    # Checkpointed layers are called without a cache, and it is the cache that brings them the memory.
+    if model.training and getattr(model.model.layers[0], "gradient_checkpointing", False):
+        raise ValueError(
+            "gradient checkpointing hides the memory from its layers: call model.gradient_checkpointing_disable(), or "
+            "give inputs that fit one window"
+        )

@@ -1,0 +1,147 @@
+"""The command, as a user runs it."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import ModelMaker
+from transformers import PreTrainedTokenizerFast
+
+from fot.cli import main
+
+Run = Callable[..., int]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(
+    make_plain: ModelMaker, tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    folder = tmp_path_factory.mktemp("tiny")
+    make_plain().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_installed_command_is_quick_to_help() -> None:
+    code = "import sys, fot.cli\nprint('torch' in sys.modules or 'transformers' in sys.modules)"
+    program = Path(sys.executable).with_name("fot")
+    shown = subprocess.run([program, "--help"], capture_output=True, text=True, check=True).stdout
+    assert "passkey" in shown
+    assert "info" in shown
+    imported = subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.argv = ['fot']\n{code}"], capture_output=True, text=True, check=True
+    )
+    assert imported.stdout.strip() == "False"
+
+
+def test_installed_command_reports_errors_in_one_line() -> None:
+    program = Path(sys.executable).with_name("fot")
+    done = subprocess.run([program, "passkey", "smollm"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.startswith("fot: ")
+    assert "smollm2-135m" in done.stderr
+
+
+def test_passkey(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    out, plot = tmp_path / "out.json", tmp_path / "out.png"
+    arguments = ["passkey", str(checkpoint), "--lengths", "350,420", "--trials", "2", "--seed", "5",
+                 "--mem-layers", "1,3", "--local-context", "32", "--index", "exact", "--top-k", "4",
+                 "--dtype", "float32", "--device", "cpu", "--json", str(out), "--plot", str(plot)]  # fmt: skip
+    assert main(arguments) == 0
+    shown = capsys.readouterr().out
+    assert "without memory" in shown
+    assert "350" in shown
+    result = json.loads(out.read_text())
+    assert result["model"] == str(checkpoint)
+    assert result["memory"]["mem_layers"] == [1, 3]
+    assert result["memory"]["top_k"] == 4
+    for part in ("results", "baseline"):
+        assert [entry["length"] for entry in result[part]] == [350, 420]
+        assert all(len(entry["trials"]) == 2 for entry in result[part])
+    ours, plain = (result[part][0]["trials"] for part in ("results", "baseline"))
+    assert [trial["key"] for trial in ours] == [trial["key"] for trial in plain]
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.json", "out.png"]
+
+
+def test_passkey_without_memory(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    out = tmp_path / "out.json"
+    assert main(["passkey", str(checkpoint), "--lengths", "350", "--trials", "1", "--no-memory", "--json", str(out)]) == 0
+    result = json.loads(out.read_text())
+    assert result["results"] == []
+    assert len(result["baseline"]) == 1
+
+
+def test_passkey_says_what_it_picks(checkpoint: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert main(["passkey", str(checkpoint), "--lengths", "350", "--trials", "1", "--no-baseline", "-v"]) == 0
+    assert "memory backend exact" in caplog.text
+    assert "fewer than" in caplog.text
+
+
+def test_info(checkpoint: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main(["info", str(checkpoint), "--mem-layers", "1,3", "--dtype", "bfloat16"]) == 0
+    shown = capsys.readouterr().out
+    # 2 layers x 2 KV heads x (key + value) x 8 numbers x 2 bytes, and 16 for the token's id and source
+    assert f"{2 * 2 * 2 * 8 * 2 + 16} bytes" in shown
+    assert "1, 3" in shown
+    assert "fits here" in shown
+
+
+def test_info_counts_bytes_as_the_store_does(checkpoint: Path, make_model: ModelMaker) -> None:
+    import torch
+
+    from fot.evaluation.report import memory_bytes_per_token
+
+    for dtype in ("float32", "int8"):
+        model = make_model(key_dtype=dtype, value_dtype=dtype)
+        memory = model.new_memory()
+        model.ingest(torch.randint(3, 300, (1024,)), memory)
+        assert sum(memory.nbytes().values()) == 1024 * memory_bytes_per_token(model.memory_config, 2, 8)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--mem-layers", "1,9"], "memory layer 9 is out of range: the model has layers 0..4"),
+        (["--top-k", "0"], "top_k is 0; it must be at least 1"),
+        (["--index", "IVFx,Nope"], "IVFx,Nope"),
+        (["--lengths", "12"], "a passkey prompt of 12 tokens cannot be"),
+        (["--local-context", "4096"], "local_context is 4096"),
+        (["--no-memory", "--no-baseline"], "leave nothing to test"),
+        (["--json", "/nowhere/out.json"], "/nowhere is not a folder"),
+        (["--json", "/"], "/ is a folder"),
+        (["--device", "cuda:99"], "cuda"),
+    ],
+)
+def test_bad_input(arguments: list[str], message: str, checkpoint: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main(["passkey", str(checkpoint), "--trials", "1", *arguments]) == 2
+    shown = capsys.readouterr().err
+    assert shown.count("\n") == 1
+    assert message in shown
+
+
+@pytest.mark.parametrize("arguments", [["--lengths", "0"], ["--trials", "x"], ["--mem-layers", "a"], ["--dtype", "int3"]])
+def test_bad_options(arguments: list[str], capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(["passkey", *arguments])
+    assert exit_.value.code == 2
+    assert arguments[0] in capsys.readouterr().err
+
+
+def test_folder_without_tokenizer(make_plain: ModelMaker, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    make_plain().save_pretrained(tmp_path)
+    assert main(["passkey", str(tmp_path)]) == 2
+    assert "has no tokenizer beside its weights" in capsys.readouterr().err
+
+
+def test_hub_id_without_a_hub(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert main(["info", "long-llama-3b"]) == 2
+    shown = capsys.readouterr().err
+    assert "syzymon/long_llama_3b" in shown
+    assert "smollm2-135m, which needs no hub" in shown

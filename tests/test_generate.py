@@ -1,0 +1,184 @@
+"""``generate`` of transformers, on prompts and answers of any length."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from conftest import WINDOW, ModelMaker
+from transformers import StoppingCriteria
+from transformers.generation import BaseStreamer
+
+Draw = Callable[..., torch.Tensor]
+
+GREEDY = {"do_sample": False, "eos_token_id": None, "max_new_tokens": 12}
+
+
+def greedy_by_hand(model: Any, prompt: torch.Tensor, count: int, **options: Any) -> list[int]:
+    """Greedy tokens from single forward calls, without ``generate``."""
+    tokens: list[int] = []
+    with torch.no_grad():
+        output = model(prompt, logits_to_keep=1, **options)
+        for _ in range(count):
+            tokens.append(int(output.logits[0, -1].argmax()))
+            output = model(torch.tensor([tokens[-1:]]), past_key_values=output.past_key_values)
+    return tokens
+
+
+@pytest.mark.parametrize("length", [3, WINDOW, 5 * WINDOW + 3])
+def test_greedy_of_any_length(length: int, family: str, make_model: ModelMaker, ids: Draw) -> None:
+    model, prompt = make_model(family), ids(length)
+    output = model.generate(prompt, **GREEDY)
+    assert output[:, :length].tolist() == prompt.tolist()
+    assert output[0, length:].tolist() == greedy_by_hand(model, prompt, 12)
+
+
+def test_answer_far_beyond_the_window(make_model: ModelMaker, ids: Draw) -> None:
+    model, prompt = make_model(), ids(10)
+    options = GREEDY | {"max_new_tokens": 5 * WINDOW, "return_dict_in_generate": True}
+    output = model.generate(prompt, **options)
+    assert output.sequences.shape == (1, 10 + 5 * WINDOW)
+    cache = output.past_key_values
+    stored = cache.rows[0].own.token_ids().tolist() + cache.local.token_ids[0].tolist()
+    assert stored == output.sequences[0, :-1].tolist()
+    assert len(cache.rows[0].own) >= 4 * WINDOW
+
+
+def test_memory_is_read_not_written(make_model: ModelMaker, ids: Draw) -> None:
+    model, past, prompt = make_model(), ids(60, seed=1), ids(10, seed=2)
+    memory = model.new_memory()
+    model.ingest(past, memory)
+    with_memory = model.generate(prompt, memory=memory, **GREEDY)
+    assert with_memory[0, 10:].tolist() == greedy_by_hand(model, prompt, 12, memory=memory)
+    assert len(memory) == 60
+    assert with_memory.tolist() != model.generate(prompt, **GREEDY).tolist()
+    assert with_memory.tolist() == model.generate(prompt, memory=memory, **GREEDY).tolist()
+    uncached = model.generate(prompt, memory=memory, use_cache=False, **(GREEDY | {"max_new_tokens": 5}))
+    assert uncached[0].tolist() == with_memory[0, :15].tolist()
+
+
+def test_memory_is_written_when_told_to(make_model: ModelMaker, ids: Draw) -> None:
+    model, past, prompt = make_model(), ids(60, seed=1), ids(40, seed=2)
+    memory = model.new_memory()
+    model.ingest(past, memory)
+    output = model.generate(prompt, memory=memory, update_memory=True, **GREEDY)
+    assert memory.token_ids().tolist() == [*past[0].tolist(), *output[0, :-1].tolist()]
+    with pytest.raises(ValueError, match="needs a memory"):
+        model.generate(prompt, update_memory=True, **GREEDY)
+    with pytest.raises(ValueError, match="must not write to one memory"):
+        model.generate(ids(4, rows=2), memory=memory, update_memory=True, **GREEDY)
+
+
+def test_left_padded_rows_give_what_they_give_alone(family: str, make_model: ModelMaker, ids: Draw) -> None:
+    model = make_model(family)
+    rows = [ids(count, seed=count) for count in (75, 37, 12, 2)]
+    options = GREEDY | {"max_new_tokens": 3 * WINDOW}
+    tokens = torch.zeros(4, 75, dtype=torch.int64)
+    mask = torch.zeros(4, 75, dtype=torch.int64)
+    for number, row in enumerate(rows):
+        tokens[number, -row.shape[1] :], mask[number, -row.shape[1] :] = row[0], 1
+    together = model.generate(tokens, attention_mask=mask, **options)[:, 75:]
+    for row, answer in zip(rows, together, strict=True):
+        assert answer.tolist() == model.generate(row, **options)[0, row.shape[1] :].tolist()
+
+
+def test_a_memory_for_each_row(make_model: ModelMaker, ids: Draw) -> None:
+    model, prompt = make_model(), ids(10)
+    memories = [model.new_memory(), model.new_memory()]
+    for number, memory in enumerate(memories):
+        model.ingest(ids(50, seed=number), memory)
+    together = model.generate(prompt.repeat(2, 1), memory=memories, **GREEDY)
+    for memory, answer in zip(memories, together, strict=True):
+        assert answer.tolist() == model.generate(prompt, memory=memory, **GREEDY)[0].tolist()
+    assert together[0].tolist() != together[1].tolist()
+    with pytest.raises(ValueError, match="2 memories for 3 rows"):
+        model.generate(prompt.repeat(3, 1), memory=memories, **GREEDY)
+
+
+@pytest.mark.parametrize("length", [10, 60])
+def test_beams_equal_the_plain_model_or_a_search_by_hand(length: int, make_model: ModelMaker, ids: Draw) -> None:
+    model, prompt = make_model(), ids(length)
+    options = {"num_beams": 3, "do_sample": False, "eos_token_id": None, "max_new_tokens": 30}
+    output = model.generate(prompt, return_dict_in_generate=True, output_scores=True, **options)
+    found = output.sequences[0, length:].tolist()
+    # A beam's score must be the likelihood of its tokens when they are read straight, one after another.
+    cache, total, feed = None, 0.0, prompt
+    with torch.no_grad():
+        for token in found:
+            step = model(feed, past_key_values=cache, logits_to_keep=1)
+            cache, feed = step.past_key_values, torch.tensor([[token]])
+            total += float(step.logits[0, -1].log_softmax(-1)[token])
+    assert output.sequences_scores[0].item() == pytest.approx(total / len(found), abs=1e-4)
+
+
+def test_several_samples_read_the_prompt_once(make_model: ModelMaker, ids: Draw) -> None:
+    model, prompt = make_model(), ids(10 * WINDOW)
+    windows: list[int] = []
+    model.model.layers[0].register_forward_hook(lambda *args: windows.append(1))
+    torch.manual_seed(0)
+    options = {"do_sample": True, "num_return_sequences": 4, "max_new_tokens": 2 * WINDOW, "eos_token_id": None}
+    output = model.generate(prompt, **options)
+    assert output.shape == (4, 12 * WINDOW)
+    assert len({tuple(row) for row in output.tolist()}) == 4
+    assert len(windows) < 10 + 2 + 2 * WINDOW  # not four times ten
+
+
+def test_streamer_and_stopping(make_model: ModelMaker, ids: Draw) -> None:
+    class Collect(BaseStreamer):
+        def __init__(self) -> None:
+            self.tokens: list[int] = []
+
+        def put(self, value: torch.Tensor) -> None:
+            self.tokens += value.flatten().tolist()
+
+        def end(self) -> None:
+            self.tokens.append(-1)
+
+    class Five(StoppingCriteria):
+        def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+            return torch.full((input_ids.shape[0],), input_ids.shape[1] >= 45)
+
+    model, prompt, streamer = make_model(), ids(40), Collect()
+    output = model.generate(prompt, streamer=streamer, stopping_criteria=[Five()], **GREEDY)
+    assert output.shape == (1, 45)
+    assert streamer.tokens == [*output[0].tolist(), -1]
+
+
+def test_end_of_sequence_stops(make_model: ModelMaker, ids: Draw) -> None:
+    model, prompt = make_model(), ids(40)
+    answer = model.generate(prompt, **GREEDY)[0, 40:].tolist()
+    stopped = model.generate(prompt, **(GREEDY | {"eos_token_id": answer[4]}))[0, 40:].tolist()
+    assert stopped == answer[: answer.index(answer[4]) + 1]
+
+
+def test_chunked_prefill_loses_nothing(make_model: ModelMaker, ids: Draw) -> None:
+    model, prompt = make_model(), ids(50)
+    output = model.generate(prompt, prefill_chunk_size=7, return_dict_in_generate=True, **GREEDY)
+    cache = output.past_key_values
+    stored = cache.rows[0].own.token_ids().tolist() + cache.local.token_ids[0].tolist()
+    assert stored == output.sequences[0, :-1].tolist()
+
+
+@pytest.mark.parametrize("bad", [torch.zeros(1, 0, dtype=torch.int64), torch.tensor([[5, 300]]), torch.tensor([[-1]])])
+def test_bad_prompts(bad: torch.Tensor, make_model: ModelMaker) -> None:
+    with pytest.raises(ValueError, match=r"the prompt is empty|token id (300|-1) is outside the vocabulary 0\.\.299"):
+        make_model().generate(bad, **GREEDY)
+
+
+def test_no_word_about_the_maximum_length(
+    make_model: ModelMaker, make_plain: ModelMaker, ids: Draw, caplog: pytest.LogCaptureFixture
+) -> None:
+    """transformers warns past ``max_position_embeddings``, which says nothing about a model with memory."""
+    from transformers.utils import logging
+
+    logging.get_logger("transformers").warning_once.cache_clear()
+    logging.enable_propagation()
+    try:
+        make_plain().generate(ids(70), **GREEDY)
+        assert "maximum length" in caplog.text
+        caplog.clear()
+        logging.get_logger("transformers").warning_once.cache_clear()
+        make_model().generate(ids(70), **GREEDY)
+    finally:
+        logging.disable_propagation()
+    assert "maximum length" not in caplog.text

@@ -1,0 +1,170 @@
+"""Reading tokens and text into a memory."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import WINDOW, ModelMaker
+from transformers import PreTrainedTokenizerFast
+
+from fot import ingest as ingest_module
+
+Draw = Callable[..., torch.Tensor]
+
+TEXT = "It is a truth universally acknowledged,\nthat a single man — in possession of a good fortune —\nmust be in want.\n"
+
+
+def test_any_iterable_stores_the_same(make_model: ModelMaker, ids: Draw) -> None:
+    model, tokens = make_model(), ids(5 * WINDOW + 3)
+    stored = []
+    for form in (tokens, tokens[0], tokens[0].tolist(), tuple(tokens[0].tolist()), (int(i) for i in tokens[0])):
+        memory = model.new_memory()
+        assert model.ingest(form, memory) == len(memory) == 5 * WINDOW + 3
+        stored.append(memory)
+    for memory in stored[1:]:
+        assert memory.token_ids().tolist() == tokens[0].tolist()
+        for layer in memory.layers:
+            assert torch.equal(memory[layer].keys(), stored[0][layer].keys())
+            assert torch.equal(memory[layer].values(), stored[0][layer].values())
+
+
+def test_nothing_above_the_last_memory_layer_runs(make_model: ModelMaker, ids: Draw) -> None:
+    model, calls = make_model(mem_layers=(1, 3)), []
+    watched = {
+        "layer 3 mlp": model.model.layers[3].mlp,
+        "layer 3 queries": model.model.layers[3].self_attn.q_proj,
+        "layer 4": model.model.layers[4],
+        "head": model.lm_head,
+    }
+    for name, module in watched.items():
+        module.register_forward_hook(lambda *args, name=name: calls.append(name))
+    model.ingest(ids(40), model.new_memory())
+    assert calls == []
+
+
+def test_text_has_spans(make_model: ModelMaker, tokenizer: PreTrainedTokenizerFast) -> None:
+    model, memory = make_model(), None
+    memory = model.new_memory()
+    model.ingest(TEXT, memory, "Austen", tokenizer=tokenizer)
+    assert tokenizer.decode(memory.token_ids()) == TEXT
+    assert memory.documents() == {"Austen": len(memory)}
+    for slot in range(0, len(memory), 7):
+        source = memory.source(slot)
+        assert source.document == "Austen"
+        assert source.span is not None
+        first, last = source.span
+        assert tokenizer.decode([int(memory.token_ids()[slot])]) in (TEXT[first:last], "�")
+
+
+def test_file_streams_in_pieces(
+    make_model: ModelMaker, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "book.txt"
+    path.write_bytes((TEXT * 20).replace("\n", "\r\n").encode())
+    model = make_model()
+    whole, pieces = model.new_memory(), model.new_memory()
+    model.ingest(path, whole, tokenizer=tokenizer)
+    monkeypatch.setattr(ingest_module, "PIECE", 50)
+    model.ingest(path, pieces, tokenizer=tokenizer)
+    assert len(whole) > 2000
+    assert whole.token_ids().tolist() == pieces.token_ids().tolist()
+    assert [whole.source(i) for i in range(len(whole))] == [pieces.source(i) for i in range(len(pieces))]
+    assert list(whole.documents()) == [str(path)]
+
+
+def test_one_endless_line(
+    make_model: ModelMaker, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ingest_module, "PIECE", 50)
+    monkeypatch.setattr(ingest_module, "LONGEST_PIECE", 100)
+    text = "word " * 100
+    memory = make_model().new_memory()
+    make_model().ingest(text, memory, tokenizer=tokenizer)
+    assert tokenizer.decode(memory.token_ids()) == text
+
+
+def test_bad_utf8_is_refused_before_anything_is_stored(
+    make_model: ModelMaker, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    path = tmp_path / "latin1.txt"
+    path.write_bytes(b"x" * 5000 + "café".encode("latin-1") + b" and more")
+    model = make_model()
+    memory = model.new_memory()
+    with pytest.raises(ValueError, match=r"latin1\.txt is not UTF-8 text \(byte 5003\)"):
+        model.ingest(path, memory, tokenizer=tokenizer)
+    assert len(memory) == 0
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ([], "no tokens"),
+        ("", "no tokens"),
+        ([5, 300], "token id 300 is outside the vocabulary"),
+        (torch.ones(2, 3, dtype=torch.int64), r"have shape \(2, 3\); one memory takes one row"),
+    ],
+)
+def test_bad_input(bad: Any, message: str, make_model: ModelMaker, tokenizer: PreTrainedTokenizerFast) -> None:
+    model = make_model()
+    memory = model.new_memory()
+    with pytest.raises(ValueError, match=message):
+        model.ingest(bad, memory, tokenizer=tokenizer)
+    assert len(memory) == 0
+
+
+def test_late_bad_id_is_refused_before_anything_is_stored(make_model: ModelMaker, ids: Draw) -> None:
+    model = make_model()
+    memory = model.new_memory()
+    with pytest.raises(ValueError, match="token id 999"):
+        model.ingest([*ids(100)[0].tolist(), 999], memory)
+    assert len(memory) == 0
+
+
+def test_text_without_a_tokenizer(make_model: ModelMaker) -> None:
+    model = make_model()
+    with pytest.raises(ValueError, match="text needs a tokenizer"):
+        model.ingest("text", model.new_memory())
+
+
+def test_interrupted_keeps_whole_windows(make_model: ModelMaker, ids: Draw) -> None:
+    tokens = ids(100)[0].tolist()
+
+    def broken() -> Any:
+        yield from tokens[:60]
+        raise KeyboardInterrupt
+
+    model = make_model()
+    memory = model.new_memory()
+    with pytest.raises(KeyboardInterrupt):
+        model.ingest(broken(), memory)
+    assert len(memory) == 3 * WINDOW
+    model.ingest(tokens[3 * WINDOW :], memory)
+    straight = model.new_memory()
+    model.ingest(tokens, straight)
+    for layer in memory.layers:
+        assert torch.equal(memory[layer].keys(), straight[layer].keys())
+
+
+def test_nan_keys_store_nothing(make_model: ModelMaker, ids: Draw) -> None:
+    model = make_model(seed=9)
+    memory = model.new_memory()
+    model.ingest(ids(WINDOW), memory)
+    model.model.layers[3].self_attn.k_proj.register_forward_hook(lambda m, a, output: output * float("nan"))
+    with pytest.raises(ValueError, match="NaN or infinite, so nothing was stored"):
+        model.ingest(ids(WINDOW), memory)
+    assert len(memory) == WINDOW
+    assert all(len(memory[layer]) == WINDOW for layer in memory.layers)
+
+
+def test_progress_bar_names_source_and_rate(
+    make_model: ModelMaker, tokenizer: PreTrainedTokenizerFast, capfd: pytest.CaptureFixture
+) -> None:
+    model = make_model()
+    model.ingest(TEXT, model.new_memory(), "Austen", tokenizer=tokenizer, progress=True)
+    shown = capfd.readouterr().err
+    assert "Austen" in shown
+    assert "tok/s" in shown
+    model.ingest(TEXT, model.new_memory(), tokenizer=tokenizer, progress=False)
+    assert capfd.readouterr().err == ""
