@@ -129,9 +129,13 @@ def main() -> None:
         print(json.dumps(measure(*arguments.one)))
         return
     rows = []
-    print(f"{'queries':>8} {'threads':>12} {'torch ms: alone':>16} {'in turns':>9} {'faiss ms: alone':>16} {'in turns':>9}")
+    print(
+        f"{'queries':>8} {'threads':>12} {'torch ms: alone':>16} {'in turns':>9} {'faiss ms: alone':>16} {'in turns':>9}"
+    )
     for queries in (3072, 64, 3):
-        for torch_threads, faiss_threads in sorted({(t, f) for t in (1, arguments.threads) for f in (1, arguments.threads)}):
+        for torch_threads, faiss_threads in sorted(
+            {(t, f) for t in (1, arguments.threads) for f in (1, arguments.threads)}
+        ):
             row = measure_in_process(torch_threads, faiss_threads, queries, arguments.repeats)
             rows.append(row)
             print(

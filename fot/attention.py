@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from fot.cache import LocalCache
@@ -23,14 +23,14 @@ from fot.config import MemoryConfig
 from memory import Memory, attend, merge
 
 
-def make_memory_layer(attention: nn.Module, config: MemoryConfig) -> None:
+def make_memory_layer(attention: Any, config: MemoryConfig) -> None:
     """Give a Hugging Face attention module access to the memory, in place. No parameter is added or renamed.
 
     Without a ``LocalCache`` the module computes what it computed before.
     """
 
     def forward(
-        self: nn.Module,
+        self: Any,
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | None = None,
@@ -56,7 +56,7 @@ def make_memory_layer(attention: nn.Module, config: MemoryConfig) -> None:
 
 
 def memory_attention(
-    module: nn.Module,
+    module: Any,
     hidden_states: Tensor,
     position_embeddings: tuple[Tensor, Tensor],
     local: LocalCache,
@@ -88,13 +88,13 @@ def memory_attention(
     return module.o_proj(output.transpose(1, 2).flatten(2))
 
 
-def project_queries(module: nn.Module, hidden_states: Tensor) -> Tensor:
+def project_queries(module: Any, hidden_states: Tensor) -> Tensor:
     """Unrotated queries (B, H, T, D), normalised where the model does so (Qwen3)."""
     queries = module.q_proj(hidden_states).unflatten(-1, (-1, module.head_dim))
     return (module.q_norm(queries) if hasattr(module, "q_norm") else queries).transpose(1, 2)
 
 
-def project_keys_values(module: nn.Module, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+def project_keys_values(module: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
     """Unrotated keys (B, G, T, D), normalised where the model does so (Qwen3), and values, likewise."""
     keys = module.k_proj(hidden_states).unflatten(-1, (-1, module.head_dim))
     keys = module.k_norm(keys) if hasattr(module, "k_norm") else keys
@@ -149,7 +149,7 @@ def attend_memory(
     Returns:
         output (B, H, T, D), log-sum-exp (B, H, T) float32, -inf for a row whose memories are empty.
     """
-    B, H, T, D = queries.shape  # noqa: N806
+    _, H, T, D = queries.shape  # noqa: N806
     chunk = T
     if config.mem_attention_grouping is not None:
         heads, rows = config.mem_attention_grouping

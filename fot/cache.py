@@ -5,7 +5,7 @@
 """
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -42,7 +42,7 @@ class LocalCache(DynamicCache):
 
     def clear(self) -> None:
         """Forget the whole window."""
-        self.layers = []
+        self.layers: list[Any] = []
         self.unrotated: dict[int, Tensor] = {}
         self.mask: Tensor | None = None
         self.token_ids: Tensor | None = None
@@ -116,7 +116,9 @@ class LocalCache(DynamicCache):
             inv_freq: (D / 2,) the model's rotary frequencies.
             rotated_layers: layers whose keys here are rotated.
         """
-        assert self.token_ids is not None and self.positions is not None and self.base is not None
+        assert self.token_ids is not None
+        assert self.positions is not None
+        assert self.base is not None
         keep = torch.ones_like(self.token_ids, dtype=torch.bool) if self.mask is None else self.mask.clone()
         for row, slots in enumerate(dropped):
             keep[row, slots] = False
@@ -124,7 +126,9 @@ class LocalCache(DynamicCache):
         if not any(self.counts):
             self.clear()
             return
-        moved = torch.tensor([[len(slots) > 0 and count > 0] for slots, count in zip(dropped, self.counts, strict=True)])
+        moved = torch.tensor(
+            [[len(slots) > 0 and count > 0] for slots, count in zip(dropped, self.counts, strict=True)]
+        )
         starts = self.positions.masked_fill(~keep, torch.iinfo(torch.int64).max).amin(1, keepdim=True)
         base = torch.where(moved.to(starts.device), starts, self.base)
         self._shift_positions(base - self.base, inv_freq, rotated_layers)

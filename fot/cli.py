@@ -110,7 +110,9 @@ def _passkey(args: argparse.Namespace) -> int:
             args.seed,
             with_memory=not args.no_memory,
             baseline=not args.no_baseline,
-            report=lambda trial: log(f"{trial.length} tokens, depth {trial.depth:.2f}: {trial.key}, got {trial.answer!r}"),
+            report=lambda trial: log(
+                f"{trial.length} tokens, depth {trial.depth:.2f}: {trial.key}, got {trial.answer!r}"
+            ),
             progress=bar,
         )
     from fot.evaluation.machine import describe_machine

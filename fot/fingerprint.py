@@ -33,7 +33,9 @@ def weights_fingerprint(model: Any) -> str:
             continue
         flat = parameter.detach().flatten()
         sample = flat[:: max(1, flat.numel() // SAMPLES)][:SAMPLES]
-        bits = sample.to(torch.bfloat16).view(torch.int16).cpu().numpy().tobytes() if flat.device.type != "meta" else b""
+        bits = (
+            sample.to(torch.bfloat16).view(torch.int16).cpu().numpy().tobytes() if flat.device.type != "meta" else b""
+        )
         digest.update(name.encode() + bits)
     model.__dict__["_fingerprint"] = (state, digest.hexdigest()[:16])
     return digest.hexdigest()[:16]

@@ -168,7 +168,9 @@ def text_pieces(file: TextIO, size: int, tokenizer: Any) -> Iterator[Piece]:
         tokenizer: with character offsets if it is a fast one; else spans are not known.
     """
     if tokenizer is None:
-        raise ValueError("text needs a tokenizer: load the model with FoTForCausalLM.from_pretrained, or pass tokenizer=")
+        raise ValueError(
+            "text needs a tokenizer: load the model with FoTForCausalLM.from_pretrained, or pass tokenizer="
+        )
     fast = getattr(tokenizer, "is_fast", False)
     offset = done = 0
     for text in _cut_text(file):

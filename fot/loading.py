@@ -20,8 +20,8 @@ def load_model(name_or_path: str | Path, *args: Any, **kwargs: Any) -> FoTForCau
     checkpoint = pretrained.resolve(name_or_path)
     options = {"trust_remote_code": False} | pretrained.gguf_options(checkpoint) | kwargs
     with pretrained.hub_errors(checkpoint):
-        model = AutoModelForCausalLM.from_pretrained(checkpoint.path, *args, **options)
-    model = attach_memory(model, _merge(model.config, checkpoint, settings))
+        plain = AutoModelForCausalLM.from_pretrained(checkpoint.path, *args, **options)
+    model: Any = attach_memory(plain, _merge(plain.config, checkpoint, settings))
     model.eval()
     model.tokenizer = _tokenizer_or_none(checkpoint)
     return model

@@ -25,7 +25,7 @@ class LongLlamaConfig(LlamaConfig):
     mem_layers: list[int] | tuple[int, ...] = ()
     mem_positionals: bool = True
     mem_dtype: str = "bfloat16"
-    mem_attention_grouping: list[int] | tuple[int, ...] | None = None
+    mem_attention_grouping: Any = None  # (heads, queries); JSON makes it a list
     index: str = "auto"
     top_k: int | None = None
 
@@ -39,7 +39,7 @@ class LongLlamaConfig(LlamaConfig):
             mem_positionals=self.mem_positionals,
             key_dtype=self.mem_dtype,
             value_dtype=self.mem_dtype,
-            mem_attention_grouping=None if self.mem_attention_grouping is None else tuple(self.mem_attention_grouping),
+            mem_attention_grouping=self.mem_attention_grouping,
             index=self.index,
             top_k=self.top_k,
             align_padding="batch",

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -23,7 +23,7 @@ from memory import Memory
 SUPPORTED_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "longllama")
 
 
-def attach_memory(model: PreTrainedModel, config: MemoryConfig | None = None) -> "FoTForCausalLM":
+def attach_memory(model: Any, config: MemoryConfig | None = None) -> "FoTForCausalLM":
     """Give a loaded Hugging Face causal language model an external memory, in place.
 
     No parameter is added or renamed: what ``save_pretrained`` writes loads in plain transformers, and for inputs
@@ -45,7 +45,7 @@ def attach_memory(model: PreTrainedModel, config: MemoryConfig | None = None) ->
         model.config.num_hidden_layers, model.config.max_position_embeddings, str(model.dtype).removeprefix("torch.")
     )
     if not isinstance(model, FoTForCausalLM):
-        model.__class__ = _with_memory(type(model))
+        model.__class__ = _with_memory(type(model))  # type: ignore[arg-type]
     model.memory_config = resolved
     if model.config.model_type != "longllama":  # that has fields of its own
         setattr(model.config, CONFIG_KEY, config.to_dict() | {"mem_layers": list(resolved.layers)})
@@ -56,7 +56,7 @@ def attach_memory(model: PreTrainedModel, config: MemoryConfig | None = None) ->
     return model
 
 
-def detach_memory(model: "FoTForCausalLM") -> PreTrainedModel:
+def detach_memory(model: Any) -> PreTrainedModel:
     """Undo ``attach_memory``, in place: the same object is the plain transformers model again.
 
     ``attach_memory(model, config)`` brings the memory back.
@@ -67,14 +67,18 @@ def detach_memory(model: "FoTForCausalLM") -> PreTrainedModel:
     return model
 
 
-def check_supported(model: nn.Module) -> None:
+def check_supported(model: Any) -> None:
     """Raise ValueError, naming the model, if memory cannot be attached to it."""
     config = getattr(model, "config", None)
     kind = getattr(config, "model_type", type(model).__name__)
     if kind not in SUPPORTED_MODEL_TYPES:
-        raise ValueError(f"{kind!r} models have no memory attention here; supported: {', '.join(SUPPORTED_MODEL_TYPES)}")
+        raise ValueError(
+            f"{kind!r} models have no memory attention here; supported: {', '.join(SUPPORTED_MODEL_TYPES)}"
+        )
     if not (hasattr(model, "lm_head") and hasattr(model, "model")):
-        raise ValueError(f"{type(model).__name__} is not a causal language model; load {kind} with AutoModelForCausalLM")
+        raise ValueError(
+            f"{type(model).__name__} is not a causal language model; load {kind} with AutoModelForCausalLM"
+        )
     sliding = getattr(config, "sliding_window", None)
     uses_sliding = getattr(config, "use_sliding_window", sliding is not None)
     if (sliding and uses_sliding) or "sliding_attention" in (getattr(config, "layer_types", None) or ()):
@@ -94,6 +98,11 @@ class FoTForCausalLM:
 
     memory_config: MemoryConfig
     tokenizer: Any = None
+
+    # What every Hugging Face model that this is mixed into has.
+    config: Any
+    model: Any
+    lm_head: Any
 
     @classmethod
     def from_pretrained(cls, name_or_path: str | Path, *args: Any, **kwargs: Any) -> "FoTForCausalLM":
@@ -312,12 +321,12 @@ class FoTForCausalLM:
 
 
 @functools.cache
-def _with_memory(plain: type[PreTrainedModel]) -> type:
+def _with_memory(plain: type) -> type:
     """The class of ``plain`` models with memory. It keeps the name, which save_pretrained writes to config.json."""
     return type(plain.__name__, (FoTForCausalLM, plain), {"__module__": plain.__module__})
 
 
-def _plain_forward(attention: nn.Module) -> None:
+def _plain_forward(attention: Any) -> None:
     """Undo ``make_memory_layer``."""
     if hasattr(attention, "_old_forward"):
         attention._old_forward = functools.partial(type(attention).forward, attention)

@@ -49,7 +49,9 @@ class Inputs:
             assert inputs_embeds is not None
             input_ids = torch.full(inputs_embeds.shape[:2], UNKNOWN_TOKEN, device=inputs_embeds.device)
         if input_ids.ndim != 2 or input_ids.numel() == 0:
-            raise ValueError(f"the input has shape {tuple(input_ids.shape)}; it takes (rows, tokens), at least one each")
+            raise ValueError(
+                f"the input has shape {tuple(input_ids.shape)}; it takes (rows, tokens), at least one each"
+            )
         batch, length = input_ids.shape
         mask = None if attention_mask is None else _new_mask(attention_mask, batch, length, cache.seen)
         if position_ids is not None:

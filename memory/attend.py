@@ -64,6 +64,47 @@ def merge(parts: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     return output.to(dtype), lse
 
 
+def fused_backward_fits(queries: Tensor) -> bool:
+    """Whether ``fused_backward`` can be used for tensors like this one."""
+    return queries.device.type == "cpu" and queries.dtype in FUSED_CPU_DTYPES
+
+
+def fused_backward(
+    grad: Tensor,
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    output: Tensor,
+    lse: Tensor,
+    *,
+    causal: bool,
+    bias: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of softmax attention, or of one part of it, without a queries x keys tensor.
+
+    Given the output and log-sum-exp of a merged softmax, these are the gradients through this part's keys and values,
+    and this part's share of the queries' gradient.
+
+    Args:
+        grad: (B, H, T, D), of the merged output.
+        queries: (B, H, T, D).
+        keys: (B, H, N, D) of this part.
+        values: (B, H, N, D), likewise.
+        output: (B, H, T, D), merged.
+        lse: (B, H, T) float32, merged.
+        causal: as in ``attend``.
+        bias: added to the scores, broadcastable to (B, H, T, N); None for nothing.
+        scale: factor on inner products.
+
+    Returns:
+        gradients of queries, keys and values.
+    """
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        grad, queries, keys, values, output, lse, 0.0, causal, attn_mask=bias, scale=scale
+    )
+
+
 def _fused_kernel_fits(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> bool:
     # The fused kernels have no derivative for the log-sum-exp, so a merge of their parts would get wrong gradients.
     if torch.is_grad_enabled() and (queries.requires_grad or keys.requires_grad or values.requires_grad):

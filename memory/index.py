@@ -147,4 +147,6 @@ def choose_backend(num_keys: int, device: torch.device) -> BackendChoice:
         return BackendChoice("exact", f"on {device.type} dense attention outruns a search of the index")
     if num_keys < AUTO_EXACT_LIMIT:
         return BackendChoice("exact", f"{num_keys:,} keys are fewer than {AUTO_EXACT_LIMIT:,}: exact and fast enough")
-    return BackendChoice("IVF,Flat", f"{num_keys:,} keys on a CPU: searching an inverted file is faster than reading all")
+    return BackendChoice(
+        "IVF,Flat", f"{num_keys:,} keys on a CPU: searching an inverted file is faster than reading all"
+    )

@@ -18,6 +18,10 @@ VECTOR_DTYPES: dict[str, torch.dtype] = {
 }
 
 
+# A range of a block's vectors, or heads and positions to pick from it.
+Where = slice | tuple[Tensor, Tensor]
+
+
 class VectorBlocks:
     """(G, N, D) vectors in append order; N grows, in time proportional to what is appended.
 
@@ -144,7 +148,7 @@ class VectorBlocks:
         self._data[-1][:, window] = vectors
         self._length += vectors.shape[1]
 
-    def _decode(self, stored: Tensor, block: int, where: "slice | tuple[Tensor, Tensor]", dtype: torch.dtype) -> Tensor:
+    def _decode(self, stored: Tensor, block: int, where: Where, dtype: torch.dtype) -> Tensor:
         """``stored`` is a block or its window at ``where``; a tuple of index tensors still has to be looked up."""
         if isinstance(where, tuple):
             stored = stored[where]

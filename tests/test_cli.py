@@ -70,7 +70,9 @@ def test_passkey(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 
 def test_passkey_without_memory(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     out = tmp_path / "out.json"
-    assert main(["passkey", str(checkpoint), "--lengths", "350", "--trials", "1", "--no-memory", "--json", str(out)]) == 0
+    assert (
+        main(["passkey", str(checkpoint), "--lengths", "350", "--trials", "1", "--no-memory", "--json", str(out)]) == 0
+    )
     result = json.loads(out.read_text())
     assert result["results"] == []
     assert len(result["baseline"]) == 1
@@ -124,7 +126,9 @@ def test_bad_input(arguments: list[str], message: str, checkpoint: Path, capsys:
     assert message in shown
 
 
-@pytest.mark.parametrize("arguments", [["--lengths", "0"], ["--trials", "x"], ["--mem-layers", "a"], ["--dtype", "int3"]])
+@pytest.mark.parametrize(
+    "arguments", [["--lengths", "0"], ["--trials", "x"], ["--mem-layers", "a"], ["--dtype", "int3"]]
+)
 def test_bad_options(arguments: list[str], capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit) as exit_:
         main(["passkey", *arguments])

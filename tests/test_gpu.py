@@ -50,7 +50,9 @@ def test_memory_on_either_device(memory_device: str | None, make_model: ModelMak
 
 
 @torch.no_grad()
-def test_a_generated_token_does_not_wait_for_the_device(make_model: ModelMaker, ids: Draw, request: pytest.FixtureRequest) -> None:
+def test_a_generated_token_does_not_wait_for_the_device(
+    make_model: ModelMaker, ids: Draw, request: pytest.FixtureRequest
+) -> None:
     model = make_model().to("cuda", torch.bfloat16)
     cache = model(ids(3 * WINDOW + 2).cuda()).past_key_values
     token = ids(1).cuda()

@@ -13,7 +13,9 @@ from fot import ingest as ingest_module
 
 Draw = Callable[..., torch.Tensor]
 
-TEXT = "It is a truth universally acknowledged,\nthat a single man — in possession of a good fortune —\nmust be in want.\n"
+TEXT = (
+    "It is a truth universally acknowledged,\nthat a single man — in possession of a good fortune —\nmust be in want.\n"
+)
 
 
 def test_any_iterable_stores_the_same(make_model: ModelMaker, ids: Draw) -> None:

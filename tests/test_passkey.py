@@ -19,7 +19,9 @@ def test_prompt_is_exact_and_in_the_papers_words(length: int, tokenizer: PreTrai
         prompt = passkey.make_prompt(tokenizer, length, random.Random(seed))
         assert len(prompt.ids) == length
         text = tokenizer.decode(prompt.ids)
-        assert text.startswith("There is an important info hidden inside a lot of irrelevant text. Find it and memorize")
+        assert text.startswith(
+            "There is an important info hidden inside a lot of irrelevant text. Find it and memorize"
+        )
         assert text.endswith("\nWhat is the pass key? The pass key is")
         needle = f"\nThe pass key is {prompt.key}. Remember it. {prompt.key} is the pass key.\n"
         assert text.count(needle) == 1

@@ -1,0 +1,300 @@
+"""Crossbatch: memory layers attend to other windows of the batch, differentiably (arXiv 2307.03170, section 3.2).
+
+A batch is R windows, each a row. In a memory layer a row attends, in one softmax, causally to itself and fully to the
+unrotated keys and values of the rows chosen for it: earlier windows of its own document (positives) and windows of
+other documents (negatives). All other layers see their own window alone. That is what the layer does at inference
+with those windows in its memory, except that gradients reach their keys and values.
+
+    crossbatch = enable_crossbatch(model, config)
+    crossbatch.contexts = choose_contexts(...)          # for this batch
+    hidden = model.model(input_ids=rows, use_cache=False).last_hidden_state
+"""
+
+import types
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+from fot.attention import project_keys_values, project_queries
+from fot.config import MemoryConfig
+from memory import attend, merge
+from memory.attend import fused_backward, fused_backward_fits
+
+Gather = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Contexts:
+    """Which rows each row of a batch attends to besides itself.
+
+    Attributes:
+        rows: for each of the R rows here, (M,) int64 indices among the C candidate rows: the rows of this process, or
+            those of all processes in the order of their ranks.
+        padding: (C, T) bool, True where a candidate's token is padding; None if there is none.
+    """
+
+    rows: Sequence[Tensor]
+    padding: Tensor | None = None
+
+
+@dataclass
+class Crossbatch:
+    """Switch between batches; made by ``enable_crossbatch``.
+
+    Attributes:
+        contexts: for the next forward pass and its backward pass; None: every window on its own.
+        gather: (R, G, T, D) of this process -> (C, G, T, D) of all, differentiably.
+        attention_mass: if a list, memory layers append (layer, (R, M) share of attention that each chosen row got).
+    """
+
+    config: MemoryConfig
+    contexts: Contexts | None = None
+    gather: Gather = field(default=lambda tensor: gather_from_all(tensor))
+    attention_mass: list[tuple[int, list[Tensor]]] | None = None
+
+
+def enable_crossbatch(model: Any, config: MemoryConfig) -> Crossbatch:
+    """Let the memory layers of a Hugging Face model see the windows chosen for each row, in place.
+
+    Args:
+        model: a causal language model of a supported family, with or without memory attached.
+        config: resolved memory settings; ``mem_layers`` and ``mem_positionals`` matter.
+
+    Returns:
+        the switch. ``disable_crossbatch`` undoes it.
+    """
+    crossbatch = Crossbatch(config)
+
+    def forward(
+        self: Any, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], **kwargs: Any
+    ) -> tuple[Tensor, None]:
+        return crossbatch_layer(self, hidden_states, position_embeddings, crossbatch), None
+
+    for number in config.layers:
+        attention = model.model.layers[number].self_attn
+        attention.forward_before_crossbatch = attention.__dict__.get("forward")
+        attention.forward = types.MethodType(forward, attention)
+    return crossbatch
+
+
+def disable_crossbatch(model: Any) -> None:
+    """Undo ``enable_crossbatch``."""
+    for layer in model.model.layers:
+        attention = layer.self_attn
+        if "forward_before_crossbatch" in attention.__dict__:
+            before = attention.__dict__.pop("forward_before_crossbatch")
+            del attention.forward
+            if before is not None:
+                attention.forward = before
+
+
+def crossbatch_layer(
+    module: Any, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], crossbatch: Crossbatch
+) -> Tensor:
+    """One memory layer's attention over the batch: (R, T, hidden_size) -> (R, T, hidden_size)."""
+    queries = project_queries(module, hidden_states)  # (R, H, T, D)
+    keys, values = project_keys_values(module, hidden_states)  # (R, G, T, D)
+    rotated = keys
+    if crossbatch.config.mem_positionals:
+        queries, rotated = apply_rotary_pos_emb(queries, keys, *position_embeddings)
+    contexts = crossbatch.contexts
+    if contexts is None or not any(len(rows) for rows in contexts.rows):
+        candidates = (keys[:0], values[:0])
+        contexts = Contexts([torch.empty(0, dtype=torch.int64, device=keys.device)] * len(keys))
+    else:
+        candidates = (crossbatch.gather(keys), crossbatch.gather(values))
+    output = attend_batch(queries, rotated, values, *candidates, contexts, scale=module.scaling)
+    if crossbatch.attention_mass is not None:
+        mass = context_mass(queries, rotated, candidates[0], contexts, scale=module.scaling)
+        crossbatch.attention_mass.append((module.layer_idx, mass))
+    return module.o_proj(output.transpose(1, 2).flatten(2))
+
+
+def attend_batch(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    context_keys: Tensor,
+    context_values: Tensor,
+    contexts: Contexts,
+    *,
+    scale: float,
+) -> Tensor:
+    """Causal attention to the own window and full attention to the chosen rows, in one softmax.
+
+    Keeps nothing of size queries x keys for the backward pass: a fused kernel, or recomputation where there is none.
+
+    Args:
+        queries: (R, H, T, D).
+        keys: (R, G, T, D) rotated.
+        values: (R, G, T, D).
+        context_keys: (C, G, T, D) unrotated.
+        context_values: (C, G, T, D).
+        contexts: which of the C rows each of the R rows sees.
+        scale: factor on inner products.
+
+    Returns:
+        (R, H, T, D), differentiable in all five tensors.
+    """
+    if fused_backward_fits(queries):
+        return _FusedCrossbatch.apply(queries, keys, values, context_keys, context_values, contexts, scale)
+    tensors = (queries, keys, values, context_keys, context_values)
+    if torch.is_grad_enabled():
+        return checkpoint(_attend_in_parts, *tensors, contexts, scale, use_reentrant=False)[0]
+    return _attend_in_parts(*tensors, contexts, scale)[0]
+
+
+def gather_from_all(tensor: Tensor) -> Tensor:
+    """Rows of every process, in the order of ranks; gradients flow back to the process that a row came from."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return tensor
+    from torch.distributed.nn.functional import all_gather
+
+    return torch.cat(all_gather(tensor.contiguous()), dim=0)
+
+
+def context_mass(
+    queries: Tensor, keys: Tensor, context_keys: Tensor, contexts: Contexts, *, scale: float
+) -> list[Tensor]:
+    """Share of a row's attention that each of its chosen rows got, averaged over heads and queries.
+
+    Returns:
+        for each row, (M,) float32; the rest of 1 stayed in the own window.
+    """
+    with torch.no_grad():
+        group = queries.shape[1] // keys.shape[1]
+        local = keys.repeat_interleave(group, dim=1)
+        _, local_lse = attend(queries, local, local, scale=scale, causal=True)
+        shares = []
+        for row, chosen in enumerate(contexts.rows):
+            lses = [local_lse[row]]
+            for other in chosen:
+                one = context_keys[other].repeat_interleave(group, dim=0)[None]
+                lses.append(attend(queries[row : row + 1], one, one, scale=scale)[1][0])
+            shares.append(torch.stack(lses).softmax(0)[1:].flatten(1).mean(1))
+        return shares
+
+
+class _FusedCrossbatch(torch.autograd.Function):
+    """``_attend_in_parts`` by fused kernels.
+
+    The kernels' backward pass recomputes ``p = exp(s q.k - lse)`` from the log-sum-exp it is given. Given that of the
+    merged softmax, and the merged output, it yields the gradients of one part of the joint softmax; so each part is
+    done on its own, and the queries' gradients add up.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        queries: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        context_keys: Tensor,
+        context_values: Tensor,
+        contexts: Contexts,
+        scale: float,
+    ) -> Tensor:
+        with torch.no_grad():
+            output, lse = _attend_in_parts(queries, keys, values, context_keys, context_values, contexts, scale)
+        ctx.save_for_backward(queries, keys, values, context_keys, context_values, output, lse)
+        ctx.contexts, ctx.scale = contexts, scale
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        queries, keys, values, context_keys, context_values, output, lse = ctx.saved_tensors
+        scale = ctx.scale
+        grad = grads[0].contiguous()
+        heads = keys.shape[1]
+        group = queries.shape[1] // heads
+        wide_keys, wide_values = (tensor.repeat_interleave(group, dim=1) for tensor in (keys, values))
+        grad_q, wide_k, wide_v = fused_backward(
+            grad, queries, wide_keys, wide_values, output, lse, causal=True, bias=None, scale=scale
+        )
+        grad_q = grad_q.float()
+        grad_k, grad_v = (tensor.unflatten(1, (heads, group)).sum(2) for tensor in (wide_k, wide_v))
+        # float32: many rows add to one candidate
+        grad_ck, grad_cv = (torch.zeros_like(tensor, dtype=torch.float32) for tensor in (context_keys, context_values))
+        for rows, chosen in _rows_by_count(ctx.contexts):
+            parts = [_fold(tensor[rows], heads) for tensor in (grad, queries, output)]
+            folded_lse = lse[rows].reshape(len(rows), heads, -1)
+            picked = [_pick(tensor, chosen) for tensor in (context_keys, context_values)]
+            bias = _padding_bias(ctx.contexts, chosen, queries.dtype)
+            part_q, part_k, part_v = fused_backward(
+                parts[0], parts[1], *picked, parts[2], folded_lse, causal=False, bias=bias, scale=scale
+            )
+            grad_q.index_add_(0, rows, part_q.reshape(len(rows), *queries.shape[1:]).float())
+            for total, part in ((grad_ck, part_k), (grad_cv, part_v)):
+                split = part.unflatten(2, (chosen.shape[1], -1)).transpose(1, 2)  # (r, M, G, T, D)
+                total.index_add_(0, chosen.flatten(), split.flatten(0, 1).float())
+        return (
+            grad_q.to(queries.dtype),
+            grad_k,
+            grad_v,
+            grad_ck.to(context_keys.dtype),
+            grad_cv.to(context_values.dtype),
+            None,
+            None,
+        )
+
+
+def _attend_in_parts(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    context_keys: Tensor,
+    context_values: Tensor,
+    contexts: Contexts,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Output (R, H, T, D) and log-sum-exp (R, H, T) of the joint softmax."""
+    heads = keys.shape[1]
+    group = queries.shape[1] // heads
+    wide_keys, wide_values = (tensor.repeat_interleave(group, dim=1) for tensor in (keys, values))
+    output, lse = attend(queries, wide_keys, wide_values, scale=scale, causal=True)
+    for rows, chosen in _rows_by_count(contexts):
+        picked = [_pick(tensor, chosen) for tensor in (context_keys, context_values)]
+        seen = None
+        if contexts.padding is not None:
+            seen = ~contexts.padding[chosen].flatten(1)[:, None, None]  # (r, 1, 1, M * T)
+        found = attend(_fold(queries[rows], heads), *picked, scale=scale, mask=seen)
+        there = (found[0].reshape(len(rows), *queries.shape[1:]), found[1].reshape(len(rows), *lse.shape[1:]))
+        mixed = merge([(output[rows], lse[rows]), there])
+        output = output.index_copy(0, rows, mixed[0])
+        lse = lse.index_copy(0, rows, mixed[1])
+    return output, lse
+
+
+def _rows_by_count(contexts: Contexts) -> list[tuple[Tensor, Tensor]]:
+    """Rows that see equally many others, together: (r,) rows and (r, M) the chosen, for each M > 0."""
+    by_count: dict[int, list[int]] = {}
+    for row, chosen in enumerate(contexts.rows):
+        if len(chosen):
+            by_count.setdefault(len(chosen), []).append(row)
+    return [
+        (torch.tensor(rows, device=contexts.rows[rows[0]].device), torch.stack([contexts.rows[row] for row in rows]))
+        for rows in by_count.values()
+    ]
+
+
+def _pick(candidates: Tensor, chosen: Tensor) -> Tensor:
+    """(C, G, T, D), (r, M) -> (r, G, M * T, D)."""
+    return candidates[chosen].transpose(1, 2).flatten(2, 3)
+
+
+def _fold(tensor: Tensor, heads: int) -> Tensor:
+    """(r, H, T, D) -> (r, G, H / G * T, D): query heads of a KV head lie behind one another."""
+    return tensor.reshape(len(tensor), heads, -1, tensor.shape[-1])
+
+
+def _padding_bias(contexts: Contexts, chosen: Tensor, dtype: torch.dtype) -> Tensor | None:
+    if contexts.padding is None:
+        return None
+    padding = contexts.padding[chosen].flatten(1)[:, None, None]
+    return torch.zeros(padding.shape, dtype=dtype, device=padding.device).masked_fill_(padding, -torch.inf)
