@@ -16,7 +16,9 @@ import sys
 import time
 from collections.abc import Callable
 from datetime import datetime, timezone
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 HEAD_DIM = 64
 NUM_KEYS = 65_536
@@ -55,7 +57,7 @@ def alternating_ms(first: Callable[[], object], second: Callable[[], object], re
     return 1e3 * statistics.median(times[0]), 1e3 * statistics.median(times[1])
 
 
-def measure(torch_threads: int, faiss_threads: int, queries: int, repeats: int) -> dict[str, object]:
+def measure(torch_threads: int, faiss_threads: int, queries: int, repeats: int) -> dict[str, Any]:
     """Time both kinds of work alone and in turns, in this process."""
     import faiss
     import numpy as np
@@ -64,7 +66,7 @@ def measure(torch_threads: int, faiss_threads: int, queries: int, repeats: int) 
     torch.set_num_threads(torch_threads)
     rng = np.random.default_rng(0)
     keys = rng.standard_normal((NUM_KEYS, HEAD_DIM), dtype=np.float32)
-    index = faiss.index_factory(HEAD_DIM, "IVF256,Flat", faiss.METRIC_INNER_PRODUCT)
+    index: Any = faiss.index_factory(HEAD_DIM, "IVF256,Flat", faiss.METRIC_INNER_PRODUCT)
     index.train(keys)
     index.add(keys)
     index.nprobe = 16
@@ -94,14 +96,14 @@ def measure(torch_threads: int, faiss_threads: int, queries: int, repeats: int) 
     }
 
 
-def measure_in_process(*numbers: int) -> dict[str, object]:
+def measure_in_process(*numbers: int) -> dict[str, Any]:
     """``measure`` in a fresh interpreter."""
     command = [sys.executable, __file__, "--one", *map(str, numbers)]
-    result: dict[str, object] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    result: dict[str, Any] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     return result
 
 
-def environment() -> dict[str, object]:
+def environment() -> dict[str, Any]:
     """What the numbers depend on."""
     import faiss
     import torch
@@ -129,13 +131,10 @@ def main() -> None:
         print(json.dumps(measure(*arguments.one)))
         return
     rows = []
-    print(
-        f"{'queries':>8} {'threads':>12} {'torch ms: alone':>16} {'in turns':>9} {'faiss ms: alone':>16} {'in turns':>9}"
-    )
+    head = ("torch ms: alone", "in turns", "faiss ms: alone", "in turns")
+    print(f"{'queries':>8} {'threads':>12} {head[0]:>16} {head[1]:>9} {head[2]:>16} {head[3]:>9}")
     for queries in (3072, 64, 3):
-        for torch_threads, faiss_threads in sorted(
-            {(t, f) for t in (1, arguments.threads) for f in (1, arguments.threads)}
-        ):
+        for torch_threads, faiss_threads in sorted({*product((1, arguments.threads), repeat=2)}):
             row = measure_in_process(torch_threads, faiss_threads, queries, arguments.repeats)
             rows.append(row)
             print(
@@ -143,7 +142,7 @@ def main() -> None:
                 f"{row['torch_in_turns_ms']:>9.2f} {row['faiss_alone_ms']:>16.2f} {row['faiss_in_turns_ms']:>9.2f}",
                 flush=True,
             )
-    print("OpenMP runtimes in the process:", ", ".join(map(str, rows[0]["libraries"])))  # type: ignore[call-overload]
+    print("OpenMP runtimes in the process:", ", ".join(map(str, rows[0]["libraries"])))
     if arguments.json:
         arguments.json.write_text(json.dumps({"environment": environment(), "rows": rows}, indent=1) + "\n")
 

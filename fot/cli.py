@@ -14,7 +14,7 @@ from fot import __version__
 Command = Callable[[argparse.Namespace], int]
 
 # What a user can mend; anything else is a defect of ours and keeps its traceback.
-USER_ERRORS = (ValueError, OSError, ImportError, KeyError)
+USER_ERRORS = (ValueError, OSError, ImportError, KeyError, FloatingPointError)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,6 +43,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add_passkey(commands)
     _add_info(commands)
+    _add_train(commands)
     return parser
 
 
@@ -72,6 +73,21 @@ def _add_info(commands: Any) -> None:
     )
     _add_model_options(parser)
     parser.set_defaults(command=_info)
+
+
+def _add_train(commands: Any) -> None:
+    parser = commands.add_parser(
+        "train",
+        help="fine-tune a model with crossbatch",
+        description="Crossbatch fine-tuning by a recipe. On several devices or machines: accelerate launch -m fot train.",
+    )
+    parser.add_argument("recipe", help="YAML or JSON file, or the name of a shipped recipe")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="entries to change, such as steps=100")
+    parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints, log and result")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out")
+    parser.add_argument("--max-hours", type=float, metavar="H", help="end in time, with a checkpoint and a result")
+    parser.add_argument("-v", "--verbose", action="store_true", help="say what is chosen and why")
+    parser.set_defaults(command=_train)
 
 
 def _add_model_options(parser: argparse.ArgumentParser) -> None:
@@ -132,6 +148,20 @@ def _passkey(args: argparse.Namespace) -> int:
     if args.plot:
         passkey_plot(args.plot, result)
     return 130 if found["interrupted"] else 0
+
+
+def _train(args: argparse.Namespace) -> int:
+    try:
+        from training.recipe import load_recipe
+        from training.train import train
+    except ImportError as error:
+        raise ImportError(f"training needs more packages ({error}): pip install 'fot[train]'") from error
+
+    recipe = load_recipe(args.recipe, args.overrides)
+    _quiet()
+    line = train(recipe, args.out, resume=args.resume, max_hours=args.max_hours)
+    print(json.dumps(line))
+    return 0
 
 
 def _info(args: argparse.Namespace) -> int:

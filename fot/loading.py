@@ -8,6 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import fot.longllama  # noqa: F401  registers the Auto classes
 from fot import pretrained
+from fot.adapter import apply_adapter, read_description
 from fot.config import CONFIG_KEY, MemoryConfig
 from fot.model import FoTForCausalLM, attach_memory
 
@@ -21,6 +22,8 @@ def load_model(name_or_path: str | Path, *args: Any, **kwargs: Any) -> FoTForCau
     options = {"trust_remote_code": False} | pretrained.gguf_options(checkpoint) | kwargs
     with pretrained.hub_errors(checkpoint):
         plain = AutoModelForCausalLM.from_pretrained(checkpoint.path, *args, **options)
+    if checkpoint.adapter is not None:
+        apply_adapter(plain, checkpoint.adapter)
     model: Any = attach_memory(plain, _merge(plain.config, checkpoint, settings))
     model.eval()
     model.tokenizer = _tokenizer_or_none(checkpoint)
@@ -44,8 +47,10 @@ def load_config(name_or_path: str | Path, dtype: str, **settings: Any) -> tuple[
 
 
 def _merge(config: Any, checkpoint: pretrained.Checkpoint, settings: dict[str, Any]) -> MemoryConfig:
-    """Settings asked for, over those saved in the checkpoint's config.json, over those known for its alias."""
-    if config.model_type == "longllama":
+    """Settings asked for, over those of an adapter or the checkpoint's config.json, over those known for its alias."""
+    if checkpoint.adapter is not None:
+        saved = read_description(checkpoint.adapter).memory
+    elif config.model_type == "longllama":
         saved = config.memory_config()
     else:
         saved = MemoryConfig.from_dict(getattr(config, CONFIG_KEY, None) or {})

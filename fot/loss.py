@@ -1,18 +1,47 @@
-"""Next-token loss whose logits never exist for all tokens at once."""
+"""Next-token loss whose logits never exist for all tokens at once, forward or backward."""
 
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 # Rows of logits alive at a time: 1,024 x 50k x 4 bytes are 200 MB.
 ROWS = 1024
 
+Head = Callable[[Tensor], Tensor]
 
-def chunked_loss(
-    hidden: Tensor, labels: Tensor, lm_head: Callable[[Tensor], Tensor], num_items: Tensor | int | None = None
-) -> Tensor:
+
+def token_losses(states: Tensor, targets: Tensor, lm_head: Head) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of each token, with logits made anew in the backward pass.
+
+    Args:
+        states: (N, hidden_size), after the final norm.
+        targets: (N,) int64; -100 has loss 0.
+        lm_head: hidden states -> logits.
+
+    Returns:
+        losses (N,) float32, and (N,) bool: the likeliest token is the target.
+    """
+
+    def some(chunk: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        logits = lm_head(chunk).float()
+        losses = functional.cross_entropy(logits, target, ignore_index=-100, reduction="none")
+        return losses, logits.argmax(-1) == target
+
+    parts = []
+    for chunk, target in zip(states.split(ROWS), targets.split(ROWS), strict=True):
+        if torch.is_grad_enabled():
+            parts.append(checkpoint(some, chunk, target, use_reentrant=False))
+        else:
+            parts.append(some(chunk, target))
+    if not parts:
+        return states.new_zeros(0).float(), torch.zeros(0, dtype=torch.bool, device=states.device)
+    return torch.cat([losses for losses, _ in parts]), torch.cat([correct for _, correct in parts])
+
+
+def chunked_loss(hidden: Tensor, labels: Tensor, lm_head: Head, num_items: Tensor | int | None = None) -> Tensor:
     """Mean cross-entropy of each token given those before it, as transformers computes it.
 
     Args:
@@ -25,8 +54,5 @@ def chunked_loss(
         float32 scalar; NaN if no label counts.
     """
     targets = functional.pad(labels[:, 1:], (0, 1), value=-100).to(hidden.device).flatten()
-    states = hidden.flatten(0, 1)
-    total = torch.zeros((), device=hidden.device)
-    for chunk, target in zip(states.split(ROWS), targets.split(ROWS), strict=True):
-        total = total + functional.cross_entropy(lm_head(chunk).float(), target, ignore_index=-100, reduction="sum")
-    return total / ((targets != -100).sum() if num_items is None else num_items)
+    losses, _ = token_losses(hidden.flatten(0, 1), targets, lm_head)
+    return losses.sum() / ((targets != -100).sum() if num_items is None else num_items)

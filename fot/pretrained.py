@@ -21,10 +21,13 @@ import sys
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
+
+from fot.adapter import DESCRIPTION as ADAPTER_DESCRIPTION
+from fot.adapter import read_description
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -63,12 +66,14 @@ class Checkpoint:
         path: hub id or folder, as ``from_pretrained`` takes it.
         gguf_file: name of a GGUF file in the folder ``path``, or None for safetensors.
         mem_layers: memory layers that go with an alias (0-based), else None.
+        adapter: folder of an adapter (``fot.adapter``) over the model at ``path``, or None.
     """
 
     name: str
     path: str
     gguf_file: str | None = None
     mem_layers: tuple[int, ...] | None = None
+    adapter: Path | None = None
 
 
 def aliases() -> dict[str, str]:
@@ -87,8 +92,8 @@ def cache_dir() -> Path:
 def resolve(name_or_path: str | Path, *, download: bool = True) -> Checkpoint:
     """Find the checkpoint that a name or path means.
 
-    Tried in this order: an alias, an existing folder, an existing GGUF file, a hub id ``org/name``. A hub id is
-    passed on unchecked. ``./NAME`` is never an alias; a ``Path`` is never an alias or a hub id.
+    Tried in this order: an alias, an existing folder (a checkpoint or an adapter), an existing GGUF file, a hub id
+    ``org/name``. A hub id is passed on unchecked. ``./NAME`` is never an alias; a ``Path`` is never an alias or a hub id.
 
     Args:
         name_or_path: what the user typed.
@@ -106,6 +111,9 @@ def resolve(name_or_path: str | Path, *, download: bool = True) -> Checkpoint:
         return Checkpoint(name, path, mem_layers=mem_layers)
     path_like = isinstance(name_or_path, Path) or _looks_like_path(name)
     local = Path(os.path.expanduser(name))
+    if name and (local / ADAPTER_DESCRIPTION).is_file():
+        base = resolve(read_description(local).base, download=download)
+        return replace(base, name=name, adapter=local)
     if name and local.exists():
         return _local_checkpoint(name, local)
     if path_like:

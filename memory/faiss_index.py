@@ -36,11 +36,14 @@ DEFAULT_NPROBE = 16
 DEFAULT_EF_SEARCH = 128
 DEFAULT_EF_CONSTRUCTION = 128
 REACH = 0.1  # weight of a list's radius when lists are ranked, see _InvertedHead
+FAR_KEYS = 256
 HEAVY_LANDMARKS = 256
 START_LANDMARKS = 16
 FORBIDDEN = {
     "IDMap": "the memory numbers its keys itself; leave IDMap out",
+    "NSG|NNDescent": "such a graph cannot grow; take HNSW32",
     "L2norm": "L2norm would rank by cosine; leave it out",
+    r"^HNSW.*(SQ|PQ)": "a graph over compressed keys loses its way; take HNSW32 or IVF,SQ8",
     ",HNSW": "a graph over transformed keys breaks on inner products; let the string begin with HNSW",
 }
 RESCORED_NUMBERS = 1 << 24  # float32 numbers gathered at a time: 64 MiB
@@ -254,21 +257,23 @@ class _Head:
 
 
 class _InvertedHead(_Head):
-    """An inverted file whose lists are Euclidean clusters, ranked by ``q.c + 0.1 |q| r`` with c a list's mean, r its
-    radius.
+    """An inverted file whose lists are Euclidean clusters. Probed are those of largest ``q.c + 0.1 |q| r``, with c a
+    list's mean and r its radius, or of largest ``q.x`` if that is more, x being one of the 256 keys farthest from
+    their list's mean.
 
-    FAISS by itself clusters directions under inner product. On keys of SmolLM2-135m (65,536 of a head, 512 lists, 4
-    probed) its top-128 carry 0.958, 0.998, 0.998, 0.975, 0.995 of the mass of the exact top-128 (layer 8 first, 24
-    last); Euclidean clusters 0.990, 0.999, 0.998, 0.976, 0.995, and clusters of the augmented keys of _GraphHead the
-    same. A few keys of 10 times the usual norm hide in lists of near-by small ones: 0.16 and 0.38. The radius brings
-    these out (0.92, and 1.00 with 16 lists) and costs the real keys nothing up to a weight of 0.1.
+    FAISS by itself clusters directions under inner product, and loses keys that are long for their list. Share of the
+    exact top-128's attention mass, 4 of 512 lists probed, 65,536 keys of a head of SmolLM2-135m (layers 8, 16, 24),
+    then clustered keys of which 16 have ten times the usual norm:
+    FAISS 0.958, 0.998, 0.975, 0.16; Euclidean clusters ranked by q.c 0.990, 0.998, 0.976, 0.38, and clusters of the
+    augmented keys of ``_GraphHead`` likewise; with the radius 0.994, 0.998, 0.976, 0.92. A larger weight than 0.1
+    hurts real keys. The far keys bring out more of the long ones (8,192 keys, 4 of 64 lists: from 0.87 to 1.00).
     """
 
     def __init__(self, index: Any, sample: Tensor) -> None:
         super().__init__(index)
         self.lossless = isinstance(index, faiss.IndexIVFFlat)
         # min_points: the caller sees to it that there are enough.
-        clusters = faiss.Kmeans(
+        clusters: Any = faiss.Kmeans(
             index.d, index.nlist, niter=10, seed=1, max_points_per_centroid=TRAIN_POINTS, min_points_per_centroid=1
         )
         clusters.train(_array(sample))
@@ -276,6 +281,7 @@ class _InvertedHead(_Head):
         index.train(_array(sample))  # what encodes the residuals; the full quantizer is left as it is
         self._centroids = torch.from_numpy(clusters.centroids.copy())  # (L, D)
         self._radii = torch.full((index.nlist,), -torch.inf)  # an empty list is never probed
+        self._far, self._far_lists, self._far_off = torch.empty(0, index.d), torch.empty(0).long(), torch.empty(0)
 
     def add(self, keys: Tensor) -> None:
         keys = keys.cpu()
@@ -284,6 +290,9 @@ class _InvertedHead(_Head):
         nearest = torch.cat([(part @ self._centroids.T - half_squares).argmax(-1) for part in keys.split(2048)])
         distances = (keys - self._centroids[nearest]).norm(dim=-1)
         self._radii.scatter_reduce_(0, nearest, distances, "amax")
+        far = torch.cat([self._far, keys]), torch.cat([self._far_lists, nearest]), torch.cat([self._far_off, distances])
+        most = far[2].topk(min(FAR_KEYS, len(far[2]))).indices
+        self._far, self._far_lists, self._far_off = (part[most] for part in far)
         vectors, lists = _array(keys), nearest.numpy()
         ids = np.arange(self.index.ntotal, self.index.ntotal + len(vectors))
         self.index.add_core(len(vectors), *map(faiss.swig_ptr, (vectors, ids, lists)))
@@ -296,7 +305,9 @@ class _InvertedHead(_Head):
     def _search(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
         products = queries @ self._centroids.T  # (T, L)
         reach = REACH * queries.norm(dim=-1, keepdim=True) * self._radii
-        lists = (products + reach.nan_to_num(nan=-torch.inf)).topk(min(self.index.nprobe, self.index.nlist)).indices
+        rank = products + reach.nan_to_num(nan=-torch.inf)
+        rank.scatter_reduce_(1, self._far_lists.expand(len(queries), -1), queries @ self._far.T, "amax")
+        lists = rank.topk(min(self.index.nprobe, self.index.nlist)).indices
         near = products.gather(-1, lists)  # FAISS adds them to the products with residuals
         scores, slots = self.index.search_preassigned(_array(queries), k, lists.numpy(), near.numpy())
         return torch.from_numpy(scores), torch.from_numpy(slots)
@@ -309,7 +320,7 @@ class _GraphHead(_Head):
     carry 0.77, 0.73, 0.57 of the mass of the exact top-128 on keys of SmolLM2-135m (16,384 of a head of layers 8, 16,
     24; efSearch 128), 0.29 if 8 keys have 10 times the usual norm. On the raw inner product, where few keys are ever
     linked to: 0.35, 0.67, 0.35 and 0.71. So walks start from the best *landmarks*, a sample of the keys and those of
-    largest norm, compared with the query one by one: 0.998, 0.998, 0.998 and 1.00, in the same time.
+    largest norm, compared with the query one by one: 0.997, 0.999, 0.999 and 1.00, in the same time.
     """
 
     def __init__(self, index: Any) -> None:
@@ -333,7 +344,7 @@ class _GraphHead(_Head):
 
     def add(self, keys: Tensor) -> None:
         keys = keys.cpu()
-        last = (self._bound**2 - keys.double().square().sum(-1, keepdim=True)).sqrt().float()
+        last = (self._bound**2 - keys.double().square().sum(-1, keepdim=True)).clamp(min=0).sqrt().float()
         keys = torch.cat([keys, last], dim=-1)
         self._pick_landmarks(keys)
         self.index.add(_array(keys))
@@ -409,12 +420,10 @@ def _make_head(plan: _Plan, num_keys: int, sample: Tensor) -> _Head:
     if plan.gpu:
         return _GpuHead(index, sample)
     if plan.graph:
-        if not index.is_trained:
-            index.train(_array(torch.nn.functional.pad(sample, (0, 1))))
         return _GraphHead(index)
     # Exactly these: search_preassigned and add_core of their relatives (fast scan) corrupt memory or do other things.
     simple = type(index) in (faiss.IndexIVFFlat, faiss.IndexIVFScalarQuantizer, faiss.IndexIVFPQ)
-    if simple and isinstance(faiss.downcast_index(index.quantizer), faiss.IndexFlat):
+    if simple and isinstance(_downcast(index.quantizer), faiss.IndexFlat):
         return _InvertedHead(index, sample)
     if not index.is_trained:
         index.train(_array(sample))
@@ -430,13 +439,16 @@ def _new_index(plan: _Plan, dim: int, num_keys: int) -> Any:
         inverted.nprobe = min(DEFAULT_NPROBE, inverted.nlist)
     if plan.graph:
         index.hnsw.efSearch, index.hnsw.efConstruction = DEFAULT_EF_SEARCH, DEFAULT_EF_CONSTRUCTION
+    if hasattr(index, "pq"):  # FAISS's own 25 rounds over 65,536 keys take a minute a head
+        index.pq.cp.niter, index.pq.cp.max_points_per_centroid = 10, TRAIN_POINTS
     if plan.settings:
-        faiss.ParameterSpace().set_index_parameters(index, plan.settings)
+        parameters: Any = faiss.ParameterSpace()
+        parameters.set_index_parameters(index, plan.settings)
     return index
 
 
 def _index_nbytes(index: Any, num_keys: int) -> int:
-    index = faiss.downcast_index(index)
+    index = _downcast(index)
     if isinstance(index, faiss.IndexPreTransform):
         return _index_nbytes(index.index, num_keys)
     if isinstance(index, faiss.IndexRefine):
@@ -445,10 +457,15 @@ def _index_nbytes(index: Any, num_keys: int) -> int:
         # An id is 8 bytes; the centroids are held by FAISS and by the head.
         return num_keys * (index.code_size + 8) + 2 * 4 * index.nlist * index.d
     if isinstance(index, faiss.IndexHNSW):
-        upper = index.hnsw.nb_neighbors(1)
-        links = index.hnsw.nb_neighbors(0) + upper / (upper - 1)  # one key in M reaches the next level
+        graph: Any = index.hnsw
+        upper = graph.nb_neighbors(1)
+        links = graph.nb_neighbors(0) + upper / (upper - 1)  # one key in M reaches the next level
         return int(num_keys * (index.storage.sa_code_size() + 4 * links + 12))
     return int(num_keys * index.sa_code_size())
+
+
+def _downcast(index: Any) -> Any:
+    return faiss.downcast_index(index)
 
 
 def _lists_for(num_keys: int) -> int:

@@ -2,7 +2,7 @@
 
 import copy
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -85,7 +85,7 @@ def test_bfloat16_gradients_are_close() -> None:
 
 
 @pytest.fixture
-def trained(make_plain: ModelMaker) -> Iterator[Callable[..., tuple[Any, cb.Crossbatch]]]:
+def trained(make_plain: ModelMaker) -> Callable[..., tuple[Any, cb.Crossbatch]]:
     """family, settings -> a plain model with crossbatch in layers 1 and 3."""
 
     def make(family: str = "llama", **settings: Any) -> tuple[Any, cb.Crossbatch]:
@@ -93,7 +93,7 @@ def trained(make_plain: ModelMaker) -> Iterator[Callable[..., tuple[Any, cb.Cros
         config = MemoryConfig(mem_layers=(1, 3), local_context=WINDOW, **settings).resolve(5, 64, "float32")
         return model, cb.enable_crossbatch(model, config)
 
-    yield make
+    return make
 
 
 @pytest.mark.parametrize("positionals", [True, False])

@@ -222,12 +222,16 @@ class _FusedCrossbatch(torch.autograd.Function):
         # float32: many rows add to one candidate
         grad_ck, grad_cv = (torch.zeros_like(tensor, dtype=torch.float32) for tensor in (context_keys, context_values))
         for rows, chosen in _rows_by_count(ctx.contexts):
-            parts = [_fold(tensor[rows], heads) for tensor in (grad, queries, output)]
-            folded_lse = lse[rows].reshape(len(rows), heads, -1)
-            picked = [_pick(tensor, chosen) for tensor in (context_keys, context_values)]
-            bias = _padding_bias(ctx.contexts, chosen, queries.dtype)
             part_q, part_k, part_v = fused_backward(
-                parts[0], parts[1], *picked, parts[2], folded_lse, causal=False, bias=bias, scale=scale
+                _fold(grad[rows], heads),
+                _fold(queries[rows], heads),
+                _pick(context_keys, chosen),
+                _pick(context_values, chosen),
+                _fold(output[rows], heads),
+                lse[rows].reshape(len(rows), heads, -1),
+                causal=False,
+                bias=_padding_bias(ctx.contexts, chosen, queries.dtype),
+                scale=scale,
             )
             grad_q.index_add_(0, rows, part_q.reshape(len(rows), *queries.shape[1:]).float())
             for total, part in ((grad_ck, part_k), (grad_cv, part_v)):

@@ -1,0 +1,473 @@
+"""Synthetic retrieval and the dictionary task: what is asked was told, and only answers count."""
+
+import random
+import re
+import tracemalloc
+from collections.abc import Iterator
+from pathlib import Path
+from string import Formatter
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import training
+from fot import pretrained
+from fot.evaluation import passkey
+from training.dictionary import (
+    FIRST_SYMBOL,
+    KEY,
+    PAD,
+    QUESTION,
+    RECORD,
+    VALUE,
+    VOCABULARY,
+    DictionaryTable,
+    DictionaryTask,
+    ask,
+    record_chunks,
+)
+from training.tasks import Sample, SyntheticRetrieval, Task, draw_facts, filler_from, held_out_needles
+from training.wordings import KINDS, WORDS, draw, forbidden, render
+
+TEXT = (
+    "It was a dark evening in the old town, and nobody would have gone out without need. The clerk put down his pen, "
+    "looked at the lamp and sighed.\n\ndef area(width, height):\n    return width * height  # in metres\n\n"
+) * 20
+SAMPLES = 60
+# Subjects of held_out_needles.
+HELD_OUT = re.compile(r"sandwich|\bbest\b|phone|\bborn\b|birth|reached|thing to do", re.IGNORECASE)
+
+
+def encode(tokenizer: Any, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False).input_ids
+
+
+@pytest.fixture(scope="module")
+def real_tokenizer() -> Any:
+    """That of smollm2-135m, which makes the space before a number a token."""
+    folder = pretrained.cache_dir() / pretrained.SMOLLM2_FOLDER
+    if not folder.exists():
+        pytest.skip("smollm2-135m is not in the cache")
+    return pretrained.load_tokenizer(pretrained.resolve("smollm2-135m"))
+
+
+@pytest.fixture(scope="module", params=["bytes", pytest.param("smollm2", marks=pytest.mark.slow)])
+def any_tokenizer(request: pytest.FixtureRequest) -> Any:
+    return request.getfixturevalue("tokenizer" if request.param == "bytes" else "real_tokenizer")
+
+
+def make_task(tokenizer: Any, **settings: Any) -> SyntheticRetrieval:
+    defaults = {"windows": 3, "window": 700, "text_share": 0.0}
+    return SyntheticRetrieval(tokenizer, filler_from([encode(tokenizer, TEXT)]), **(defaults | settings))
+
+
+@pytest.fixture(scope="module")
+def samples(any_tokenizer: Any) -> list[Sample]:
+    task = make_task(any_tokenizer)
+    return [task.sample(random.Random(seed)) for seed in range(SAMPLES)]
+
+
+def statements(sample: Sample) -> Iterator[tuple[int, int, list[int]]]:
+    """(first position, number of the fact, tokens)."""
+    return ((place, piece.fact, piece.ids) for place, piece in sample.placed if piece.answer is None)
+
+
+def test_documents_have_exact_lengths(samples: list[Sample]) -> None:
+    for sample in samples:
+        assert len(sample.ids) == len(sample.weights) == 3 * 700 + 1
+
+
+def test_weighted_tokens_are_the_answers_and_their_ends(any_tokenizer: Any, samples: list[Sample]) -> None:
+    """Read off ids and weights alone; only then compared with what the sample says of itself."""
+    for sample in samples:
+        runs: list[list[int]] = []
+        for place, weight in enumerate(sample.weights):
+            assert weight in (0.0, 1.0)
+            if weight and not sample.weights[place - 1]:
+                runs.append([])
+            if weight:
+                runs[-1].append(sample.ids[place])
+        asked = [sample.facts[piece.fact].value for _, piece in sample.placed if piece.answer]
+        assert [any_tokenizer.decode(run[:-1]).strip(" ") for run in runs] == asked
+        assert all(any_tokenizer.decode(run[-1:])[0] in ".\n\";})':" for run in runs)
+
+
+def test_answers_begin_where_a_prompt_ends(any_tokenizer: Any, samples: list[Sample]) -> None:
+    for _, piece in (placed for sample in samples for placed in sample.placed):
+        if piece.answer:
+            prompt = any_tokenizer.decode(piece.ids[: piece.answer[0]])
+            assert encode(any_tokenizer, prompt) == piece.ids[: piece.answer[0]]
+            assert not prompt.endswith(" ")
+
+
+def test_facts_lie_in_earlier_windows_and_questions_in_the_last(samples: list[Sample]) -> None:
+    near = 0
+    for sample in samples:
+        told = {fact: place for place, fact, _ in statements(sample)}
+        assert len(told) == len(list(statements(sample)))
+        questions = [(place, piece) for place, piece in sample.placed if piece.answer]
+        assert questions
+        for place, piece in sample.placed:
+            assert sample.ids[place : place + len(piece.ids)] == piece.ids
+            assert (place < 1400) == (place + len(piece.ids) <= 1400)
+        for place, piece in questions:
+            assert place >= 1400
+            assert told[piece.fact] < place
+        near += sum(place >= 1400 for place in told.values())
+        assert any(told[piece.fact] < 1400 for _, piece in questions)
+    assert 0 < near < 0.2 * sum(len(list(statements(sample))) for sample in samples)
+
+
+def test_statements_name_entity_and_value(any_tokenizer: Any, samples: list[Sample]) -> None:
+    for sample in samples:
+        for _, number, ids in statements(sample):
+            text, fact = any_tokenizer.decode(ids), sample.facts[number]
+            assert fact.value in text
+            assert fact.entity.lower() in text.lower()
+
+
+def test_some_facts_are_never_asked_and_some_twice(samples: list[Sample]) -> None:
+    never = twice = 0
+    for sample in samples:
+        asked = [piece.fact for _, piece in sample.placed if piece.answer]
+        never += len({fact for _, fact, _ in statements(sample)} - set(asked))
+        twice += len(asked) - len(set(asked))
+    assert never > SAMPLES / 10
+    assert twice > SAMPLES / 10
+
+
+def test_distractors_share_relation_or_entity_but_never_both() -> None:
+    rng = random.Random(0)
+    same_relation = same_entity = 0
+    for _ in range(100):
+        facts = draw_facts(KINDS, 8, 0.7, rng)
+        assert len({(fact.entity, fact.relation) for fact in facts}) == 8
+        assert len({fact.value for fact in facts}) == 8
+        for one in facts:
+            others = [fact for fact in facts if fact is not one]
+            same_relation += any((fact.kind, fact.relation) == (one.kind, one.relation) for fact in others)
+            same_entity += any(fact.entity == one.entity for fact in others)
+    assert same_relation > 250
+    assert same_entity > 250
+    lonely = [draw_facts(KINDS, 8, 0.0, rng) for _ in range(100)]
+    assert sum(8 - len({fact.entity for fact in facts}) for facts in lonely) < 10
+
+
+def test_the_same_rng_gives_the_same_document(tokenizer: Any) -> None:
+    task: Task = make_task(tokenizer, text_share=0.3)
+    assert task.document(random.Random(1)) == task.document(random.Random(1))
+    assert task.document(random.Random(1))[0] != task.document(random.Random(2))[0]
+
+
+def test_text_weight_and_share(tokenizer: Any) -> None:
+    task = make_task(tokenizer, text_share=0.3, text_weight=0.05)
+    sample = task.sample(random.Random(0))
+    text = len(sample.ids) - sum(len(piece.ids) for _, piece in sample.placed)
+    assert sample.weights.count(0.05) == pytest.approx(0.3 * text, rel=0.2)
+    inside = [sample.weights[place + i] for place, piece in sample.placed for i in range(len(piece.ids))]
+    assert set(inside) == {0.0, 1.0}
+    assert sample.weights[0] == 0.0
+
+
+def test_text_between_is_consecutive(tokenizer: Any) -> None:
+    text = list(range(5000))
+    sample = SyntheticRetrieval(tokenizer, lambda rng, count: text[:count], windows=2, window=600).sample(
+        random.Random(0)
+    )
+    hidden = {place + i for place, piece in sample.placed for i in range(len(piece.ids))}
+    between = [token for place, token in enumerate(sample.ids) if place not in hidden]
+    assert between == text[: len(between)]
+
+
+def test_bos_comes_first_where_the_model_expects_it(tokenizer: Any) -> None:
+    class WithBos:
+        add_bos_token = True
+        bos_token_id = tokenizer.bos_token_id
+        decode = tokenizer.decode
+
+        def __call__(self, text: str, add_special_tokens: bool) -> Any:
+            return tokenizer(text, add_special_tokens=add_special_tokens)
+
+    sample = make_task(WithBos()).sample(random.Random(0))
+    assert sample.ids[0] == tokenizer.bos_token_id
+    assert len(sample.ids) == 3 * 700 + 1
+    assert all(place >= 1 for place, _ in sample.placed)
+
+
+def test_filler_goes_on_with_other_texts() -> None:
+    fill = filler_from([[1, 2, 3], [], [7] * 50])
+    for seed in range(20):
+        assert len(fill(random.Random(seed), 40)) == 40
+        assert len(fill(random.Random(seed), 400)) == 400
+    assert fill(random.Random(0), 0) == []
+    with pytest.raises(ValueError, match="empty"):
+        filler_from([[]])
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"windows": 1}, "at least 2"),
+        ({"facts": (3, 2)}, "least <= most"),
+        ({"text_share": 1.5}, "text_share=1.5"),
+        ({"near_share": 1.0}, "near_share"),
+        ({"text_weight": -1.0}, "negative"),
+        ({"kinds": ()}, "kinds"),
+    ],
+)
+def test_bad_settings_are_refused(tokenizer: Any, settings: dict[str, Any], match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        make_task(tokenizer, **settings)
+
+
+def test_short_windows_and_bad_fillers_are_refused(tokenizer: Any) -> None:
+    with pytest.raises(ValueError, match="make windows longer"):
+        make_task(tokenizer, window=30).document(random.Random(0))
+    with pytest.raises(ValueError, match="gave 3 tokens when asked"):
+        SyntheticRetrieval(tokenizer, lambda rng, count: [5, 5, 5]).document(random.Random(0))
+    dull = encode(tokenizer, "The grass is " + "green. ") * 900
+    with pytest.raises(ValueError, match="The grass is green"):
+        SyntheticRetrieval(tokenizer, lambda rng, count: dull[:count]).document(random.Random(0))
+
+
+# What must not be trained on.
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "The pass key is 12.",
+        "PASS-KEY",
+        "my_passkey",
+        "Here we go.",
+        "the sun is yellow",
+        "The code is 12. Remember it.",
+        "The vault code is 12. Keep that. 12 is the vault code.",
+        "What is the vault code? The vault code is 12",
+        "There is an important info hidden inside",
+    ],
+)
+def test_forbidden_finds_what_the_passkey_test_says(text: str) -> None:
+    assert forbidden(text)
+    assert not forbidden("The code of Anna's locker is 12. What is the code of Anna's locker? Answer: 12.")
+
+
+def test_thousands_of_wordings_hold_nothing_forbidden() -> None:
+    """Statements and questions before any document could be rejected for them."""
+    rng = random.Random(0)
+    for _ in range(2000):
+        for fact in draw_facts(KINDS, 8, 0.7, rng):
+            slots = (fact.entity, fact.relation, fact.value, rng)
+            told = render(rng.choice(fact.kind.statements), *slots)
+            asked = render(rng.choice(fact.kind.questions), *slots)
+            text = f"{told} {asked}"
+            assert not forbidden(text), text
+            assert not HELD_OUT.search(text), text
+
+
+def test_thousands_of_documents_hold_nothing_of_the_passkey_test(tokenizer: Any) -> None:
+    """Compared with the test's own words, not with what ``forbidden`` knows of them."""
+    said = [passkey.TASK, passkey.NEEDLE.split("{key}")[0], *passkey.FILLER.split(". "), passkey.QUESTION]
+    sentences = [sentence.strip(". ").lower() for part in said for sentence in re.split(r"[.?] ", part)]
+    assert "remember it" not in sentences  # it stands between the two keys
+    sentences += ["remember it", "pass key", "passkey", "pass-key", "quiz you"]
+    task = make_task(tokenizer, windows=2, window=500, facts=(4, 6))
+    for seed in range(2000):
+        text = tokenizer.decode(task.document(random.Random(seed))[0]).lower()
+        assert not [sentence for sentence in sentences if sentence in text]
+
+
+def test_sources_hold_nothing_forbidden() -> None:
+    """Templates and word lists; and the sources, but for the lines that say what is forbidden."""
+    words = [word for listed in WORDS.values() for word in listed]
+    templates = [template for kind in KINDS for template in kind.statements + kind.questions + kind.relations]
+    for text in words + templates:
+        assert not forbidden(text), text
+        assert not HELD_OUT.search(text), text
+    folder = Path(training.__path__[0])
+    kinds = (folder / "wordings.py").read_text().split("WORDS: dict")[1]
+    assert "grass" not in (folder / "tasks.py").read_text()
+    for source in (kinds, (folder / "dictionary.py").read_text()):
+        assert "passkey" not in source.lower()
+        assert not forbidden(source)
+
+
+def test_every_kind_has_enough_wordings() -> None:
+    assert len(KINDS) >= 20
+    assert len({kind.name for kind in KINDS}) == len(KINDS)
+    for kind in KINDS:
+        assert len(set(kind.statements)) >= 8, kind.name
+        assert len(set(kind.questions)) >= 6, kind.name
+        assert len(kind.relations) >= 6, kind.name
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+def test_templates_say_what_they_must(kind: Any) -> None:
+    for template in kind.statements + kind.questions:
+        slots = [name for _, name, _, _ in Formatter().parse(template) if name]
+        assert {"e", "E", "u"} & set(slots), template
+        assert {"r", "R", "u"} & set(slots), template
+        assert "v" in slots, template
+    for template in kind.questions:
+        slots = [name for _, name, _, _ in Formatter().parse(template) if name]
+        assert slots.index("v") == len(slots) - 1, template
+
+
+@pytest.mark.slow
+def test_hardly_any_question_is_lost_to_the_tokenizer(real_tokenizer: Any) -> None:
+    task = make_task(real_tokenizer)
+    rng = random.Random(0)
+    lost = total = 0
+    for kind in KINDS:
+        for template in kind.questions:
+            head = render(template.split("{v}")[0], draw(kind.entity, rng), kind.relations[0], "", rng)
+            whole = task._encode(head + draw(kind.value, rng))
+            prompt = task._encode(head.rstrip(" "))
+            total += 1
+            lost += whole[: len(prompt)] != prompt
+    assert lost <= 0.02 * total
+
+
+def test_held_out_needles_are_distinct_and_said_otherwise() -> None:
+    needles = held_out_needles(random.Random(0), 80)
+    assert len({needle.subject for needle in needles}) == len({needle.answer for needle in needles}) == 80
+    for needle in needles:
+        assert needle.answer in needle.statement
+        assert needle.answer not in needle.question
+        assert HELD_OUT.search(needle.statement)
+        assert not forbidden(f"{needle.statement} {needle.question} {needle.answer}")
+    assert held_out_needles(random.Random(3), 9) == held_out_needles(random.Random(3), 9)
+    with pytest.raises(ValueError, match="at most 80"):
+        held_out_needles(random.Random(0), 81)
+
+
+# The dictionary task.
+
+
+def split_entries(ids: list[int], window: int) -> list[list[int]]:
+    """The records and questions of whole windows, whose ends must be padding."""
+    entries = []
+    for first in range(0, len(ids), window):
+        part = ids[first : first + window]
+        used = window // RECORD * RECORD
+        assert part[used:] == [PAD] * (window - used)
+        entries += [part[i : i + RECORD] for i in range(0, used, RECORD)]
+    return entries
+
+
+@pytest.mark.parametrize("settings", [{}, {"last_records": 10}, {"windows": 3, "window": 64}, {"window": 250}])
+def test_dictionary_documents(settings: dict[str, int]) -> None:
+    task = DictionaryTask(**settings)
+    protocol: Task = task
+    fit = task.window // RECORD
+    for seed in range(50):
+        ids, weights = protocol.document(random.Random(seed))
+        assert len(ids) == len(weights) == task.windows * task.window + 1
+        assert ids.pop() == PAD
+        assert weights.pop() == 0.0
+        assert 0 <= min(ids) <= max(ids) < VOCABULARY
+        entries = split_entries(ids, task.window)
+        count = fit * (task.windows - 1) + task.last_records
+        assert [entry[0] for entry in entries] == [KEY] * count + [QUESTION] * (len(entries) - count)
+        assert all(entry[5] == VALUE for entry in entries)
+        known = {tuple(entry[1:5]): entry[6:] for entry in entries[:count]}
+        assert len(known) == count
+        for entry in entries[count:]:
+            assert known[tuple(entry[1:5])] == entry[6:]
+        counted = [ids[place] for place, weight in enumerate(weights) if weight]
+        assert counted == [token for entry in entries[count:] for token in entry[6:]]
+        assert set(weights) == {0.0, 1.0}
+    assert task.document(random.Random(7)) == task.document(random.Random(7))
+    assert task.document(random.Random(7)) != task.document(random.Random(8))
+
+
+def test_a_dictionary_record_is_asked_for_once_while_there_are_enough() -> None:
+    ids, _ = DictionaryTask().document(random.Random(0))
+    questions = split_entries(ids[:-1], 256)[25:]
+    assert len({tuple(entry[1:5]) for entry in questions}) == 25
+
+
+def test_dictionary_settings_are_refused() -> None:
+    with pytest.raises(ValueError, match="at least 2"):
+        DictionaryTask(windows=1)
+    with pytest.raises(ValueError, match="last_records=25"):
+        DictionaryTask(last_records=25)
+    with pytest.raises(ValueError, match="whole windows"):
+        DictionaryTable.of_tokens(1000, seed=0)
+    with pytest.raises(ValueError, match="distinct keys"):
+        DictionaryTable(60**4 + 1, seed=0)
+    with pytest.raises(ValueError, match="holds no record"):
+        ask(DictionaryTable(10, seed=0), np.random.default_rng(0), window=9)
+
+
+def test_a_million_tokens_of_distinct_keys() -> None:
+    """Quickly generated, in little memory, and every answer is right."""
+    table = DictionaryTable.of_tokens(2**20, seed=5)
+    tracemalloc.start()
+    total = sum(chunk.numel() for chunk in record_chunks(table, chunk_windows=256))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert total == 2**20
+    assert peak < 8 * 2**20
+    ids = torch.cat(list(record_chunks(table)))
+    entries = ids.reshape(-1, 256)[:, :250].reshape(-1, RECORD).numpy()
+    assert len(entries) == table.records == 2**20 // 256 * 25
+    assert (entries[:, 0] == KEY).all()
+    assert (entries[:, 5] == VALUE).all()
+    symbols = np.delete(entries, [0, 5], axis=1)
+    assert FIRST_SYMBOL <= symbols.min() <= symbols.max() < VOCABULARY
+    assert len(np.unique(entries[:, 1:5], axis=0)) == table.records
+    assert (table.lookup(entries[:, 1:5]) == entries[:, 6:]).all()
+
+
+def test_dictionary_keys_permute_the_whole_key_space() -> None:
+    """On 60 * 60 * 60 * 60 keys a stride shows it: the inverse gives back each record number's value."""
+    table = DictionaryTable(60**4, seed=1)
+    numbers = np.arange(0, 60**4, 997)
+    keys = table.keys(numbers)
+    assert len(np.unique(keys, axis=0)) == len(numbers)
+    assert (table.lookup(keys) == table.values(numbers)).all()
+    # Each symbol as often at each place, and places not correlated: like keys drawn at random.
+    for place in range(4):
+        counts = np.bincount(keys[:, place], minlength=VOCABULARY)[FIRST_SYMBOL:]
+        assert counts.std() / counts.mean() < 2 / np.sqrt(counts.mean())
+    off_diagonal = np.corrcoef(keys.T) - np.eye(4)
+    assert abs(off_diagonal).max() < 0.05
+
+
+def test_dictionary_chunks_join_to_the_whole() -> None:
+    table = DictionaryTable(1003, seed=2)
+    whole = torch.cat(list(record_chunks(table, chunk_windows=10_000)))
+    assert whole.shape == (41 * 256,)
+    for chunk_windows in (1, 7):
+        assert torch.equal(torch.cat(list(record_chunks(table, chunk_windows=chunk_windows))), whole)
+    assert not torch.equal(torch.cat(list(record_chunks(DictionaryTable(1003, seed=3)))), whole)
+
+
+def test_dictionary_questions_cover_the_table_and_are_right() -> None:
+    table = DictionaryTable.of_tokens(2**20, seed=5)
+    rng = np.random.default_rng(0)
+    asked = [ask(table, rng) for _ in range(40)]
+    for questions in asked:
+        assert questions.ids.shape == questions.answers.shape == (256,)
+        entries = questions.ids[:250].reshape(25, RECORD).numpy()
+        assert (entries[:, 0] == QUESTION).all()
+        assert (table.lookup(entries[:, 1:5]) == entries[:, 6:]).all()
+        assert torch.equal(questions.ids[questions.answers], torch.from_numpy(entries[:, 6:].ravel().copy()))
+        assert len(set(questions.numbers.tolist())) == 25
+    numbers = np.concatenate([questions.numbers for questions in asked])
+    assert np.mean(numbers) == pytest.approx(table.records / 2, rel=0.1)  # 1,000 draws: 3.6 standard errors
+    few = DictionaryTable(5, seed=0)
+    assert len(ask(few, rng).numbers) == 25
+
+
+def test_lookup_refuses_what_is_in_no_record() -> None:
+    table, larger = DictionaryTable(100, seed=0), DictionaryTable(101, seed=0)
+    with pytest.raises(ValueError, match="none of 100 records"):
+        table.lookup(larger.keys(np.array([100])))
+    with pytest.raises(ValueError, match="symbols"):
+        table.lookup(np.array([[0, 5, 6, 7]]))
+    with pytest.raises(ValueError, match="record numbers"):
+        table.keys(np.array([100]))

@@ -1,0 +1,380 @@
+"""From documents to batches for crossbatch: sources mixed by proportion, windows side by side, next tokens as labels.
+
+    sources = [DataSource("novels", pattern="**/*.txt"), TaskSource(task, weight=0.5)]
+    loader = DocumentLoader(sources, tokenizer, lanes=4, windows=2, window=512)
+    batch = next(loader)          # (8, 512): two consecutive windows of each of four lanes
+    state = loader.state_dict()   # for a checkpoint; load_state_dict goes on from there with the same batches
+
+What happens at a document's start and end:
+
+- A document is BOS, its tokens, EOS, as far as the tokenizer has these two. Special tokens spelt out in a text are
+  ordinary characters there, so neither is doubled or faked.
+- A lane reads one document to its end, then EOS BOS and the next document, in one stream of tokens. So a window may
+  hold the end of one document and the start of another, as it may when several texts are read into a memory, and no
+  token is padding. This is the default because padding every document to whole steps wastes most of the computation
+  on short documents, such as source files.
+- A row's ``document`` is the one that most of its tokens are of. Positives are earlier windows of the step with the
+  same document. What a window holds of another document at its edge is local context, and seen with it by others.
+- The token after EOS gives no loss: nothing foretells the next document. Where one token is both BOS and EOS (as GPT-2
+  SmolLM2) it stands once between two documents, and gives loss as the end of the first.
+- ``align_documents=True`` starts each document at the first window of a step and pads the rest of its last step (no
+  loss, ``padding`` True, and ``document`` -1 for rows of padding alone). EOS is then a label, never an input.
+- A ``Task``'s document is a step of one lane by itself, aligned so. The text that the lane was reading goes on in the
+  lane's next step; nothing is lost by that, as crossbatch sees only windows of one step.
+
+Proportions are counted in tokens: a step of a lane goes to the task, or to the texts together, that is furthest behind
+its share, and a lane that needs a text takes it from the text source that is, counting documents in whole when drawn.
+A document that is long against the run is over-represented until it ends.
+
+``document`` is the same number for the same document in another lane, epoch or process, so that a copy need not be
+taken for a negative where documents are few. Processes have disjoint shares of the documents, the same in every epoch.
+"""
+
+import base64
+import math
+import random
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from training.data import DataSource, DocumentStream
+from training.tasks import Task
+
+IGNORED = -100  # label of tokens without loss, as in transformers
+NO_DOCUMENT = -1  # document of a row that is all padding
+_NUMBERS = 2**40  # document = number of its source * _NUMBERS + its number there
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One step: R = lanes * k rows of W tokens; row lane * k + j is the j-th of the lane's k consecutive windows.
+
+    Attributes:
+        input_ids: (R, W) int64.
+        labels: (R, W) int64: the token after each, already shifted: that of a window's last token is the first of the
+            lane's next window. -100 where there is no loss.
+        weights: (R, W) float32, weight of each label in the loss; 0 where there is none.
+        padding: (R, W) bool, True at padding, which only follows the tokens of a lane.
+        lane: (R,) int64.
+        index: (R,) int64, place among the lane's k windows.
+        document: (R,) int64, the document that most of the row's tokens belong to (of equals the first in the row);
+            -1 if the row is all padding. Equal on all lanes and processes for the same document.
+    """
+
+    input_ids: Tensor
+    labels: Tensor
+    weights: Tensor
+    padding: Tensor
+    lane: Tensor
+    index: Tensor
+    document: Tensor
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """The same batch on another device."""
+        return Batch(*(getattr(self, f.name).to(device) for f in fields(self)))
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What is left of a document.
+
+    Attributes:
+        document: its number.
+        ids: (n,) int32.
+        weights: (n,) float32, of each token as a target; that of the first counts if another document comes before it.
+    """
+
+    document: int
+    ids: NDArray[np.int32]
+    weights: NDArray[np.float32]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, place: slice) -> "Piece":
+        return Piece(self.document, self.ids[place], self.weights[place])
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {"document": self.document, "ids": _pack(self.ids), "weights": _pack(self.weights)}
+
+    @staticmethod
+    def from_dict(state: dict[str, Any]) -> "Piece":
+        """What ``to_dict`` gave."""
+        ids, weights = _unpack(state["ids"], "<i4"), _unpack(state["weights"], "<f4")
+        return Piece(state["document"], ids, weights)
+
+
+@dataclass(frozen=True)
+class Span:
+    """Consecutive tokens of one lane: (n,) inputs, the tokens after them, their weights, the inputs' documents."""
+
+    inputs: NDArray[np.int32]
+    targets: NDArray[np.int32]
+    weights: NDArray[np.float32]
+    documents: NDArray[np.int64]
+
+
+def take(pieces: Sequence[Piece], count: int) -> tuple[Span, list[Piece]]:
+    """Cut the next tokens off a lane.
+
+    Args:
+        pieces: what the lane holds, in order; at least 2 tokens.
+        count: inputs wanted. With fewer than count + 1 tokens there are as many as have a token after them.
+
+    Returns:
+        the tokens, and the rest; its first token was the last target, and is the next input.
+    """
+    needed, parts = count + 1, []
+    for piece in pieces:
+        parts.append(piece[:needed])
+        needed -= len(parts[-1])
+        if not needed:
+            break
+    ids = np.concatenate([part.ids for part in parts])
+    weights = np.concatenate([part.weights for part in parts])
+    documents = np.concatenate([np.full(len(part), part.document, np.int64) for part in parts])
+    return Span(ids[:-1], ids[1:], weights[1:], documents[:-1]), _drop(pieces, len(ids) - 1)
+
+
+def batch_of(spans: Sequence[Span], windows: int, window: int, pad_token_id: int) -> Batch:
+    """Rows from one span of at most windows * window inputs for each lane."""
+    rows, count = len(spans) * windows, windows * window
+
+    def table(values: Sequence[NDArray[Any]], fill: float, dtype: type) -> NDArray[Any]:
+        padded = [np.pad(line, (0, count - len(line)), constant_values=fill) for line in values]
+        return np.stack(padded).astype(dtype).reshape(rows, window)
+
+    weights = table([span.weights for span in spans], 0, np.float32)
+    labels = table([span.targets for span in spans], IGNORED, np.int64)
+    documents = table([span.documents for span in spans], NO_DOCUMENT, np.int64)
+    return Batch(
+        input_ids=torch.from_numpy(table([span.inputs for span in spans], pad_token_id, np.int64)),
+        labels=torch.from_numpy(np.where(weights > 0, labels, IGNORED)),
+        weights=torch.from_numpy(weights),
+        padding=torch.from_numpy(documents == NO_DOCUMENT),
+        lane=torch.arange(rows) // windows,
+        index=torch.arange(rows) % windows,
+        document=torch.tensor([_document_of(row) for row in documents]),
+    )
+
+
+@dataclass(frozen=True)
+class TaskSource:
+    """Generated documents in the mix: ``weight`` is their share of the tokens, as that of ``DataSource``."""
+
+    task: Task
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.weight) and self.weight > 0):
+            raise ValueError(f"task {self.label!r}: weight is {self.weight}; it must be above 0, or leave it out")
+
+    @property
+    def label(self) -> str:
+        """The task's name, which also seeds its documents."""
+        return self.task.name
+
+
+class DocumentLoader(Iterator[Batch]):
+    """Batches without end, the same for the same arguments.
+
+    Args:
+        sources: texts and tasks; each label once.
+        tokenizer: of the model; None if all sources are tasks.
+        lanes: documents side by side on this process.
+        windows: consecutive windows of a lane in a batch (k).
+        window: tokens of a window.
+        seed: of the order of documents. Document n of a task is made by ``Random(f"{seed}/{task.name}/{n}")``.
+        rank: of this process, which has lanes and documents of its own.
+        world_size: number of processes.
+        align_documents: start each document at the first window of a step, with padding.
+
+    Raises:
+        ValueError: settings that do not fit; later, from ``next``: a source without a document that is long enough, a
+            document of a task that does not fit, and what ``DocumentStream.draw`` raises.
+        FileNotFoundError: a source that is not there.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[DataSource | TaskSource],
+        tokenizer: PreTrainedTokenizerBase | None,
+        *,
+        lanes: int,
+        windows: int,
+        window: int,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        align_documents: bool = False,
+    ) -> None:
+        for name, value in (("lanes", lanes), ("windows", windows), ("window", window), ("world_size", world_size)):
+            if value < 1:
+                raise ValueError(f"{name} is {value}; it must be at least 1")
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank {rank} is outside 0..{world_size - 1}")
+        self._labels = [source.label for source in sources]
+        if not sources or len(set(self._labels)) < len(sources):
+            twice = [label for label in self._labels if self._labels.count(label) > 1]
+            raise ValueError(
+                f"source {twice[0]!r} is there twice: keep one, or rename a task" if twice else "no source is given"
+            )
+        self._weights = [source.weight for source in sources]
+        self._tasks = {n: source.task for n, source in enumerate(sources) if isinstance(source, TaskSource)}
+        texts = {n: source for n, source in enumerate(sources) if isinstance(source, DataSource)}
+        if texts and tokenizer is None:
+            raise ValueError(f"source {self._labels[min(texts)]!r} is text, for which a tokenizer is needed")
+        self._streams = {
+            n: DocumentStream(source, tokenizer, seed=seed, rank=rank, world_size=world_size)
+            for n, source in texts.items()
+            if tokenizer is not None
+        }
+        self._bos, self._eos, self._pad = _special_ids(tokenizer)
+        self._windows, self._window, self._seed, self._aligned = windows, window, seed, align_documents
+        self._rank, self._world_size = rank, world_size
+        self._lanes: list[list[Piece]] = [[] for _ in range(lanes)]
+        self._drawn = [0] * len(sources)  # documents
+        self._tokens = [0] * len(sources)  # of the documents drawn
+        self._text_tokens = 0  # in batches
+
+    def __next__(self) -> Batch:
+        spans = [self._next_span(lane) for lane in range(len(self._lanes))]
+        return batch_of(spans, self._windows, self._window, self._pad)
+
+    def progress(self) -> dict[str, dict[str, int]]:
+        """For each source by its label, on this process: ``documents`` drawn, their ``tokens``, and for texts ``epoch``
+        and the documents left out as ``short`` or ``unreadable``."""
+        return {
+            label: {"documents": self._drawn[n], "tokens": self._tokens[n]}
+            | ({"epoch": self._streams[n].epoch, **self._streams[n].skipped} if n in self._streams else {})
+            for n, label in enumerate(self._labels)
+        }
+
+    def origin(self, document: int) -> str:
+        """Source of a document of a ``Batch``, and its place there, for messages."""
+        if document == NO_DOCUMENT:
+            return "padding"
+        return f"{self._labels[document // _NUMBERS]}, document {document % _NUMBERS}"
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position in the data, for JSON. Holds the tokens left of the documents that lanes are reading."""
+        return {
+            "settings": self._settings(),
+            "streams": {str(n): stream.state_dict() for n, stream in self._streams.items()},
+            "lanes": [[piece.to_dict() for piece in pieces] for pieces in self._lanes],
+            "drawn": list(self._drawn),
+            "tokens": list(self._tokens),
+            "text_tokens": self._text_tokens,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a position, with the batches that would have followed it.
+
+        Raises:
+            ValueError: the position is of a loader with other settings, or the documents have changed.
+        """
+        for name, value in self._settings().items():
+            if state["settings"].get(name) != value:
+                was = state["settings"].get(name)
+                raise ValueError(f"the checkpoint's data has {name} {was!r}, this run {value!r}: resume with the same")
+        for n, stream in self._streams.items():
+            stream.load_state_dict(state["streams"][str(n)])
+        self._lanes = [[Piece.from_dict(piece) for piece in pieces] for pieces in state["lanes"]]
+        self._drawn, self._tokens = list(state["drawn"]), list(state["tokens"])
+        self._text_tokens = state["text_tokens"]
+
+    def _settings(self) -> dict[str, Any]:
+        return {
+            "sources": self._labels, "weights": self._weights, "lanes": len(self._lanes), "windows": self._windows,
+            "window": self._window, "seed": self._seed, "rank": self._rank, "world_size": self._world_size,
+            "align_documents": self._aligned,
+        }  # fmt: skip
+
+    def _next_span(self, lane: int) -> Span:
+        count = self._windows * self._window
+        # Each document of a task is a step, in which all its tokens but the last are inputs.
+        shares = {n: (self._tokens[n] - self._drawn[n]) / self._weights[n] for n in self._tasks}
+        if self._streams:
+            shares[-1] = self._text_tokens / sum(self._weights[n] for n in self._streams)
+        turn = min(shares, key=lambda n: shares[n])
+        if turn >= 0:
+            return take([self._task_document(turn)], count)[0]
+        pieces = self._lanes[lane]
+        while not pieces or (not self._aligned and sum(map(len, pieces)) <= count):
+            pieces.append(self._text_document())
+        span, rest = take(pieces, count)
+        # An aligned document whose last token has been a target is done.
+        self._lanes[lane] = [] if self._aligned and len(rest[0]) == 1 else rest
+        self._text_tokens += len(span.inputs)
+        return span
+
+    def _text_document(self) -> Piece:
+        n = min(self._streams, key=lambda n: self._tokens[n] / self._weights[n])
+        number, ids = self._streams[n].draw()
+        shared = self._bos is not None and self._bos == self._eos and not self._aligned  # the next one's BOS is our EOS
+        ids = [*([] if self._bos is None else [self._bos]), *ids, *([] if self._eos is None or shared else [self._eos])]
+        weights = np.ones(len(ids), np.float32)
+        weights[0] = shared
+        return self._count(n, number, np.array(ids, np.int32), weights)
+
+    def _task_document(self, n: int) -> Piece:
+        number, most = self._drawn[n], self._windows * self._window + 1
+        rng = random.Random(f"{self._seed}/{self._labels[n]}/{number * self._world_size + self._rank}")
+        ids, weights = self._tasks[n].document(rng)
+        if not 2 <= len(ids) <= most:
+            raise ValueError(
+                f"task {self._labels[n]!r} gave {len(ids)} tokens; a step holds 2..{most}: correct the task"
+            )
+        if len(weights) != len(ids) or not all(0 <= weight < math.inf for weight in weights):
+            raise ValueError(
+                f"task {self._labels[n]!r}: {len(ids)} tokens need as many weights, finite and not below 0"
+            )
+        return self._count(n, number, np.array(ids, np.int32), np.array(weights, np.float32))
+
+    def _count(self, n: int, number: int, ids: NDArray[np.int32], weights: NDArray[np.float32]) -> Piece:
+        self._drawn[n] += 1
+        self._tokens[n] += len(ids)
+        return Piece(n * _NUMBERS + number * self._world_size + self._rank, ids, weights)
+
+
+def _special_ids(tokenizer: PreTrainedTokenizerBase | None) -> tuple[int | None, int | None, int]:
+    """BOS and EOS, and what fills padding: any id will do, as nothing sees it."""
+    if tokenizer is None:
+        return None, None, 0
+    bos, eos, pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
+    return bos, eos, next((n for n in (pad, eos) if n is not None), 0)
+
+
+def _document_of(row: NDArray[np.int64]) -> int:
+    """The commonest document of a row; of equals the first in it."""
+    present, first, counts = np.unique(row[row != NO_DOCUMENT], return_index=True, return_counts=True)
+    if not len(present):
+        return NO_DOCUMENT
+    return int(present[np.lexsort((first, -counts))[0]])
+
+
+def _drop(pieces: Sequence[Piece], count: int) -> list[Piece]:
+    rest = []
+    for piece in pieces:
+        if count < len(piece):
+            rest.append(piece[count:])
+        count -= min(count, len(piece))
+    return rest
+
+
+def _pack(values: NDArray[Any]) -> str:
+    """Little-endian bytes, compressed, as text: a long novel's tokens take about half a megabyte."""
+    little_endian = values.astype(values.dtype.newbyteorder("<"))
+    return base64.b64encode(zlib.compress(little_endian.tobytes())).decode("ascii")
+
+
+def _unpack(text: str, dtype: str) -> NDArray[Any]:
+    return np.frombuffer(zlib.decompress(base64.b64decode(text)), dtype).astype(np.dtype(dtype).newbyteorder("="))

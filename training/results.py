@@ -1,0 +1,63 @@
+"""What a run leaves behind: a checkpoint for plain transformers, or an adapter, with all that made it."""
+
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fot import __version__
+from fot.adapter import AdapterDescription, save_adapter
+from fot.config import CONFIG_KEY, MemoryConfig
+from training.recipe import Recipe
+
+
+def write_result(
+    out: Path,
+    recipe: Recipe,
+    model: Any,
+    tokenizer: Any,
+    config: MemoryConfig,
+    trained: dict[str, Tensor],
+    line: dict[str, Any],
+) -> Path:
+    """Write the result of a run.
+
+    Args:
+        out: the run's folder; the result goes to ``out/model``, or ``out/adapter`` if only a part was trained.
+        recipe: of the run.
+        model: as trained.
+        tokenizer: of the model; None for a model started from random weights without one.
+        config: resolved memory settings.
+        trained: the parameters that were trained, by name.
+        line: last line of the log.
+
+    Returns:
+        the result's folder.
+    """
+    made_by = {
+        "recipe": recipe.to_dict(),
+        "result": line,
+        "fot": __version__,
+        "torch": torch.__version__,
+        "python": sys.version.split()[0],
+    }
+    if recipe.trainable == "all":
+        folder = out / "model"
+        setattr(model.config, CONFIG_KEY, recipe.memory_config().to_dict() | {"mem_layers": list(config.layers)})
+        model.save_pretrained(folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+    elif recipe.trainable == "lora":
+        folder = out / "adapter"
+        model.save_pretrained(folder)
+    else:
+        folder = out / "adapter"
+        settings = MemoryConfig.from_dict(recipe.memory_config().to_dict() | {"mem_layers": config.layers})
+        save_adapter(folder, trained, AdapterDescription(str(recipe.model), settings, made_by))
+    for name in ("recipe.json", "log.jsonl"):
+        if (out / name).exists():
+            shutil.copy(out / name, folder / name)
+    return folder

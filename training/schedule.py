@@ -1,0 +1,137 @@
+"""How many other windows each row attends to, and which: d over time, positives and negatives."""
+
+import random
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from training.crossbatch import Contexts
+
+Demand = tuple[int, int]  # positives, negatives
+
+
+@dataclass(frozen=True)
+class ContextSchedule:
+    """Which windows a row attends to besides itself (arXiv 2307.03170, sections 3.2 and A).
+
+    Attributes:
+        segments: (positives, negatives) of each equal segment of the batch's lanes, LongLLaMA's form; for 3B
+            ``[(0, 0), (1, 1), (2, 1), (3, 0)]``, for 7B ``[(0, 0), (1, 2), (2, 5), (3, 4)]``. Excludes ``d``.
+        kind: how d goes over time: ``constant`` (``values[0]``), ``steps`` (from step ``at[i]`` on, ``values[i]``),
+            ``ramp`` (from ``values[0]`` to ``values[1]`` over the first ``at[0]`` steps), ``accuracy``
+            (``values[0]`` until the answer accuracy has reached ``at[0]``, then ``values[1]``), ``drawn`` (one of
+            ``values`` at every step).
+        values: numbers of contexts d: as many positives as there are, up to ``previous_windows``, the rest negatives.
+        at: steps or an accuracy, see ``kind``.
+        previous_windows: w, earlier windows of its own document that a row may see.
+    """
+
+    segments: tuple[Demand, ...] = ()
+    kind: Literal["constant", "steps", "ramp", "accuracy", "drawn"] = "constant"
+    values: tuple[int, ...] = (1,)
+    at: tuple[float, ...] = ()
+    previous_windows: int = 1
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "segments", tuple((int(p), int(n)) for p, n in self.segments))
+        object.__setattr__(self, "values", tuple(int(value) for value in self.values))
+        object.__setattr__(self, "at", tuple(self.at))
+        needed = {"constant": (1, 0), "ramp": (2, 1), "accuracy": (2, 1), "drawn": (None, 0), "steps": (None, None)}
+        if self.kind not in needed:
+            raise ValueError(f"contexts: kind is {self.kind!r}; choose one of {', '.join(needed)}")
+        values, at = needed[self.kind]
+        if (values is not None and len(self.values) != values) or (at is not None and len(self.at) != at):
+            raise ValueError(f"contexts: kind {self.kind!r} takes {values} values and {at} entries in at")
+        if self.kind == "steps" and (len(self.at) != len(self.values) or list(self.at) != sorted(self.at)):
+            raise ValueError("contexts: kind 'steps' takes as many entries in at as values, ascending, the first 0")
+        if not self.values or min(self.values) < 0:
+            raise ValueError(f"contexts: values are {self.values}; give numbers of at least 0")
+        if self.previous_windows < 0:
+            raise ValueError(f"contexts: previous_windows is {self.previous_windows}; it must be at least 0")
+
+    def contexts_at(self, step: int, accuracy: float, seed: int) -> int:
+        """d at this step.
+
+        Args:
+            step: 0, 1, ...
+            accuracy: best answer accuracy so far, 0..1.
+            seed: draws d for ``drawn``; every process gets the same.
+        """
+        if self.kind == "steps":
+            return next((v for v, a in zip(self.values[::-1], self.at[::-1], strict=True) if step >= a), 0)
+        if self.kind == "ramp":
+            first, last = self.values
+            return first + round((last - first) * min(1.0, step / max(1.0, self.at[0])))
+        if self.kind == "accuracy":
+            return self.values[int(accuracy >= self.at[0])]
+        if self.kind == "drawn":
+            return random.Random(f"{seed}/{step}/d").choice(self.values)
+        return self.values[0]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What is known of the C candidate rows of all processes.
+
+    Attributes:
+        lane: (C,) which document stream a row belongs to; no two processes share one.
+        index: (C,) place among its lane's windows in this batch.
+        document: (C,) document of its first token; positives are of the same document.
+        padding: (C, T) bool, True at padding; None if there is none.
+    """
+
+    lane: Tensor
+    index: Tensor
+    document: Tensor
+    padding: Tensor | None = None
+
+
+def choose_contexts(schedule: ContextSchedule, rows: Rows, mine: range, d: int, seed: str) -> Contexts:
+    """Draw the rows that each row of this process attends to.
+
+    Never a row itself, never a later window of its own lane, never another document's window as a positive, nor an
+    own one as a negative. Where fewer are there than wanted, all of them are taken.
+
+    Args:
+        schedule: says how many positives and negatives.
+        rows: all candidates.
+        mine: rows of this process among them.
+        d: number of contexts, unless the schedule has segments.
+        seed: draws negatives; a row's are the same however the rows are spread over processes.
+    """
+    lane, index, document = rows.lane.tolist(), rows.index.tolist(), rows.document.tolist()
+    lanes = sorted(set(lane))
+    chosen = []
+    for row in mine:
+        before = [
+            other
+            for other in range(len(lane))
+            if lane[other] == lane[row] and index[other] < index[row] and document[other] == document[row]
+        ]
+        before.sort(key=lambda other: -index[other])
+        if schedule.segments:
+            segment = lanes.index(lane[row]) * len(schedule.segments) // len(lanes)
+            positives, negatives = schedule.segments[segment]
+            positives = min(positives, len(before))
+        else:
+            positives = min(d, schedule.previous_windows, len(before))
+            negatives = d - positives
+        others = [other for other in range(len(lane)) if lane[other] != lane[row]]
+        drawn = random.Random(f"{seed}/{row}").sample(others, min(negatives, len(others)))
+        chosen.append(torch.tensor(before[:positives] + drawn, dtype=torch.int64))
+    return Contexts([rows_.to(rows.lane.device) for rows_ in chosen], rows.padding)
+
+
+def schedule_from(settings: dict[str, Any]) -> ContextSchedule:
+    """From a recipe's dictionary.
+
+    Raises:
+        ValueError: an entry that is not known.
+    """
+    unknown = set(settings) - set(ContextSchedule.__dataclass_fields__)
+    if unknown:
+        known = ", ".join(ContextSchedule.__dataclass_fields__)
+        raise ValueError(f"contexts: unknown entry {sorted(unknown)[0]!r}; known: {known}")
+    return ContextSchedule(**settings)

@@ -1,0 +1,149 @@
+"""From a recipe to what the loop needs: model, trained parameters, data."""
+
+import random
+import re
+import sysconfig
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fot.config import MemoryConfig
+from fot.loading import load_model
+from fot.model import detach_memory
+from training.batches import Batch, DocumentLoader, Span, TaskSource, batch_of
+from training.data import DataSource, read_documents
+from training.dictionary import DictionaryTask
+from training.recipe import Recipe
+from training.tasks import SyntheticRetrieval, Task, filler_from
+
+# Documents of a task's filler that are held in memory, tokenised.
+FILLER_TOKENS = 4_000_000
+
+# Its synthetic documents are drawn from another stream of random numbers than those trained on.
+EVALUATION_SEED = "evaluation"
+
+
+def build_model(recipe: Recipe) -> tuple[Any, MemoryConfig, Any]:
+    """The plain model to train, in float32 masters; its resolved memory settings; its tokenizer or None.
+
+    A recipe whose ``model`` is a dictionary starts a new Llama model of these settings from random weights.
+    """
+    if isinstance(recipe.model, dict):
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        config = LlamaConfig(**recipe.model)
+        model = LlamaForCausalLM(config)
+        return model, _resolve(recipe, config), None
+    loaded: Any = load_model(recipe.model, dtype=torch.float32)
+    tokenizer = loaded.tokenizer
+    model = detach_memory(loaded)
+    return model, _resolve(recipe, model.config), tokenizer
+
+
+def choose_trainable(model: Any, recipe: Recipe, config: MemoryConfig) -> dict[str, Tensor]:
+    """Freeze what is not trained; the rest by name."""
+    if recipe.trainable == "lora":
+        from peft import LoraConfig, inject_adapter_in_model
+
+        settings: dict[str, Any] = {
+            "r": 16,
+            "lora_alpha": 32,
+            "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"],
+        } | recipe.lora
+        inject_adapter_in_model(LoraConfig(**settings), model)
+    elif recipe.trainable == "memory":
+        pattern = re.compile(r"model\.layers\.(" + "|".join(map(str, config.layers)) + r")\.self_attn\.")
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(bool(pattern.match(name)))
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def build_loader(
+    recipe: Recipe, config: MemoryConfig, tokenizer: Any, rank: int = 0, world_size: int = 1
+) -> DocumentLoader:
+    """Batches of this process."""
+    tasks = [
+        TaskSource(build_task(entry, recipe, config, tokenizer), entry.get("weight", 1.0)) for entry in recipe.tasks
+    ]
+    return DocumentLoader(
+        [*(data_source(entry) for entry in recipe.sources), *tasks],
+        tokenizer,
+        lanes=recipe.lanes,
+        windows=recipe.windows,
+        window=config.window,
+        seed=recipe.seed,
+        rank=rank,
+        world_size=world_size,
+    )
+
+
+def data_source(entry: dict[str, Any]) -> DataSource:
+    """A ``DataSource`` from a recipe's entry; ``{stdlib}`` in its path is the folder of Python's own library."""
+    path = str(entry.get("path", "")).replace("{stdlib}", sysconfig.get_path("stdlib"))
+    return DataSource.from_dict(entry | {"path": path})
+
+
+def build_task(entry: dict[str, Any], recipe: Recipe, config: MemoryConfig, tokenizer: Any) -> Task:
+    """A task from a recipe's entry: ``kind``, ``weight``, ``filler`` (sources), and the task's own settings."""
+    settings = {key: value for key, value in entry.items() if key not in ("kind", "weight", "filler")}
+    shape = {"windows": recipe.windows, "window": config.window}
+    if entry.get("kind") == "dictionary":
+        return DictionaryTask(**(shape | settings))
+    if entry.get("kind") == "retrieval":
+        filler = filler_from([ids for source in entry["filler"] for ids in _tokenised(source, tokenizer)])
+        if "facts" in settings:
+            settings["facts"] = tuple(settings["facts"])
+        return SyntheticRetrieval(tokenizer, filler, **(shape | settings))
+    raise ValueError(f"task: kind is {entry.get('kind')!r}; choose retrieval or dictionary")
+
+
+def evaluation_batches(recipe: Recipe, config: MemoryConfig, tokenizer: Any) -> Iterator[Batch]:
+    """Batches of synthetic documents that are never trained on; the same in every evaluation."""
+    for entry in recipe.tasks[:1]:
+        task = build_task(entry, recipe, config, tokenizer)
+        pad = 0 if tokenizer is None else tokenizer.pad_token_id or 0
+        for number in range(recipe.eval_batches):
+            spans = [_span(task, number * recipe.lanes + lane) for lane in range(recipe.lanes)]
+            yield batch_of(spans, recipe.windows, config.window, pad)
+
+
+def held_out_windows(recipe: Recipe, config: MemoryConfig, tokenizer: Any) -> Tensor:
+    """(rows, window) of held-out text, cut from its documents' starts; none if the recipe names none."""
+    rows: list[list[int]] = []
+    wanted = recipe.eval_batches * recipe.lanes * recipe.windows
+    for entry in recipe.held_out:
+        for ids in _tokenised(entry, tokenizer):
+            whole = len(ids) // config.window * config.window
+            rows += [ids[start : start + config.window] for start in range(0, whole, config.window)]
+            if len(rows) >= wanted:
+                break
+    return torch.tensor(rows[:wanted], dtype=torch.int64).reshape(-1, config.window)
+
+
+def _span(task: Task, number: int) -> Span:
+    import numpy as np
+
+    ids, weights = task.document(random.Random(f"{EVALUATION_SEED}/{task.name}/{number}"))
+    count = len(ids) - 1
+    return Span(
+        np.asarray(ids[:-1], np.int32),
+        np.asarray(ids[1:], np.int32),
+        np.asarray(weights[1:], np.float32),
+        np.full(count, number, np.int64),
+    )
+
+
+def _tokenised(entry: dict[str, Any], tokenizer: Any) -> Iterator[list[int]]:
+    """Documents of a source as token ids, up to ``FILLER_TOKENS`` in all."""
+    total = 0
+    for ids in read_documents(data_source(entry), tokenizer):
+        total += len(ids)
+        yield ids
+        if total >= FILLER_TOKENS:
+            return
+
+
+def _resolve(recipe: Recipe, config: Any) -> MemoryConfig:
+    return recipe.memory_config().resolve(config.num_hidden_layers, config.max_position_embeddings, "float32")

@@ -1,0 +1,378 @@
+"""Synthetic retrieval: documents whose last window asks for facts that were told in earlier windows.
+
+A task gives documents as token ids with, for each token, the weight with which it counts as a target of the loss.
+``SyntheticRetrieval`` hides facts (``training.wordings``) in real text; the dictionary task is in
+``training.dictionary``. ``held_out_needles`` asks in wordings and on subjects that training never sees.
+
+>>> filler = filler_from([tokenizer(path.read_text()).input_ids for path in Path("texts").iterdir()])
+>>> task = SyntheticRetrieval(tokenizer, filler, windows=2, window=512)
+>>> ids, weights = task.document(random.Random(0))
+"""
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from training.wordings import KINDS, Kind, draw, forbidden, render
+
+Filler = Callable[[random.Random, int], list[int]]
+
+# What stands around a statement or question. Each ends with a line break, so that some token ends every answer.
+_FRAMES = (("\n", "\n"), ("\n", "\n"), ("\n\n", "\n\n"), (" ", "\n"), ("\n# ", "\n"), ("\n- ", "\n"), ("\n> ", "\n"))
+_BLOCK_FRAMES = (("\n", "\n"), ("\n\n", "\n\n"))  # for templates of several lines
+_ASKED = 0.8  # share of facts that are asked for, as far as questions fit
+_MOST_SYNTHETIC = 0.75  # share of the tokens of a window that facts and questions may take; the rest is real text
+_ATTEMPTS = 50
+
+
+class Task(Protocol):
+    """Gives ready documents.
+
+    ``document`` returns token ids, at most windows * window + 1, and for each token its weight as a target of the
+    loss (0: it counts nothing). The same state of ``rng`` gives the same document.
+    """
+
+    name: str
+
+    def document(self, rng: random.Random) -> tuple[list[int], list[float]]: ...
+
+
+@dataclass(frozen=True)
+class Fact:
+    """One thing told: ``value`` is the ``relation`` of ``entity``."""
+
+    kind: Kind
+    entity: str
+    relation: str
+    value: str
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A statement or a question in a document.
+
+    Attributes:
+        fact: its number in the sample's facts.
+        ids: its tokens.
+        answer: for a question, where in ``ids`` the answer lies: (first, last + 1). The token after it ends it.
+            None for a statement.
+    """
+
+    fact: int
+    ids: list[int]
+    answer: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A document and what was hidden in it.
+
+    Attributes:
+        ids: windows * window + 1 tokens; the last one is only a target.
+        weights: for each token, its weight as a target.
+        facts: all that was told.
+        placed: (first position, piece) of every statement and question, in order.
+    """
+
+    ids: list[int]
+    weights: list[float]
+    facts: list[Fact]
+    placed: list[tuple[int, Piece]]
+
+
+@dataclass
+class SyntheticRetrieval:
+    """Facts in windows 0..windows-2 of real text, questions with answers in the last window; a ``Task``.
+
+    Two facts of a document differ in (entity, relation) and in value. Some facts are never asked for.
+
+    Attributes:
+        tokenizer: of transformers; BOS is put first if it has ``add_bos_token``.
+        filler: (rng, n) -> n consecutive tokens of real text.
+        windows: of a document, at least 2.
+        window: tokens of each.
+        facts: least and most facts of a document; fewer where they do not fit.
+        text_weight: weight of those tokens of the real text that count.
+        text_share: share of the real text's tokens that count, drawn token by token. Statements and the words of
+            questions never count: they hold random names and numbers that cannot be foretold.
+        near_share: share of facts that are told in the last window, before their question, for local attention.
+        again_share: share of asked facts that are asked for twice, mostly in other words.
+        distractor_share: share of facts that repeat the relation of another fact for another entity, or tell
+            something else of its entity.
+        kinds: kinds of facts; leave some out to test on them.
+        name: in logs.
+    """
+
+    tokenizer: Any
+    filler: Filler
+    windows: int = 2
+    window: int = 512
+    facts: tuple[int, int] = (4, 12)
+    text_weight: float = 0.5
+    text_share: float = 0.1
+    near_share: float = 0.1
+    again_share: float = 0.15
+    distractor_share: float = 0.7
+    kinds: Sequence[Kind] = KINDS
+    name: str = "retrieval"
+
+    def __post_init__(self) -> None:
+        if self.windows < 2 or self.window < 1:
+            raise ValueError(f"{self.windows} windows of {self.window} tokens: facts and questions take at least 2")
+        if not 1 <= self.facts[0] <= self.facts[1]:
+            raise ValueError(f"facts={self.facts} must be (least, most) with 1 <= least <= most")
+        for field in ("text_share", "near_share", "again_share", "distractor_share"):
+            if not 0 <= getattr(self, field) <= 1:
+                raise ValueError(f"{field}={getattr(self, field)} is a share: choose it from 0 to 1")
+        if self.near_share == 1:
+            raise ValueError("near_share=1 leaves no fact for the earlier windows: lower it")
+        if self.text_weight < 0:
+            raise ValueError(f"text_weight={self.text_weight} must not be negative")
+        if not self.kinds:
+            raise ValueError("kinds is empty: leave it out to use all kinds of facts")
+
+    def document(self, rng: random.Random) -> tuple[list[int], list[float]]:
+        """Token ids, windows * window + 1 of them, and their weights as targets: 1 for answers and their ends."""
+        sample = self.sample(rng)
+        return sample.ids, sample.weights
+
+    def sample(self, rng: random.Random) -> Sample:
+        """A document with its facts and where they are.
+
+        Raises:
+            ValueError: the windows are too short for a fact and a question, or the filler keeps giving text that
+                has words of the passkey test.
+        """
+        reason = ""
+        for _ in range(_ATTEMPTS):
+            facts = draw_facts(self.kinds, rng.randint(*self.facts), self.distractor_share, rng)
+            earlier, last = self._pieces(facts, rng)
+            if not {piece.fact for piece in earlier} & {piece.fact for piece in last}:
+                reason = f"a window of {self.window} tokens has no room for a fact or a question: make windows longer"
+                continue
+            sample = self._place(facts, earlier, last, rng)
+            found = forbidden(self.tokenizer.decode(sample.ids))
+            if found is None:
+                return sample
+            reason = f"the filler gives text of the passkey test ({found!r}): take such documents out of it"
+        raise ValueError(reason)
+
+    def _pieces(self, facts: Sequence[Fact], rng: random.Random) -> tuple[list[Piece], list[Piece]]:
+        """What goes into the earlier windows, and what into the last; each in its order."""
+        earlier: list[Piece] = []
+        groups: list[list[Piece]] = []  # what must enter the last window together
+        room = _MOST_SYNTHETIC * self.window * (self.windows - 1)
+        for number, fact in enumerate(facts):
+            told = self._statement(number, fact, rng)
+            near = rng.random() < self.near_share
+            if not near and sum(len(piece.ids) for piece in [*earlier, told]) <= room:
+                earlier.append(told)
+            elif not near:
+                continue  # never told, so never asked
+            if rng.random() < _ASKED:
+                groups.append([told] * near + [self._question(number, fact, rng)])
+                if rng.random() < self.again_share:
+                    groups.append([self._question(number, fact, rng)])
+        rng.shuffle(groups)
+        last: list[Piece] = []
+        for group in groups:
+            if sum(len(piece.ids) for piece in last + group) <= _MOST_SYNTHETIC * self.window:
+                last += group
+        rng.shuffle(earlier)
+        rng.shuffle(last)
+        return earlier, _tell_first([piece for piece in last if self._answerable(piece, earlier + last)])
+
+    @staticmethod
+    def _answerable(piece: Piece, others: Sequence[Piece]) -> bool:
+        # The second question about a near fact may have found room where the fact itself had none.
+        return any(other.answer is None and other.fact == piece.fact for other in others)
+
+    def _place(self, facts: list[Fact], earlier: list[Piece], last: list[Piece], rng: random.Random) -> Sample:
+        bos = [self.tokenizer.bos_token_id] if getattr(self.tokenizer, "add_bos_token", False) else []
+        first = self.window * (self.windows - 1)
+        regions = ((first - len(bos), earlier), (self.window + 1, last))
+        rooms = [length - sum(len(piece.ids) for piece in pieces) for length, pieces in regions]
+        filler = self.filler(rng, sum(rooms))  # one text runs through the document, facts stand between
+        if len(filler) != sum(rooms):
+            raise ValueError(f"the filler gave {len(filler)} tokens when asked for {sum(rooms)}: it must give all")
+        text = iter(filler)
+        ids, weights = list(bos), [0.0] * len(bos)
+        placed = []
+        for room, (_, pieces) in zip(rooms, regions, strict=True):
+            cuts = sorted(rng.randint(0, room) for _ in pieces)
+            for before, cut, piece in zip([0, *cuts], [*cuts, room], [*pieces, None], strict=True):
+                self._add_text(ids, weights, text, cut - before, rng)
+                if piece is not None:
+                    placed.append((len(ids), piece))
+                    ids += piece.ids
+                    start, end = piece.answer or (0, -1)
+                    weights += [float(start <= place <= end) for place in range(len(piece.ids))]
+        weights[0] = 0.0  # nothing predicts the first token
+        return Sample(ids, weights, facts, placed)
+
+    def _add_text(
+        self, ids: list[int], weights: list[float], text: Iterator[int], count: int, rng: random.Random
+    ) -> None:
+        for _, token in zip(range(count), text, strict=False):
+            ids.append(token)
+            weights.append(self.text_weight if rng.random() < self.text_share else 0.0)
+
+    def _statement(self, number: int, fact: Fact, rng: random.Random) -> Piece:
+        text = render(rng.choice(fact.kind.statements), fact.entity, fact.relation, fact.value, rng)
+        before, after = rng.choice(_BLOCK_FRAMES if "\n" in text else _FRAMES)
+        return Piece(number, self._encode(before + text + after))
+
+    def _question(self, number: int, fact: Fact, rng: random.Random) -> Piece:
+        """A question whose answer begins and ends where tokens do, as when a model is prompted with it.
+
+        The space before an answer counts to it: some tokenizers make it a token, which the model must then write.
+        """
+        for _ in range(_ATTEMPTS):
+            template = rng.choice(fact.kind.questions)
+            before, after = rng.choice(_BLOCK_FRAMES if "\n" in template else _FRAMES)
+            head, tail = (render(part, fact.entity, fact.relation, "", rng) for part in template.split("{v}"))
+            text = before + head + fact.value
+            prompt, answered, ids = map(self._encode, ((before + head).rstrip(" "), text, text + tail + after))
+            if answered[: len(prompt)] == prompt and ids[: len(answered)] == answered and len(ids) > len(answered):
+                return Piece(number, ids, (len(prompt), len(answered)))
+        raise ValueError(f"the tokenizer joins {fact.value!r} to what stands around it in all of {fact.kind.questions}")
+
+    def _encode(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False).input_ids
+
+
+def draw_facts(kinds: Sequence[Kind], count: int, distractor_share: float, rng: random.Random) -> list[Fact]:
+    """Facts of which no two share (entity, relation), or the value, and no entity is part of another's name."""
+    facts: list[Fact] = []
+    while len(facts) < count:
+        kind = rng.choice(kinds)
+        entity, relation = draw(kind.entity, rng), rng.choice(kind.relations)
+        if facts and rng.random() < distractor_share:
+            like = rng.choice(facts)
+            if rng.random() < 0.5:
+                kind, relation = like.kind, like.relation
+                entity = draw(kind.entity, rng)
+            else:
+                kind = rng.choice([other for other in kinds if other.entity == like.kind.entity])
+                entity, relation = like.entity, rng.choice(kind.relations)
+        fact = Fact(kind, entity, relation, draw(kind.value, rng))
+        if not any(_clash(fact, other) for other in facts):
+            facts.append(fact)
+    return facts
+
+
+def _clash(one: Fact, two: Fact) -> bool:
+    if one.value == two.value:
+        return True
+    if one.entity == two.entity:
+        return one.relation == two.relation
+    return one.entity in two.entity or two.entity in one.entity
+
+
+def _tell_first(pieces: list[Piece]) -> list[Piece]:
+    """The same pieces, each statement moved to the first place that its fact has among them."""
+    order = list(pieces)
+    for told in [piece for piece in pieces if piece.answer is None]:
+        places = [place for place, piece in enumerate(order) if piece.fact == told.fact]
+        order.remove(told)
+        order.insert(places[0], told)
+    return order
+
+
+def filler_from(texts: Sequence[Sequence[int]]) -> Filler:
+    """Real text from tokenised texts: n tokens from a random place of one, going on with others where it ends.
+
+    Longer texts are drawn more often.
+
+    Raises:
+        ValueError: all texts are empty.
+    """
+    kept = [list(text) for text in texts if len(text)]
+    if not kept:
+        raise ValueError("no text to hide facts in: all texts are empty")
+    lengths = [len(text) for text in kept]
+
+    def fill(rng: random.Random, count: int) -> list[int]:
+        text = rng.choices(kept, lengths)[0]
+        start = rng.randrange(max(1, len(text) - count + 1))
+        ids = text[start : start + count]
+        while len(ids) < count:
+            ids += rng.choices(kept, lengths)[0][: count - len(ids)]
+        return ids
+
+    return fill
+
+
+@dataclass(frozen=True)
+class Needle:
+    """A fact to hide in a long text, in wordings that are in no training document.
+
+    Attributes:
+        subject: what it is about; distinct among needles drawn together.
+        statement: the sentence to hide.
+        question: ends so that a plain language model goes on with the answer.
+        answer: what must follow, without the space between.
+    """
+
+    subject: str
+    statement: str
+    question: str
+    answer: str
+
+
+# Patterns of ``training.wordings.draw``; none of these words is in training.
+_CITY = (
+    "Lisbon | Porto | Madrid | Seville | Lyon | Turin | Naples | Palermo | Athens | Vienna | Prague | Krakow | Riga | "
+    "Tallinn | Oslo | Bergen | Aarhus | Dublin | Leeds | Bristol | Ghent | Utrecht | Bremen | Leipzig | Zurich | "
+    "Denver | Boston | Chicago | Toronto | Lima | Quito | Havana | Nairobi | Accra | Cairo | Osaka | Busan | Perth"
+)
+_ACTIVITY = "watch the swans | eat oysters | listen to the organ | rent a rowing boat | sketch the fishermen"
+_PLACE = "by the old lighthouse | in the botanical park | under the railway arches | on the cathedral steps"
+_FILLING = "smoked eel | roast pork | fried halloumi | pickled herring | grilled aubergine | duck liver"
+_BREAD = "on rye bread | in a seeded bun | on toasted sourdough | in warm flatbread"
+_PERSON = "{first} {last}"
+_MOST_NEEDLES = 4 * len(_ACTIVITY.split(" | ")) * len(_PLACE.split(" | "))  # the subject with the fewest answers
+
+
+def held_out_needles(rng: random.Random, count: int) -> list[Needle]:
+    """Needles about a city's best sandwich and best pastime, and people's phone numbers and birthplaces, in turn.
+
+    Subjects differ, and so do answers, so that the answer to another needle is always wrong.
+
+    Raises:
+        ValueError: more are asked for than there are distinct answers.
+    """
+    if not 0 <= count <= _MOST_NEEDLES:
+        raise ValueError(f"{count} needles with distinct answers cannot be drawn: ask for at most {_MOST_NEEDLES}")
+    needles: list[Needle] = []
+    while len(needles) < count:
+        make = (_sandwich, _pastime, _phone_number, _birthplace)[len(needles) % 4]
+        needle = make(rng)
+        if all(needle.subject != other.subject and needle.answer != other.answer for other in needles):
+            needles.append(needle)
+    return needles
+
+
+def _sandwich(rng: random.Random) -> Needle:
+    city, answer = draw(_CITY, rng), f"{draw(_FILLING, rng)} {draw(_BREAD, rng)}"
+    stem = f"The best sandwich in {city} is"
+    return Needle(f"sandwich/{city}", f"{stem} {answer}.", f"Which sandwich should one try in {city}? {stem}", answer)
+
+
+def _pastime(rng: random.Random) -> Needle:
+    city, answer = draw(_CITY, rng), f"{draw(_ACTIVITY, rng)} {draw(_PLACE, rng)}"
+    stem = f"The best thing to do in {city} is to"
+    return Needle(f"pastime/{city}", f"{stem} {answer}.", f"How should one spend a day in {city}? {stem}", answer)
+
+
+def _phone_number(rng: random.Random) -> Needle:
+    person, answer = draw(_PERSON, rng), draw("###-####", rng)
+    stem = f"{person} can be reached by phone at"
+    return Needle(f"phone/{person}", f"{stem} {answer}.", f"What is the phone number of {person}? {stem}", answer)
+
+
+def _birthplace(rng: random.Random) -> Needle:
+    person, answer = draw(_PERSON, rng), draw(_CITY, rng)
+    stem = f"{person} was born in"
+    return Needle(f"birthplace/{person}", f"{stem} {answer}.", f"Where is {person} from? {stem}", answer)
