@@ -79,7 +79,7 @@ def _add_train(commands: Any) -> None:
     parser = commands.add_parser(
         "train",
         help="fine-tune a model with crossbatch",
-        description="Crossbatch fine-tuning by a recipe. On several devices or machines: accelerate launch -m fot train.",
+        description="Crossbatch fine-tuning by a recipe. On several devices: accelerate launch -m fot train ...",
     )
     parser.add_argument("recipe", help="YAML or JSON file, or the name of a shipped recipe")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="entries to change, such as steps=100")

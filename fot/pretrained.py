@@ -93,7 +93,7 @@ def resolve(name_or_path: str | Path, *, download: bool = True) -> Checkpoint:
     """Find the checkpoint that a name or path means.
 
     Tried in this order: an alias, an existing folder (a checkpoint or an adapter), an existing GGUF file, a hub id
-    ``org/name``. A hub id is passed on unchecked. ``./NAME`` is never an alias; a ``Path`` is never an alias or a hub id.
+    ``org/name``. A hub id is passed on unchecked. ``./NAME`` is never an alias; a ``Path`` is neither alias nor hub id.
 
     Args:
         name_or_path: what the user typed.

@@ -352,12 +352,21 @@ def test_a_position_stays_small(tmp_path: Path, tokenizer: Any) -> None:
     assert len(json.dumps(loader.state_dict())) < 2 * len(texts[0]) + 2000
 
 
-@pytest.mark.parametrize("changed", [{"lanes": 3}, {"seed": 1}, {"window": 8}, {"align_documents": True}])
+@pytest.mark.parametrize(
+    "changed", [{"lanes": 3}, {"world_size": 2}, {"seed": 1}, {"window": 8}, {"align_documents": True}]
+)
 def test_a_position_of_other_settings_is_refused(tmp_path: Path, tokenizer: Any, changed: dict[str, Any]) -> None:
     write_texts(tmp_path, 2)
     state = loader_of(DataSource(str(tmp_path)), tokenizer).state_dict()
     with pytest.raises(ValueError, match=f"has {next(iter(changed))} .*resume with the same"):
         loader_of(DataSource(str(tmp_path)), tokenizer, **changed).load_state_dict(state)
+
+
+def test_a_position_of_another_process_is_refused(tmp_path: Path, tokenizer: Any) -> None:
+    write_texts(tmp_path, 2)
+    first, second = (loader_of(DataSource(str(tmp_path)), tokenizer, rank=rank, world_size=2) for rank in (0, 1))
+    with pytest.raises(ValueError, match="has rank 0, this run 1: resume with the same"):
+        second.load_state_dict(first.state_dict())
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "txt"])
@@ -385,18 +394,35 @@ def test_processes_share_no_document_in_any_epoch(tmp_path: Path, tokenizer: Any
     else:
         path, count = write_rows(tmp_path / "a", kind), 22
     shares: list[set[tuple[int, ...]]] = []
-    numbers: set[int] = set()
+    numbers: dict[int, tuple[int, ...]] = {}
     for rank in range(world_size):
-        stream = DocumentStream(DataSource(path), tokenizer, rank=rank, world_size=world_size)
+        stream = DocumentStream(DataSource(path, shuffle_buffer=5), tokenizer, rank=rank, world_size=world_size)
         share: set[tuple[int, ...]] = set()
         again: set[tuple[int, ...]] = set()
         while stream.epoch < 3:
             number, ids = stream.draw()
             (share if stream.epoch == 0 else again).add(tuple(ids))
-            numbers.add(number * world_size + rank)
+            numbers[number * world_size + rank] = tuple(ids)  # in each epoch the same
         assert again == share
+        assert all(numbers[number * world_size + rank] in share for number in range(len(share)))
         shares.append(share)
-    assert sum(map(len, shares)) == len(set.union(*shares)) == len(numbers) == count
+    assert sum(map(len, shares)) == len(set.union(*shares)) == len(numbers) == len(set(numbers.values())) == count
+
+
+def test_a_document_has_one_number_on_all_lanes_and_processes(tmp_path: Path, tokenizer: Any) -> None:
+    for n, letter in enumerate("abcd"):
+        (tmp_path / f"{n}.txt").write_text(letter * 200)
+    for rank in (0, 1):
+        source = DataSource(str(tmp_path))
+        loader = loader_of([TaskSource(Counting(), 0.1), source], tokenizer, lanes=3, rank=rank, world_size=2)
+        found = set()
+        for _ in range(120):
+            batch = next(loader)
+            for row, document in zip(batch.input_ids, batch.document.tolist(), strict=True):
+                origin = loader.origin(document)
+                if origin.startswith(source.label) and len(set(row.tolist())) == 1:
+                    found.add((int(origin.split()[-1]), tokenizer.decode(row[:1])))
+        assert found == {(rank, "abcd"[rank]), (rank + 2, "abcd"[rank + 2])}
 
 
 def test_epochs_come_in_different_orders(tmp_path: Path, tokenizer: Any) -> None:

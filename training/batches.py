@@ -15,8 +15,8 @@ What happens at a document's start and end:
   on short documents, such as source files.
 - A row's ``document`` is the one that most of its tokens are of. Positives are earlier windows of the step with the
   same document. What a window holds of another document at its edge is local context, and seen with it by others.
-- The token after EOS gives no loss: nothing foretells the next document. Where one token is both BOS and EOS (as GPT-2
-  SmolLM2) it stands once between two documents, and gives loss as the end of the first.
+- The token after EOS gives no loss: nothing foretells the next document. A token that is both BOS and EOS, as in
+  GPT-2, stands once between two documents, and gives loss as the end of the first.
 - ``align_documents=True`` starts each document at the first window of a step and pads the rest of its last step (no
   loss, ``padding`` True, and ``document`` -1 for rows of padding alone). EOS is then a label, never an input.
 - A ``Task``'s document is a step of one lane by itself, aligned so. The text that the lane was reading goes on in the

@@ -1,0 +1,191 @@
+"""The training loop through the command: resume, kill, several processes, results that load."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from transformers import LlamaForCausalLM
+
+import fot
+from fot.cli import main
+from training.recipe import SHIPPED, Recipe, load_recipe
+from training.train import learning_rate_at
+
+TESTS = Path(__file__).parent
+
+SMALL: dict[str, Any] = {
+    "model": {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3,
+              "num_attention_heads": 4, "max_position_embeddings": 64, "pad_token_id": 0},
+    "memory": {"mem_layers": [1], "local_context": 40, "mem_positionals": False},
+    "tasks": [{"kind": "dictionary"}],
+    "contexts": {"kind": "ramp", "values": [1, 5], "at": [4]},
+    "learning_rate": 0.003,
+    "steps": 8,
+    "save_every": 2,
+    "eval_every": 4,
+    "eval_batches": 1,
+    "dtype": "float32",
+}  # fmt: skip
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(SMALL))
+    return path
+
+
+def losses(out: Path) -> list[tuple[int, float]]:
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return [(line["step"], line["loss"]) for line in lines]
+
+
+def test_resumed_run_has_the_losses_of_an_undisturbed_one(recipe: Path, tmp_path: Path) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert main(["train", str(recipe), "--out", str(whole)]) == 0
+    assert main(["train", str(recipe), "steps=3", "--out", str(parts)]) == 0
+    assert main(["train", str(recipe), "steps=5", "--out", str(parts), "--resume"]) == 0
+    assert main(["train", str(recipe), "--out", str(parts), "--resume"]) == 0
+    assert losses(parts) == losses(whole)
+    assert [step for step, _ in losses(whole)] == list(range(1, 9))
+    saved = [torch.load(out / "checkpoints/step-0000008/optimizer.pt", weights_only=True) for out in (whole, parts)]
+    assert saved[0]["state"].keys() == saved[1]["state"].keys()
+
+
+def test_killed_run_resumes_from_its_last_checkpoint(recipe: Path, tmp_path: Path) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert main(["train", str(recipe), "steps=40", "--out", str(whole)]) == 0
+    command = [sys.executable, "-m", "fot", "train", str(recipe), "steps=40", "--out", str(killed)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not list((killed / "checkpoints").glob("step-*")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    done = subprocess.run([*command, "--resume"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "resuming at step" in done.stdout + done.stderr
+    assert losses(killed) == losses(whole)
+
+
+def test_result_loads_in_plain_transformers_and_with_memory(recipe: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert main(["train", str(recipe), "steps=2", "--out", str(out)]) == 0
+    LlamaForCausalLM.from_pretrained(out / "model")
+    model = fot.FoTForCausalLM.from_pretrained(out / "model")
+    assert model.memory_config.layers == (1,)
+    assert model.memory_config.mem_positionals is False
+    assert json.loads((out / "model" / "recipe.json").read_text())["seed"] == 0
+    assert (out / "model" / "log.jsonl").exists()
+
+
+def test_memory_adapter_holds_what_was_trained_and_loads_over_its_base(tmp_path: Path, recipe: Path) -> None:
+    base, out = tmp_path / "base", tmp_path / "out"
+    assert main(["train", str(recipe), "steps=1", "--out", str(base)]) == 0
+    settings = SMALL | {"model": str(base / "model"), "trainable": "memory", "steps": 2}
+    recipe.write_text(yaml.safe_dump(settings))
+    assert main(["train", str(recipe), "--out", str(out)]) == 0
+    plain = fot.FoTForCausalLM.from_pretrained(base / "model")
+    tuned = fot.FoTForCausalLM.from_pretrained(out / "adapter")
+    changed = {
+        name
+        for (name, one), two in zip(plain.named_parameters(), tuned.parameters(), strict=True)
+        if not torch.equal(one, two)
+    }
+    assert changed == {f"model.layers.1.self_attn.{part}_proj.weight" for part in "qkvo"}
+    assert tuned.memory_config == plain.memory_config
+    assert tuned.fingerprint() != plain.fingerprint()
+
+
+def test_max_hours_ends_with_a_checkpoint_and_a_result(recipe: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert main(["train", str(recipe), "steps=100000", "--max-hours", "0.0001", "--out", str(out)]) == 0
+    assert len(losses(out)) < 1000
+    assert (out / "model" / "model.safetensors").exists()
+    assert list((out / "checkpoints").glob("step-*"))
+
+
+def test_loss_that_is_not_finite_names_the_batch(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    from training import train
+
+    real = train.token_losses
+    monkeypatch.setattr(train, "token_losses", lambda *args: (real(*args)[0] * float("nan"), real(*args)[1]))
+    assert main(["train", str(recipe), "eval_every=0", "--out", str(tmp_path / "out")]) == 2
+    assert "the loss is nan at step 1, batch 1, documents [" in capsys.readouterr().err
+
+
+def test_two_processes_equal_one_with_the_joint_batch(tmp_path: Path) -> None:
+    found = {}
+    for world in (1, 2):
+        out = tmp_path / f"{world}.pt"
+        command = ["accelerate.commands.launch", "--num_processes", str(world), "--num_machines", "1",
+                   "--mixed_precision", "no", "--dynamo_backend", "no"]  # fmt: skip
+        # accelerate starts several processes under this name alone; without a GPU they talk through gloo.
+        command += ["--multi_gpu", "--main_process_port", "0"] if world > 1 else ["--cpu"]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        done = subprocess.run([sys.executable, "-m", *command, TESTS / "joint_batch.py", out], env=environment,
+                              capture_output=True, text=True, check=False)  # fmt: skip
+        assert done.returncode == 0, done.stderr[-2000:]
+        found[world] = torch.load(out, weights_only=True)
+        assert found[world]["world"] == world
+    torch.testing.assert_close(found[2]["loss"], found[1]["loss"], atol=1e-6, rtol=1e-6)
+    for name, gradient in found[1]["gradients"].items():
+        torch.testing.assert_close(found[2]["gradients"][name], gradient, atol=1e-6, rtol=1e-4)
+
+
+def test_learning_rates() -> None:
+    def at(step: int, **settings: Any) -> float:
+        return learning_rate_at(Recipe(tasks=[{}], learning_rate=1.0, steps=100, **settings), step)
+
+    assert [at(step, warmup_steps=4) for step in (0, 1, 3, 4, 99)] == [0.25, 0.5, 1.0, 1.0, 1.0]
+    assert at(0, lr_schedule="cosine") == 1.0
+    assert at(50, lr_schedule="cosine") == pytest.approx(0.505)
+    assert at(99, lr_schedule="cosine") < 0.02
+    assert at(15, lr_schedule="inverse_sqrt", warmup_steps=4) == 0.5
+
+
+@pytest.mark.parametrize("path", sorted(SHIPPED.glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_recipes_are_valid(path: Path) -> None:
+    recipe = load_recipe(path.stem)
+    assert recipe.memory_config().mem_layers
+    assert recipe.schedule()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("steps=0", "steps is 0"),
+        ("nonsense=1", "unknown entry 'nonsense'"),
+        ("contexts.kind=maybe", "kind is 'maybe'"),
+        ("trainable=some", "trainable is 'some'"),
+        ("memory.mem_layers=[9]", "memory layer 9 is out of range"),
+        ("tasks=[]", "nothing to train on"),
+        ("noequals", "not of the form key=value"),
+    ],
+)
+def test_bad_recipes(
+    override: str, message: str, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    assert main(["train", str(recipe), override, "--out", str(tmp_path / "out")]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_folders_that_hold_another_run_or_none(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    out = tmp_path / "out"
+    assert main(["train", str(recipe), "--out", str(out), "--resume"]) == 2
+    assert "holds no checkpoint to resume from" in capsys.readouterr().err
+    assert main(["train", str(recipe), "steps=2", "--out", str(out)]) == 0
+    assert main(["train", str(recipe), "steps=2", "--out", str(out)]) == 2
+    assert "holds a run already" in capsys.readouterr().err
+    assert main(["train", "nosuch", "--out", str(out)]) == 2
+    assert "no recipe 'nosuch'" in capsys.readouterr().err
