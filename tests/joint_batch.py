@@ -1,6 +1,6 @@
 """Loss and gradients of one fixed joint batch, on however many processes this is started.
 
-    accelerate launch --multi_gpu --num_processes 2 tests/joint_batch.py OUT.pt
+accelerate launch --multi_gpu --num_processes 2 tests/joint_batch.py OUT.pt
 """
 
 import sys

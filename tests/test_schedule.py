@@ -67,6 +67,15 @@ def test_another_documents_window_is_no_positive() -> None:
     assert found[5] == [4]
 
 
+def test_a_copy_or_padding_is_no_negative() -> None:
+    table = rows(3, 2)
+    table.document[2:4] = table.document[0]  # the second lane reads the same document as the first
+    table.document[5] = -1  # and the third lane's second window is padding
+    found = chosen(ContextSchedule(), table, d=6)
+    assert found[0] == [4]
+    assert sorted(found[1]) == [0, 4]
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -173,9 +173,7 @@ def test_shipped_recipes_are_valid(path: Path) -> None:
         ("noequals", "not of the form key=value"),
     ],
 )
-def test_bad_recipes(
-    override: str, message: str, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
+def test_bad_recipes(override: str, message: str, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert main(["train", str(recipe), override, "--out", str(tmp_path / "out")]) == 2
     assert message in capsys.readouterr().err
 

@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from training.batches import NO_DOCUMENT
 from training.crossbatch import Contexts
 
 Demand = tuple[int, int]  # positives, negatives
@@ -78,7 +79,7 @@ class Rows:
     Attributes:
         lane: (C,) which document stream a row belongs to; no two processes share one.
         index: (C,) place among its lane's windows in this batch.
-        document: (C,) document of its first token; positives are of the same document.
+        document: (C,) document of most of its tokens, -1 if it is all padding; positives are of the same document.
         padding: (C, T) bool, True at padding; None if there is none.
     """
 
@@ -118,7 +119,11 @@ def choose_contexts(schedule: ContextSchedule, rows: Rows, mine: range, d: int, 
         else:
             positives = min(d, schedule.previous_windows, len(before))
             negatives = d - positives
-        others = [other for other in range(len(lane)) if lane[other] != lane[row]]
+        others = [
+            other
+            for other in range(len(lane))
+            if lane[other] != lane[row] and document[other] not in (document[row], NO_DOCUMENT)
+        ]
         drawn = random.Random(f"{seed}/{row}").sample(others, min(negatives, len(others)))
         chosen.append(torch.tensor(before[:positives] + drawn, dtype=torch.int64))
     return Contexts([rows_.to(rows.lane.device) for rows_ in chosen], rows.padding)
