@@ -7,7 +7,8 @@ Per backend and size, for one memory layer of 3 KV heads of size 64 with 3 query
     append   ms to store a window of 1,024 tokens, the mean over the whole memory, index builds included
     ingest   ms of ``Memory[layer].attend`` for the queries of 1,024 tokens
     decode   ms of the same for one token
-    recall   share of the exact attention mass that ``search(k=128)`` finds, and of what the exact top 128 carry
+    recall   share of the exact attention mass that ``search(k=128)`` finds; recall_of_best: as a share of what the
+             exact top 128 carry
     error    |output - exact output| / |exact output|, exact being dense attention
 
 Keys are synthetic: per head, clusters of Zipf-like sizes whose centres share a large mean, as those of real models do,
@@ -114,6 +115,9 @@ def measure(
     return {
         "backend": backend,
         "in_use": layer.describe(),
+        "load": os.getloadavg()[0]
+        if hasattr(os, "getloadavg")
+        else None,  # above the number of threads: distrust the row
         "keys": len(memory),
         "append_ms": append,
         "ingest_ms": median_ms(lambda: layer.attend(window, scale=SCALE), seconds),

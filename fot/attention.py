@@ -5,7 +5,7 @@ For a query q in a memory layer, with L the keys of its local window before it a
 
     output(q) = sum over i in L + M of  exp(s q'.k_i) v_i  /  sum over j in L + M of  exp(s q'.k_j)
 
-computed as attention over L and attention over M, merged by their log-sum-exp (``memory.attend.merge``). Local
+computed as attention over L and attention over M, merged by their log-sum-exp (``memory.softmax.merge``). Local
 queries and keys are rotated by their position in the window; the same rotated query meets unrotated memory keys,
 which is to say keys at position 0 (LongLLaMA). With ``mem_positionals=False`` nothing is rotated in memory layers.
 """

@@ -44,6 +44,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_passkey(commands)
     _add_info(commands)
     _add_train(commands)
+    _add_eval(commands)
     return parser
 
 
@@ -90,9 +91,31 @@ def _add_train(commands: Any) -> None:
     parser.set_defaults(command=_train)
 
 
+def _add_eval(commands: Any) -> None:
+    parser = commands.add_parser("eval", help="measure a model", description="Measure a model.")
+    kinds = parser.add_subparsers(title="measurements", required=True, metavar="WHAT")
+    dictionary = kinds.add_parser(
+        "dictionary",
+        help="dictionary lookup, by size of the dictionary",
+        description="Accuracy of answers about records read into the memory, for a model trained on such records.",
+    )
+    dictionary.add_argument("model", help="folder of a model trained by the recipe dictionary")
+    _add_memory_options(dictionary)
+    dictionary.add_argument("--lengths", type=_positive_list, default=[16_000, 256_000, 1_000_000], metavar="N,N,...",
+                            help="tokens of records (default: 16000,256000,1000000)")  # fmt: skip
+    dictionary.add_argument("--windows", type=_positive, default=4, help="windows of questions (default: 4)")
+    dictionary.add_argument("--seed", type=int, default=0, help="draws dictionary and questions (default: 0)")
+    dictionary.add_argument("--json", type=Path, metavar="OUT", help="write the results")
+    dictionary.set_defaults(command=_eval_dictionary)
+
+
 def _add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", nargs="?", default="smollm2-135m",
                         help="alias, folder, GGUF file or hub id (default: smollm2-135m)")  # fmt: skip
+    _add_memory_options(parser)
+
+
+def _add_memory_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mem-layers", type=_integers, metavar="N,N,...", help="memory layers (default: the model's)")
     parser.add_argument("--local-context", type=_positive, metavar="N",
                         help="tokens of a local window (default: the model's, at most 2048)")  # fmt: skip
@@ -164,6 +187,24 @@ def _train(args: argparse.Namespace) -> int:
     return 0
 
 
+def _eval_dictionary(args: argparse.Namespace) -> int:
+    _check_writable(args.json)
+    model = _load(args, tokenizer=False)
+    from tqdm import tqdm
+
+    from fot.evaluation import dictionary
+    from fot.evaluation.machine import describe_machine
+    from fot.evaluation.report import dictionary_table, write_json
+
+    with tqdm(total=sum(args.lengths), unit="tok", desc="dictionary", disable=None) as bar:
+        found = dictionary.run(model, args.lengths, windows=args.windows, seed=args.seed, progress=bar)
+    result = {"model": args.model, "seed": args.seed, "machine": describe_machine(), "results": found}
+    print(dictionary_table(result))
+    if args.json:
+        write_json(args.json, result)
+    return 0
+
+
 def _info(args: argparse.Namespace) -> int:
     from fot.evaluation.report import info_text
     from fot.loading import load_config
@@ -175,14 +216,14 @@ def _info(args: argparse.Namespace) -> int:
     return 0
 
 
-def _load(args: argparse.Namespace) -> Any:
-    """The model that the options name, on its device."""
+def _load(args: argparse.Namespace, *, tokenizer: bool = True) -> Any:
+    """The model that the options name, on its device; with its tokenizer, if that is needed."""
     _quiet()
     from fot import FoTForCausalLM
 
     device = _device(args)
     model: Any = FoTForCausalLM.from_pretrained(args.model, dtype=_dtype(args), **_settings(args))
-    if model.tokenizer is None:
+    if tokenizer and model.tokenizer is None:
         raise ValueError(f"{args.model} has no tokenizer beside its weights; put its tokenizer files into the folder")
     logging.getLogger("fot").info(
         "%s in %s on %s; %s", args.model, str(model.dtype).removeprefix("torch."), device, model.memory_config

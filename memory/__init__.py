@@ -1,8 +1,8 @@
 """The external store of (key, value) pairs. It knows vectors, not language models."""
 
-from memory.attend import attend, merge
 from memory.index import BackendChoice, ExactIndex, Index, choose_backend
 from memory.recall import attention_mass_recall
+from memory.softmax import attend, merge
 from memory.store import LayerMemory, Memory, Source
 from memory.vectors import VectorBlocks
 

@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from memory.attend import NAIVE_SCORES, attend, merge
+from memory.softmax import NAIVE_SCORES, attend, merge
 from memory.vectors import VectorBlocks
 
 # Retrieved pairs of one query when a backend must cut off and the user named no number (the paper's k).
@@ -70,7 +70,8 @@ def attend_hits(
     """
     logits = scale * scores
     lse = logits.logsumexp(-1)
-    weights = (logits - lse.unsqueeze(-1)).exp()  # (G, T, K)
+    # A query without any hit has lse -inf, which would make NaN of its weights.
+    weights = (logits - lse.unsqueeze(-1)).exp().nan_to_num(0.0)  # (G, T, K)
     outputs = []
     rows = max(1, NAIVE_SCORES * 4 // max(1, slots.shape[0] * slots.shape[2] * queries.shape[-1]))
     for start in range(0, queries.shape[1], rows):

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from memory.attend import NAIVE_SCORES
+from memory.softmax import NAIVE_SCORES
 
 
 def attention_mass_recall(queries: Tensor, keys: Tensor, hits: Tensor, *, scale: float) -> Tensor:

@@ -5,29 +5,18 @@ Per memory layer and KV head, keys and values in append order; once per token, i
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from memory.index import BackendChoice, ExactIndex, Index, choose_backend
+from memory.tokens import Source, TokenTable
 from memory.vectors import VECTOR_DTYPES, VectorBlocks
-
-NO_DOCUMENT = -1
-NO_SPAN = -1
 
 logger = logging.getLogger(__name__)
 
 IndexFactory = Callable[[VectorBlocks, VectorBlocks], Index]
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where a stored token came from: a document's name, and its characters there (None if not known)."""
-
-    document: str | None
-    span: tuple[int, int] | None
 
 
 class LayerMemory:
@@ -83,7 +72,7 @@ class LayerMemory:
         return scores.to(queries.device), slots.to(queries.device)
 
     def attend(self, queries: Tensor, *, scale: float) -> tuple[Tensor, Tensor]:
-        """Softmax attention of the queries to this memory, with its log-sum-exp (for ``memory.attend.merge``).
+        """Softmax attention of the queries to this memory, with its log-sum-exp (for ``memory.softmax.merge``).
 
         Args:
             queries: (G, T, D) float, any device.
@@ -113,7 +102,7 @@ class LayerMemory:
 
     def _vectors(self, blocks: VectorBlocks, slots: Tensor | None, dtype: torch.dtype) -> Tensor:
         if slots is None:
-            return blocks.slice(0, len(blocks), dtype)
+            return blocks.take_range(0, len(blocks), dtype)
         bad = slots[(slots < 0) | (slots >= len(blocks))]
         if bad.numel():
             raise IndexError(f"slot {bad[0].item()} is outside 0..{len(blocks) - 1}, what this memory holds")
@@ -133,7 +122,8 @@ class LayerMemory:
         if len(self):
             choice = self._owner._choose(len(self), self.device)
             self._index = self._owner._make_index(choice.name, self._keys, self._values)
-            self._index.add(self.keys())
+            if not isinstance(self._index, ExactIndex):  # which reads the blocks, and needs no copy of them
+                self._index.add(self._keys.take_range(0, len(self), self._keys.dtype))
             self._choice = choice
             logger.info("memory backend %s: %s", choice.name, choice.reason)
 
@@ -199,7 +189,7 @@ class Memory:
                 raise ValueError(f"{name} is {dtype!r}; choose one of {', '.join(VECTOR_DTYPES)}")
         if top_k is not None and top_k < 1:
             raise ValueError(f"top_k is {top_k}; a query must retrieve at least 1 pair (None means all or 128)")
-        check_index(index)
+        check_index(index, head_dim)
         self.num_key_value_heads = num_key_value_heads
         self.head_dim = head_dim
         self.key_dtype = key_dtype
@@ -209,7 +199,7 @@ class Memory:
         self.device = None if device is None else torch.device(device)
         self.fingerprint = fingerprint
         self._layers = {layer: LayerMemory(self) for layer in layers}
-        self._tokens = _TokenTable()
+        self._tokens = TokenTable()
 
     def __len__(self) -> int:
         """Stored tokens."""
@@ -293,7 +283,7 @@ class Memory:
         """Forget everything."""
         for layer in self._layers.values():
             layer._reset()
-        self._tokens = _TokenTable()
+        self._tokens = TokenTable()
 
     def clone(self) -> "Memory":
         """A copy that grows on its own."""
@@ -367,80 +357,14 @@ class Memory:
             )
 
 
-def check_index(index: "str | IndexFactory") -> None:
-    """Raise ValueError if no backend can be made from this, so that a typo shows before hours of work."""
+def check_index(index: "str | IndexFactory", head_dim: int | None = None) -> None:
+    """Raise ValueError if no backend can be made from this, so that a typo shows before hours of work.
+
+    Args:
+        index: as for ``Memory``.
+        head_dim: D; None if it is not known yet.
+    """
     if isinstance(index, str) and index not in ("auto", "exact"):
-        from memory.faiss_index import check_factory
+        from memory.faiss_factory import check_factory
 
-        check_factory(index)
-
-
-class _TokenTable:
-    """Per stored token: id, document number, character span. NumPy columns that grow by doubling."""
-
-    def __init__(self) -> None:
-        self._columns = np.empty((0, 4), dtype=np.int32)  # id, document, first character, past-the-end character
-        self._length = 0
-        self._names: list[str] = []
-
-    def __len__(self) -> int:
-        return self._length
-
-    @property
-    def ids(self) -> np.ndarray:
-        return self._columns[: self._length, 0]
-
-    def prepare(
-        self, ids: np.ndarray, document: str | None, spans: Sequence[tuple[int, int]] | np.ndarray | None
-    ) -> tuple[np.ndarray, str | None]:
-        rows = np.full((len(ids), 4), NO_SPAN, dtype=np.int32)
-        rows[:, 0] = ids
-        if spans is not None:
-            if len(spans) != len(ids):
-                raise ValueError(f"{len(spans)} spans for {len(ids)} token ids; give one a token")
-            rows[:, 2:] = np.asarray(spans, dtype=np.int32).reshape(-1, 2)
-        return rows, document
-
-    def commit(self, prepared: tuple[np.ndarray, str | None]) -> None:
-        rows, document = prepared
-        if document is not None and document not in self._names:
-            self._names.append(document)
-        rows[:, 1] = NO_DOCUMENT if document is None else self._names.index(document)
-        needed = self._length + len(rows)
-        if needed > len(self._columns):
-            grown = np.empty((max(needed, 2 * len(self._columns), 1024), 4), dtype=np.int32)
-            grown[: self._length] = self._columns[: self._length]
-            self._columns = grown
-        self._columns[self._length : needed] = rows
-        self._length = needed
-
-    def source(self, slot: int) -> Source:
-        _, document, first, last = (int(x) for x in self._columns[slot])
-        return Source(
-            None if document == NO_DOCUMENT else self._names[document], None if first == NO_SPAN else (first, last)
-        )
-
-    def documents(self) -> dict[str, int]:
-        numbers = self._columns[: self._length, 1]
-        counts = np.bincount(numbers[numbers >= 0], minlength=len(self._names))
-        return {name: int(count) for name, count in zip(self._names, counts, strict=True)}
-
-    def slots_outside(self, document: str) -> np.ndarray:
-        if document not in self._names:
-            raise KeyError(f"no document {document!r} in this memory; it holds {', '.join(self._names) or 'none'}")
-        return np.flatnonzero(self._columns[: self._length, 1] != self._names.index(document))
-
-    def keep(self, slots: np.ndarray, dropped: str) -> None:
-        self._columns = self._columns[: self._length][slots].copy()
-        self._length = len(slots)
-        number = self._names.index(dropped)
-        self._names.pop(number)
-        self._columns[:, 1] -= self._columns[:, 1] > number
-
-    def clone(self) -> "_TokenTable":
-        copy = _TokenTable()
-        copy._columns, copy._length, copy._names = self._columns.copy(), self._length, list(self._names)
-        return copy
-
-    def nbytes(self) -> int:
-        return self._columns.nbytes
+        check_factory(index, head_dim)

@@ -114,7 +114,7 @@ class VectorBlocks:
                 out[rows, columns] = self._decode(self._data[index], index, (rows, inside), dtype)
         return out.reshape(*slots.shape, self.head_dim)
 
-    def slice(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+    def take_range(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
         """Vectors of slots start..stop-1 as one (G, stop - start, D) tensor of ``dtype``."""
         parts = []
         index = max(0, bisect_right(self._starts, start) - 1)

@@ -10,8 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from memory import ExactIndex, Memory, VectorBlocks, attention_mass_recall
-from memory import faiss_index as module
+from memory import ExactIndex, Memory, VectorBlocks, attention_mass_recall, faiss_factory
 from memory.faiss_index import FaissIndex, check_factory
 
 G, D, K = 2, 32, 64
@@ -204,7 +203,7 @@ def grow(index: FaissIndex, blocks: VectorBlocks, keys: Tensor) -> None:
 
 
 def test_a_trained_index_is_exact_then_built_then_rebuilt(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "FIRST_LISTS_AT", 512)
+    monkeypatch.setattr(faiss_factory, "FIRST_LISTS_AT", 512)
     keys, queries = clustered(4096)
     blocks = VectorBlocks(G, D, torch.float32)
     index = FaissIndex("IVF", blocks, blocks)

@@ -52,14 +52,14 @@ def test_blocks_are_a_list_of_vectors(sizes: list[int], data: st.DataObject) -> 
     assert torch.equal(torch.cat([everything[:, :0], *blocks.blocks(torch.float32)], dim=1), everything)
     start = data.draw(st.integers(0, total))
     stop = data.draw(st.integers(start, total))
-    assert torch.equal(blocks.slice(start, stop, torch.float32), everything[:, start:stop])
+    assert torch.equal(blocks.take_range(start, stop, torch.float32), everything[:, start:stop])
     if total:
         slots = torch.tensor(data.draw(st.lists(st.integers(0, total - 1), min_size=2, max_size=20))).repeat(HEADS, 1)
         assert torch.equal(blocks.gather(slots, torch.float32), everything[:, slots[0]])
     blocks.truncate(stop)
     blocks.append(vectors(3, 77))
     expected = torch.cat([everything[:, :stop], vectors(3, 77)], dim=1)
-    assert torch.equal(blocks.slice(0, len(blocks), torch.float32), expected)
+    assert torch.equal(blocks.take_range(0, len(blocks), torch.float32), expected)
 
 
 def test_appending_copies_nothing_stored() -> None:
@@ -273,7 +273,7 @@ def test_custom_index() -> None:
         def search(self, queries: torch.Tensor, k: int) -> Any: ...
 
         def attend(self, queries: torch.Tensor, *, scale: float) -> Any:
-            newest = self.values.slice(len(self.values) - 1, len(self.values), queries.dtype)
+            newest = self.values.take_range(len(self.values) - 1, len(self.values), queries.dtype)
             return newest.expand_as(queries), torch.zeros(queries.shape[:2])
 
         def nbytes(self) -> int:

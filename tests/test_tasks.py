@@ -15,7 +15,7 @@ import torch
 import training
 from fot import pretrained
 from fot.evaluation import passkey
-from training.dictionary import (
+from fot.evaluation.dictionary_data import (
     FIRST_SYMBOL,
     KEY,
     PAD,

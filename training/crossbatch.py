@@ -24,7 +24,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from fot.attention import project_keys_values, project_queries
 from fot.config import MemoryConfig
 from memory import attend, merge
-from memory.attend import fused_backward, fused_backward_fits
+from memory.softmax import fused_backward, fused_backward_fits
 
 Gather = Callable[[Tensor], Tensor]
 

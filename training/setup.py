@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from fot.config import MemoryConfig
+from fot.evaluation.dictionary_data import DictionaryTask
 from fot.loading import load_model
 from fot.model import detach_memory
 from training.batches import Batch, DocumentLoader, Span, TaskSource, batch_of
 from training.data import DataSource, read_documents
-from training.dictionary import DictionaryTask
 from training.recipe import Recipe
 from training.tasks import SyntheticRetrieval, Task, filler_from
 

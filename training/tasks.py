@@ -2,7 +2,7 @@
 
 A task gives documents as token ids with, for each token, the weight with which it counts as a target of the loss.
 ``SyntheticRetrieval`` hides facts (``training.wordings``) in real text; the dictionary task is in
-``training.dictionary``. ``held_out_needles`` asks in wordings and on subjects that training never sees.
+``fot.evaluation.dictionary_data``. ``held_out_needles`` asks in wordings and on subjects that training never sees.
 
 >>> filler = filler_from([tokenizer(path.read_text()).input_ids for path in Path("texts").iterdir()])
 >>> task = SyntheticRetrieval(tokenizer, filler, windows=2, window=512)

@@ -162,7 +162,8 @@ def _one_step(
         if not math.isfinite(found["loss"]):
             raise FloatingPointError(
                 f"the loss is {found['loss']} at step {step + 1}, batch {part + 1}, documents "
-                f"{batch.document.tolist()}: lower learning_rate or use dtype float32, and go on with --resume from the last checkpoint"
+                f"{batch.document.tolist()}: "
+                "lower learning_rate or use dtype float32, and go on with --resume from the last checkpoint"
             )
         # DDP averages gradients over processes, the loss is a sum over all of them divided by all weights.
         scale = accelerator.num_processes / max(found["weight"], 1e-8) / recipe.accumulation

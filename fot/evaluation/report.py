@@ -83,6 +83,24 @@ def passkey_plot(path: Path, result: dict[str, Any]) -> None:
     write_bytes(path, buffer.getvalue())
 
 
+def dictionary_table(result: dict[str, Any]) -> str:
+    """Dictionary lookup as a table: one row a length."""
+    table = Table(box=box.SIMPLE_HEAD, title=f"dictionary lookup, {result['model']}, seed {result['seed']}")
+    for name in ("tokens", "answer tokens right", "answers right", "answers", "seconds", "memory MB", "peak RSS MB"):
+        table.add_column(name, justify="right")
+    for entry in result["results"]:
+        table.add_row(
+            f"{entry['length']:,}",
+            f"{entry['accuracy']:.1%}",
+            f"{entry['exact']:.1%}",
+            str(entry["answers"]),
+            f"{entry['seconds']:.0f}",
+            f"{entry['memory_bytes'] / 1e6:,.0f}",
+            f"{entry['peak_rss_bytes'] / 1e6:,.0f}",
+        )
+    return _render(table)
+
+
 def info_text(name: str, config: Any, settings: MemoryConfig, dtype: torch.dtype) -> str:
     """What a model is, what its memory costs, and how much of it fits in this machine."""
     heads, head_dim = config.num_key_value_heads, config.head_dim

@@ -1,0 +1,88 @@
+"""What is known of each stored token: its id, and where it came from."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+NO_DOCUMENT = -1
+NO_SPAN = -1
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a stored token came from: a document's name, and its characters there (None if not known)."""
+
+    document: str | None
+    span: tuple[int, int] | None
+
+
+class TokenTable:
+    """Per stored token: id, document number, character span. NumPy columns that grow by doubling."""
+
+    def __init__(self) -> None:
+        self._columns = np.empty((0, 4), dtype=np.int32)  # id, document, first character, past-the-end character
+        self._length = 0
+        self._names: list[str] = []
+
+    def __len__(self) -> int:
+        return self._length
+
+    @property
+    def ids(self) -> np.ndarray:
+        return self._columns[: self._length, 0]
+
+    def prepare(
+        self, ids: np.ndarray, document: str | None, spans: Sequence[tuple[int, int]] | np.ndarray | None
+    ) -> tuple[np.ndarray, str | None]:
+        rows = np.full((len(ids), 4), NO_SPAN, dtype=np.int32)
+        rows[:, 0] = ids
+        if spans is not None:
+            if len(spans) != len(ids):
+                raise ValueError(f"{len(spans)} spans for {len(ids)} token ids; give one a token")
+            rows[:, 2:] = np.asarray(spans, dtype=np.int32).reshape(-1, 2)
+        return rows, document
+
+    def commit(self, prepared: tuple[np.ndarray, str | None]) -> None:
+        rows, document = prepared
+        if document is not None and document not in self._names:
+            self._names.append(document)
+        rows[:, 1] = NO_DOCUMENT if document is None else self._names.index(document)
+        needed = self._length + len(rows)
+        if needed > len(self._columns):
+            grown = np.empty((max(needed, 2 * len(self._columns), 1024), 4), dtype=np.int32)
+            grown[: self._length] = self._columns[: self._length]
+            self._columns = grown
+        self._columns[self._length : needed] = rows
+        self._length = needed
+
+    def source(self, slot: int) -> Source:
+        _, document, first, last = (int(x) for x in self._columns[slot])
+        return Source(
+            None if document == NO_DOCUMENT else self._names[document], None if first == NO_SPAN else (first, last)
+        )
+
+    def documents(self) -> dict[str, int]:
+        numbers = self._columns[: self._length, 1]
+        counts = np.bincount(numbers[numbers >= 0], minlength=len(self._names))
+        return {name: int(count) for name, count in zip(self._names, counts, strict=True)}
+
+    def slots_outside(self, document: str) -> np.ndarray:
+        if document not in self._names:
+            raise KeyError(f"no document {document!r} in this memory; it holds {', '.join(self._names) or 'none'}")
+        return np.flatnonzero(self._columns[: self._length, 1] != self._names.index(document))
+
+    def keep(self, slots: np.ndarray, dropped: str) -> None:
+        self._columns = self._columns[: self._length][slots].copy()
+        self._length = len(slots)
+        number = self._names.index(dropped)
+        self._names.pop(number)
+        self._columns[:, 1] -= self._columns[:, 1] > number
+
+    def clone(self) -> "TokenTable":
+        copy = TokenTable()
+        copy._columns, copy._length, copy._names = self._columns.copy(), self._length, list(self._names)
+        return copy
+
+    def nbytes(self) -> int:
+        return self._columns.nbytes
