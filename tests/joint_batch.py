@@ -61,6 +61,9 @@ def main(out: str) -> None:
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
     if accelerator.is_main_process:
         torch.save({"world": world, "loss": total[0] / total[1], "gradients": gradients}, out)
+    # A process that leaves while another still talks to it makes that one abort.
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
 
 
 if __name__ == "__main__":

@@ -124,6 +124,7 @@ def train(recipe: Recipe, out: Path, *, resume: bool = False, max_hours: float |
     if accelerator.is_main_process:
         write_result(out, recipe, model, tokenizer, config, trained, line)
     accelerator.wait_for_everyone()
+    accelerator.end_training()
     return line
 
 
