@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -140,11 +140,6 @@ def load_recipe(name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     if unknown:
         raise ValueError(f"{path}: unknown entry {unknown[0]!r}; known: {', '.join(sorted(known))}")
     return Recipe(**settings)
-
-
-def with_steps(recipe: Recipe, steps: int) -> Recipe:
-    """The same recipe with another number of steps."""
-    return replace(recipe, steps=steps)
 
 
 def _override(settings: dict[str, Any], override: str) -> None:

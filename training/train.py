@@ -22,8 +22,6 @@ from training.results import write_result
 from training.schedule import Rows, choose_contexts
 from training.setup import build_loader, build_model, choose_trainable, evaluation_batches, held_out_windows
 
-Log = Callable[[dict[str, Any]], None]
-
 # An answer's tokens count in full; text around them counts for less or not at all.
 ANSWER_WEIGHT = 1.0
 
