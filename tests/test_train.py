@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from peft import PeftModel
 from transformers import LlamaForCausalLM
 
 import fot
@@ -103,6 +104,29 @@ def test_memory_adapter_holds_what_was_trained_and_loads_over_its_base(tmp_path:
     assert changed == {f"model.layers.1.self_attn.{part}_proj.weight" for part in "qkvo"}
     assert tuned.memory_config == plain.memory_config
     assert tuned.fingerprint() != plain.fingerprint()
+
+
+def test_lora_adapter_loads_with_peft(tmp_path: Path, recipe: Path) -> None:
+    base, out = tmp_path / "base", tmp_path / "out"
+    assert main(["train", str(recipe), "steps=1", "--out", str(base)]) == 0
+    recipe.write_text(yaml.safe_dump(SMALL | {"model": str(base / "model"), "trainable": "lora", "lora": {"r": 4}}))
+    assert main(["train", str(recipe), "steps=2", "--out", str(out)]) == 0
+    assert main(["train", str(recipe), "steps=3", "--out", str(out), "--resume"]) == 0
+    plain = LlamaForCausalLM.from_pretrained(base / "model")
+    before = plain(torch.tensor([[5, 6, 7]])).logits
+    tuned = PeftModel.from_pretrained(plain, out / "adapter")
+    assert tuned.peft_config["default"].r == 4
+    assert (tuned(torch.tensor([[5, 6, 7]])).logits - before).abs().max() > 1e-6
+    merged = fot.attach_memory(tuned.merge_and_unload(), fot.MemoryConfig(mem_layers=(1,), local_context=40))
+    assert list(merged.state_dict()) == list(LlamaForCausalLM.from_pretrained(base / "model").state_dict())
+
+
+def test_adafactor_and_accumulation(recipe: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    settings = ["optimizer=adafactor", "accumulation=2", "lr_schedule=cosine", "warmup_steps=2", "checkpointing=true"]
+    assert main(["train", str(recipe), *settings, "--out", str(out)]) == 0
+    found = [loss for _, loss in losses(out)]
+    assert found[-1] < found[0]
 
 
 def test_max_hours_ends_with_a_checkpoint_and_a_result(recipe: Path, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from fot import __version__
 from fot.adapter import AdapterDescription, save_adapter
 from fot.config import CONFIG_KEY, MemoryConfig
 from training.recipe import Recipe
+from training.setup import PEFT_WRAPPER
 
 
 def write_result(
@@ -52,7 +53,7 @@ def write_result(
             tokenizer.save_pretrained(folder)
     elif recipe.trainable == "lora":
         folder = out / "adapter"
-        model.save_pretrained(folder)
+        model.__dict__[PEFT_WRAPPER].save_pretrained(folder)
     else:
         folder = out / "adapter"
         settings = MemoryConfig.from_dict(recipe.memory_config().to_dict() | {"mem_layers": config.layers})

@@ -21,6 +21,9 @@ from training.tasks import SyntheticRetrieval, Task, filler_from
 # Documents of a task's filler that are held in memory, tokenised.
 FILLER_TOKENS = 4_000_000
 
+# Where choose_trainable leaves the peft model that knows how to save what was trained.
+PEFT_WRAPPER = "_peft_wrapper"
+
 # Its synthetic documents are drawn from another stream of random numbers than those trained on.
 EVALUATION_SEED = "evaluation"
 
@@ -45,14 +48,15 @@ def build_model(recipe: Recipe) -> tuple[Any, MemoryConfig, Any]:
 def choose_trainable(model: Any, recipe: Recipe, config: MemoryConfig) -> dict[str, Tensor]:
     """Freeze what is not trained; the rest by name."""
     if recipe.trainable == "lora":
-        from peft import LoraConfig, inject_adapter_in_model
+        from peft import LoraConfig, get_peft_model
 
         settings: dict[str, Any] = {
             "r": 16,
             "lora_alpha": 32,
             "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"],
         } | recipe.lora
-        inject_adapter_in_model(LoraConfig(**settings), model)
+        # Into the dictionary: as an attribute, the wrapper would become a submodule of what it wraps.
+        model.__dict__[PEFT_WRAPPER] = get_peft_model(model, LoraConfig(**settings))
     elif recipe.trainable == "memory":
         pattern = re.compile(r"model\.layers\.(" + "|".join(map(str, config.layers)) + r")\.self_attn\.")
         for name, parameter in model.named_parameters():
