@@ -36,6 +36,9 @@ class MemoryConfig:
         index: ``auto``, ``exact`` or a FAISS factory string; see ``memory.Memory``.
         top_k: pairs that a query attends to; None for all of them where the backend can, 128 elsewhere.
         memory_device: where memories are kept; None: where their layer is.
+        isolated_windows: windows that go to the memory do not read it first, so that what is stored of a text does
+            not depend on what was stored before it: texts can be stored in any order, added and dropped, and reading
+            takes time linear in their length. Answers read the memory either way. False is the paper's way.
         align_padding: windows of a padded batch start at each row's first token (``row``: a row gives what it gives
             alone) or at the batch's first column (``batch``: LongLLaMA's ``forward``). ``generate`` always uses
             ``row``.
@@ -52,6 +55,7 @@ class MemoryConfig:
     index: str = "auto"
     top_k: int | None = None
     memory_device: str | None = None
+    isolated_windows: bool = False
     align_padding: str = "row"
 
     def __post_init__(self) -> None:

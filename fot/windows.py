@@ -171,6 +171,8 @@ def store_window(
 ) -> Tensor | None:
     """Read one window of one row, then store it in the row's own memory.
 
+    Hidden states always come from a window that read the memory; what is stored does not with ``isolated_windows``.
+
     Args:
         model: a ``FoTForCausalLM``.
         inputs: one row, no padding, at most a window long.
@@ -180,16 +182,17 @@ def store_window(
         document: name of the text, for the memory.
         spans: the characters of each token in it.
     """
+    config, hidden = model.memory_config, None
     local = LocalCache([row.memories])
-    hidden = None
     if hidden_states:
         hidden = run_window(model, inputs, local, {}).last_hidden_state
-    elif model.memory_config.layers:
+    if not config.layers:
+        return hidden
+    if config.isolated_windows:
+        local = LocalCache([[]])
+    if hidden is None or config.isolated_windows:
         fill_window(model, inputs, local)
-    else:
-        return None  # without memory layers nothing would be stored
-    if model.memory_config.layers:
-        local.move(0, inputs.length, row.own, document=document, spans=spans)
+    local.move(0, inputs.length, row.own, document=document, spans=spans)
     return hidden
 
 

@@ -29,7 +29,8 @@ def attend(
         values: (B, H, N, D), likewise.
         scale: factor on inner products, normally ``head_dim**-0.5``.
         causal: query t sees keys 0..t; needs T == N and no ``mask``.
-        mask: bool, broadcastable to (B, H, T, N); True where a query sees a key. Each query must see one.
+        mask: broadcastable to (B, H, T, N); bool, True where a query sees a key; or float, added to the scores.
+            Each query must see a key.
 
     Returns:
         output (B, H, T, D) in the dtype of ``queries``, log-sum-exp (B, H, T) float32. Differentiable in
@@ -122,7 +123,7 @@ def _attend_fused(
         bias = None
         if mask is not None:
             # This operator broadcasts size-1 dimensions of a 4-D mask.
-            bias = torch.zeros(mask.shape, dtype=queries.dtype).masked_fill_(~mask, -torch.inf)
+            bias = _as_bias(mask, queries.dtype)
         output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             queries, keys, values, 0.0, causal, attn_mask=bias, scale=scale
         )
@@ -147,8 +148,14 @@ def _attend_naive(
         # float32: bfloat16 logits would let rounding decide between near-equal keys.
         scores = scale * (queries[:, :, start : start + rows].float() @ keys.float().mT)  # (B, H, rows, N)
         if mask is not None:
-            scores = scores.masked_fill(~mask[:, :, start : start + rows], -torch.inf)
+            scores = scores + _as_bias(mask[:, :, start : start + rows], torch.float32)
         lse = scores.logsumexp(-1)
         outputs.append(((scores - lse.unsqueeze(-1)).exp() @ values.float()).to(queries.dtype))
         lses.append(lse)
     return torch.cat(outputs, dim=2), torch.cat(lses, dim=2)
+
+
+def _as_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    if mask.dtype != torch.bool:
+        return mask.to(dtype)
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -torch.inf)

@@ -37,10 +37,13 @@ class Contexts:
         rows: for each of the R rows here, (M,) int64 indices among the C candidate rows: the rows of this process, or
             those of all processes in the order of their ranks.
         padding: (C, T) bool, True where a candidate's token is padding; None if there is none.
+        copies: for each of the R rows, (M,) float32: the chosen row counts as so many of itself, as in a memory that
+            held it so often. That is ``log(copies)`` on its scores, and costs nothing. None: 1.
     """
 
     rows: Sequence[Tensor]
     padding: Tensor | None = None
+    copies: Sequence[Tensor] | None = None
 
 
 @dataclass
@@ -162,7 +165,7 @@ def gather_from_all(tensor: Tensor) -> Tensor:
 def context_mass(
     queries: Tensor, keys: Tensor, context_keys: Tensor, contexts: Contexts, *, scale: float
 ) -> list[Tensor]:
-    """Share of a row's attention that each of its chosen rows got, averaged over heads and queries.
+    """Share of a row's attention that each of its chosen rows got, averaged over heads and queries; each counted once.
 
     Returns:
         for each row, (M,) float32; the rest of 1 stayed in the own window.
@@ -230,7 +233,7 @@ class _FusedCrossbatch(torch.autograd.Function):
                 _fold(output[rows], heads),
                 lse[rows].reshape(len(rows), heads, -1),
                 causal=False,
-                bias=_padding_bias(ctx.contexts, chosen, queries.dtype),
+                bias=_bias(ctx.contexts, rows, chosen, queries),
                 scale=scale,
             )
             grad_q.index_add_(0, rows, part_q.reshape(len(rows), *queries.shape[1:]).float())
@@ -264,10 +267,8 @@ def _attend_in_parts(
     output, lse = attend(queries, wide_keys, wide_values, scale=scale, causal=True)
     for rows, chosen in _rows_by_count(contexts):
         picked = [_pick(tensor, chosen) for tensor in (context_keys, context_values)]
-        seen = None
-        if contexts.padding is not None:
-            seen = ~contexts.padding[chosen].flatten(1)[:, None, None]  # (r, 1, 1, M * T)
-        found = attend(_fold(queries[rows], heads), *picked, scale=scale, mask=seen)
+        bias = _bias(contexts, rows, chosen, queries)
+        found = attend(_fold(queries[rows], heads), *picked, scale=scale, mask=bias)
         there = (found[0].reshape(len(rows), *queries.shape[1:]), found[1].reshape(len(rows), *lse.shape[1:]))
         mixed = merge([(output[rows], lse[rows]), there])
         output = output.index_copy(0, rows, mixed[0])
@@ -297,8 +298,14 @@ def _fold(tensor: Tensor, heads: int) -> Tensor:
     return tensor.reshape(len(tensor), heads, -1, tensor.shape[-1])
 
 
-def _padding_bias(contexts: Contexts, chosen: Tensor, dtype: torch.dtype) -> Tensor | None:
-    if contexts.padding is None:
+def _bias(contexts: Contexts, rows: Tensor, chosen: Tensor, queries: Tensor) -> Tensor | None:
+    """What is added to the scores of ``rows`` over their ``chosen`` rows: (r, 1, 1, M * T), or None for nothing."""
+    if contexts.padding is None and contexts.copies is None:
         return None
-    padding = contexts.padding[chosen].flatten(1)[:, None, None]
-    return torch.zeros(padding.shape, dtype=dtype, device=padding.device).masked_fill_(padding, -torch.inf)
+    bias = torch.zeros(*chosen.shape, queries.shape[2], dtype=queries.dtype, device=queries.device)
+    if contexts.copies is not None:
+        copies = torch.stack([contexts.copies[row] for row in rows.tolist()])
+        bias += copies.to(queries.device).log().to(queries.dtype).unsqueeze(-1)
+    if contexts.padding is not None:
+        bias.masked_fill_(contexts.padding[chosen], -torch.inf)
+    return bias.flatten(1)[:, None, None]

@@ -27,6 +27,8 @@ class ContextSchedule:
         values: numbers of contexts d: as many positives as there are, up to ``previous_windows``, the rest negatives.
         at: steps or an accuracy, see ``kind``.
         previous_windows: w, earlier windows of its own document that a row may see.
+        copies: a row's negatives count as up to so many of themselves, drawn for each row and step, evenly on a
+            logarithmic scale. So a batch of a few windows trains for the dilution of a memory of thousands.
     """
 
     segments: tuple[Demand, ...] = ()
@@ -34,6 +36,7 @@ class ContextSchedule:
     values: tuple[int, ...] = (1,)
     at: tuple[float, ...] = ()
     previous_windows: int = 1
+    copies: float = 1.0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "segments", tuple((int(p), int(n)) for p, n in self.segments))
@@ -51,6 +54,8 @@ class ContextSchedule:
             raise ValueError(f"contexts: values are {self.values}; give numbers of at least 0")
         if self.previous_windows < 0:
             raise ValueError(f"contexts: previous_windows is {self.previous_windows}; it must be at least 0")
+        if not 1 <= self.copies < float("inf"):
+            raise ValueError(f"contexts: copies is {self.copies}; it must be at least 1")
 
     def contexts_at(self, step: int, accuracy: float, seed: int) -> int:
         """d at this step.
@@ -89,7 +94,9 @@ class Rows:
     padding: Tensor | None = None
 
 
-def choose_contexts(schedule: ContextSchedule, rows: Rows, mine: range, d: int, seed: str) -> Contexts:
+def choose_contexts(
+    schedule: ContextSchedule, rows: Rows, mine: range, d: int, seed: str, *, isolated: bool = False
+) -> Contexts:
     """Draw the rows that each row of this process attends to.
 
     Never a row itself, never a later window of its own lane, never another document's window as a positive, nor an
@@ -101,10 +108,14 @@ def choose_contexts(schedule: ContextSchedule, rows: Rows, mine: range, d: int, 
         mine: rows of this process among them.
         d: number of contexts, unless the schedule has segments.
         seed: draws negatives; a row's are the same however the rows are spread over processes.
+        isolated: as in the memory's settings: a window that others read reads nothing itself. So the last window of
+            each lane reads, and the others are read.
     """
     lane, index, document = rows.lane.tolist(), rows.index.tolist(), rows.document.tolist()
     lanes = sorted(set(lane))
-    chosen = []
+    last = max(index, default=0)
+    readable = [number < last or not isolated for number in index]
+    chosen, copies = [], []
     for row in mine:
         before = [
             other
@@ -122,11 +133,20 @@ def choose_contexts(schedule: ContextSchedule, rows: Rows, mine: range, d: int, 
         others = [
             other
             for other in range(len(lane))
-            if lane[other] != lane[row] and document[other] not in (document[row], NO_DOCUMENT)
+            if readable[other] and lane[other] != lane[row] and document[other] not in (document[row], NO_DOCUMENT)
         ]
-        drawn = random.Random(f"{seed}/{row}").sample(others, min(negatives, len(others)))
-        chosen.append(torch.tensor(before[:positives] + drawn, dtype=torch.int64))
-    return Contexts([rows_.to(rows.lane.device) for rows_ in chosen], rows.padding)
+        rng = random.Random(f"{seed}/{row}")
+        drawn = rng.sample(others, min(negatives, len(others)))
+        times = schedule.copies ** rng.random()
+        picked = [] if isolated and index[row] < last else before[:positives] + drawn
+        chosen.append(torch.tensor(picked, dtype=torch.int64))
+        copies.append(torch.tensor([1.0 if other in before else times for other in picked]))
+    device = rows.lane.device
+    return Contexts(
+        [picked.to(device) for picked in chosen],
+        rows.padding,
+        [times.to(device) for times in copies] if schedule.copies > 1 else None,
+    )
 
 
 def schedule_from(settings: dict[str, Any]) -> ContextSchedule:

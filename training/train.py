@@ -189,7 +189,9 @@ def set_contexts(
         padding = accelerator.gather(padding)
     rows = Rows(table[0], table[1], table[2], padding if bool(padding.any()) else None)
     mine = range(rank * count, (rank + 1) * count)
-    crossbatch.contexts = choose_contexts(recipe.schedule(), rows, mine, d, seed)
+    crossbatch.contexts = choose_contexts(
+        recipe.schedule(), rows, mine, d, seed, isolated=crossbatch.config.isolated_windows
+    )
 
 
 def _evaluation(
@@ -219,7 +221,12 @@ def _evaluation(
             batch = batch.to(accelerator.device)
             rows = Rows(batch.lane, batch.index, batch.document, batch.padding if bool(batch.padding.any()) else None)
             crossbatch.contexts = choose_contexts(
-                recipe.schedule(), rows, range(len(batch.input_ids)), widest, f"evaluation/{number}"
+                recipe.schedule(),
+                rows,
+                range(len(batch.input_ids)),
+                widest,
+                f"evaluation/{number}",
+                isolated=config.isolated_windows,
             )
             gather, crossbatch.gather = crossbatch.gather, lambda tensor: tensor  # every process has all of it
             with accelerator.autocast():

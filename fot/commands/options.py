@@ -1,0 +1,104 @@
+"""Options and helpers that several subcommands share."""
+
+import argparse
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", nargs="?", default="smollm2-135m",
+                        help="alias, folder, GGUF file or hub id (default: smollm2-135m)")  # fmt: skip
+    add_memory_options(parser)
+
+
+def add_memory_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--mem-layers", type=integers, metavar="N,N,...", help="memory layers (default: the model's)")
+    parser.add_argument("--local-context", type=positive, metavar="N",
+                        help="tokens of a local window (default: the model's, at most 2048)")  # fmt: skip
+    parser.add_argument("--index", metavar="NAME",
+                        help="auto, exact, or a FAISS factory string such as IVF,Flat or HNSW32")  # fmt: skip
+    parser.add_argument("--top-k", type=int, metavar="K", help="pairs a query retrieves (default: all, or 128)")
+    parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto",
+                        help="auto: the fastest on this device")  # fmt: skip
+    parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
+    parser.add_argument("-v", "--verbose", action="store_true", help="say what is chosen and why")
+
+
+def load(args: argparse.Namespace, *, tokenizer: bool = True) -> Any:
+    """The model that the options name, on its device; with its tokenizer, if that is needed."""
+    quiet()
+    from fot import FoTForCausalLM
+
+    device = find_device(args)
+    model: Any = FoTForCausalLM.from_pretrained(args.model, dtype=find_dtype(args), **memory_settings(args))
+    if tokenizer and model.tokenizer is None:
+        raise ValueError(f"{args.model} has no tokenizer beside its weights; put its tokenizer files into the folder")
+    logging.getLogger("fot").info(
+        "%s in %s on %s; %s", args.model, str(model.dtype).removeprefix("torch."), device, model.memory_config
+    )
+    return model.to(device)
+
+
+def memory_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """Options that were given, as settings of ``MemoryConfig``."""
+    names = ("mem_layers", "local_context", "index", "top_k")
+    return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+
+
+def find_dtype(args: argparse.Namespace) -> Any:
+    import torch
+
+    from fot.evaluation.machine import default_dtype
+
+    return default_dtype(find_device(args)) if args.dtype == "auto" else getattr(torch, args.dtype)
+
+
+def find_device(args: argparse.Namespace) -> Any:
+    from fot.evaluation.machine import find_device
+
+    return find_device(args.device)
+
+
+def quiet() -> None:
+    """Keep the bars and hints of transformers and its hub client off the terminal."""
+    import huggingface_hub
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    huggingface_hub.logging.set_verbosity_error()
+
+
+def check_writable(*paths: Path | None) -> None:
+    """Raise OSError before hours of work, not after, if a result could not be written."""
+    for path in paths:
+        if path is None:
+            continue
+        folder = path.absolute().parent
+        if path.is_dir():
+            raise OSError(f"{path} is a folder; give the name of a file to write")
+        if not folder.is_dir():
+            raise OSError(f"{folder} is not a folder, so {path.name} cannot be written there; make it first")
+        if not os.access(folder, os.W_OK):
+            raise OSError(f"{folder} is read-only, so {path.name} cannot be written there; choose another place")
+
+
+def positive(text: str) -> int:
+    number = int(text) if text.strip().lstrip("-").isdigit() else 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return number
+
+
+def positive_list(text: str) -> list[int]:
+    return [positive(part) for part in text.split(",")]
+
+
+def integers(text: str) -> list[int]:
+    try:
+        return json.loads(f"[{text}]")
+    except json.JSONDecodeError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers such as 8,16,24") from None

@@ -1,0 +1,37 @@
+"""``fot train``."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from fot.commands.options import quiet
+
+
+def add(commands: Any) -> None:
+    parser = commands.add_parser(
+        "train",
+        help="fine-tune a model with crossbatch",
+        description="Crossbatch fine-tuning by a recipe. On several devices: accelerate launch -m fot train ...",
+    )
+    parser.add_argument("recipe", help="YAML or JSON file, or the name of a shipped recipe")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="entries to change, such as steps=100")
+    parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints, log and result")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out")
+    parser.add_argument("--max-hours", type=float, metavar="H", help="end in time, with a checkpoint and a result")
+    parser.add_argument("-v", "--verbose", action="store_true", help="say what is chosen and why")
+    parser.set_defaults(command=_train)
+
+
+def _train(args: argparse.Namespace) -> int:
+    try:
+        from training.recipe import load_recipe
+        from training.train import train
+    except ImportError as error:
+        raise ImportError(f"training needs more packages ({error}): pip install 'fot[train]'") from error
+
+    recipe = load_recipe(args.recipe, args.overrides)
+    quiet()
+    line = train(recipe, args.out, resume=args.resume, max_hours=args.max_hours)
+    print(json.dumps(line))
+    return 0
