@@ -25,7 +25,9 @@ def weights_fingerprint(model: Any) -> str:
     if cached is not None and cached[0] == state:
         return cached[1]
     config = model.memory_config
-    digest = hashlib.sha256(repr((config.layers, config.local_context, config.mem_positionals)).encode())
+    digest = hashlib.sha256(
+        repr((config.layers, config.local_context, config.mem_positionals, config.isolated_windows)).encode()
+    )
     last = max(config.layers, default=-1)
     for name, parameter in sorted(parameters.items()):
         parts = name.split(".")

@@ -14,10 +14,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fot.cache import Row
-from fot.windows import Inputs, store_window
+from fot.windows import Inputs, store_isolated, store_window
 from memory import Memory
 
 Span = tuple[int, int]
+Window = tuple[list[int], list[Span] | None, float | None]  # ids, their characters, share of the source read by then
+
+# Windows that read no memory go through the layers together, about this many tokens at once.
+ISOLATED_TOKENS = 4096
 
 # Text is tokenised in pieces of about this many characters, cut behind a line, so that a file streams from disk.
 PIECE = 1 << 16
@@ -52,8 +56,8 @@ def ingest(
     """Read tokens or text into a memory.
 
     Windows of ``local_context`` tokens go through the layers up to the last memory layer's keys and values; each
-    reads the memory as it was before, then joins it. What is needed meanwhile does not grow with the memory.
-    Interrupted, the memory keeps every whole window read so far.
+    reads the memory as it was before (not with ``isolated_windows``), then joins it. What is needed meanwhile does
+    not grow with the memory. Interrupted, the memory keeps every whole window read so far.
 
     Args:
         model: a ``FoTForCausalLM``.
@@ -90,19 +94,23 @@ def ingest(
 def _ingest(
     model: Any, pieces: Iterator[Piece], memory: Memory, source: str | None, progress: bool | tqdm | None
 ) -> int:
-    window, count = model.memory_config.window, 0
+    config, count = model.memory_config, 0
+    at_once = max(1, ISOLATED_TOKENS // config.window) if config.isolated_windows else 1
     with _bar(source or "ingest", progress) as bar:
-        for ids, spans, done in _windows(pieces, window):
-            tensor = torch.tensor([ids], dtype=torch.int64)
-            model.check_ids(tensor)
-            row = Row([], memory)
-            positions = torch.arange(len(ids), device=model.device).unsqueeze(0)
-            inputs = Inputs(tensor.to(model.device), None, None, positions)
-            store_window(model, inputs, row, hidden_states=False, document=source, spans=spans)
-            count += len(ids)
+        for group in _groups(_windows(pieces, config.window), at_once):
+            ids = torch.tensor([window[0] for window in group], dtype=torch.int64)
+            model.check_ids(ids)
+            positions = torch.arange(ids.shape[1], device=model.device).expand_as(ids)
+            inputs, spans = Inputs(ids.to(model.device), None, None, positions), [window[1] for window in group]
+            if config.isolated_windows:
+                store_isolated(model, inputs, memory, document=source, spans=spans)
+            else:
+                store_window(model, inputs, Row([], memory), hidden_states=False, document=source, spans=spans[0])
+            count += ids.numel()
+            done = group[-1][2]
             if done and bar is not progress:
                 bar.total = max(count, round(count / done))
-            bar.update(len(ids))
+            bar.update(ids.numel())
     if count == 0:
         raise ValueError(f"{source or 'the input'} has no tokens; nothing was stored")
     return count
@@ -115,7 +123,22 @@ def _bar(name: str, progress: bool | tqdm | None) -> AbstractContextManager[tqdm
     return tqdm(desc=name, unit="tok", disable=None if progress is None else not progress)
 
 
-def _windows(pieces: Iterator[Piece], window: int) -> Iterator[tuple[list[int], list[Span] | None, float | None]]:
+def _groups(windows: Iterator[Window], size: int) -> Iterator[list[Window]]:
+    """Up to ``size`` windows of equal length together."""
+    group: list[Window] = []
+    for window in windows:
+        if group and len(window[0]) != len(group[0][0]):
+            yield group
+            group = []
+        group.append(window)
+        if len(group) == size:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+def _windows(pieces: Iterator[Piece], window: int) -> Iterator[Window]:
     ids: list[int] = []
     spans: list[Span] = []
     done: float | None = None

@@ -11,6 +11,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from fot.attention import project_keys_values
 from fot.cache import UNKNOWN_TOKEN, FoTCache, LocalCache, Row
+from memory import Memory
 
 
 @dataclass(frozen=True)
@@ -186,14 +187,38 @@ def store_window(
     local = LocalCache([row.memories])
     if hidden_states:
         hidden = run_window(model, inputs, local, {}).last_hidden_state
-    if not config.layers:
-        return hidden
     if config.isolated_windows:
-        local = LocalCache([[]])
-    if hidden is None or config.isolated_windows:
-        fill_window(model, inputs, local)
-    local.move(0, inputs.length, row.own, document=document, spans=spans)
+        store_isolated(model, inputs, row.own, document=document, spans=[spans])
+    elif config.layers:
+        if hidden is None:
+            fill_window(model, inputs, local)
+        local.move(0, inputs.length, row.own, document=document, spans=spans)
     return hidden
+
+
+def store_isolated(
+    model: Any,
+    inputs: Inputs,
+    memory: Memory,
+    *,
+    document: str | None = None,
+    spans: Sequence[Sequence[tuple[int, int]] | None],
+) -> None:
+    """Store several windows of one text at once, which read no memory (``isolated_windows``).
+
+    Args:
+        model: a ``FoTForCausalLM``.
+        inputs: a window a row, in the order of the text, no padding.
+        memory: what is written to.
+        document: name of the text.
+        spans: for each window, the characters of each token in the text; None where they are not known.
+    """
+    if not model.memory_config.layers:
+        return
+    local = LocalCache([[]] * inputs.batch_size)
+    fill_window(model, inputs, local)
+    for row, characters in enumerate(spans):
+        local.move(row, inputs.length, memory, document=document, spans=characters)
 
 
 def fill_window(model: Any, inputs: Inputs, local: LocalCache) -> None:

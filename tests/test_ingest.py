@@ -170,3 +170,45 @@ def test_progress_bar_names_source_and_rate(
     assert "tok/s" in shown
     model.ingest(TEXT, model.new_memory(), tokenizer=tokenizer, progress=False)
     assert capfd.readouterr().err == ""
+
+
+def test_isolated_windows_do_not_depend_on_what_was_stored_before(make_model: ModelMaker) -> None:
+    model = make_model(isolated_windows=True)
+    first, second = torch.arange(3, 3 + 3 * WINDOW + 5), torch.arange(80, 80 + 2 * WINDOW)
+    both, other_order = model.new_memory(), model.new_memory()
+    for ids, name in ((first, "a"), (second, "b")):
+        model.ingest(ids, both, source=name)
+    for ids, name in ((second, "b"), (first, "a")):
+        model.ingest(ids, other_order, source=name)
+    for layer in both.layers:
+        keys, swapped = both[layer].keys(), other_order[layer].keys()
+        torch.testing.assert_close(keys[:, : len(first)], swapped[:, len(second) :], atol=1e-6, rtol=1e-5)
+    both.drop("a")
+    alone = model.new_memory()
+    model.ingest(second, alone, source="b")
+    assert len(both) == len(alone)
+    for layer in alone.layers:
+        torch.testing.assert_close(both[layer].keys(), alone[layer].keys(), atol=1e-6, rtol=1e-5)
+
+
+def test_isolated_windows_are_stored_as_if_each_were_ingested_into_nothing(make_model: ModelMaker) -> None:
+    model = make_model(isolated_windows=True)
+    ids = torch.randint(3, 300, (5 * WINDOW + 7,), generator=torch.Generator().manual_seed(0))
+    memory = model.new_memory()
+    model.ingest(ids, memory)
+    reading = make_model(isolated_windows=False)
+    for start in range(0, len(ids), WINDOW):
+        one = reading.new_memory()
+        reading.ingest(ids[start : start + WINDOW], one)
+        for layer in memory.layers:
+            mine = memory[layer].keys()[:, start : start + WINDOW]
+            torch.testing.assert_close(mine, one[layer].keys(), atol=1e-5, rtol=1e-4)
+
+
+def test_a_prompt_reads_the_memory_though_its_stored_windows_are_isolated(make_model: ModelMaker) -> None:
+    model = make_model(isolated_windows=True)
+    memory, ids = model.new_memory(), torch.arange(3, 3 + 3 * WINDOW).unsqueeze(0)
+    model.ingest(torch.arange(100, 100 + 2 * WINDOW), memory)
+    with_memory = model(ids, memory=memory).logits
+    without = model(ids).logits
+    assert (with_memory - without).abs().amax(-1).min() > 1e-4  # stored windows included: their logits read it
