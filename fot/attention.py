@@ -84,6 +84,8 @@ def memory_attention(
     parts = [attend_local(queries, keys, values, local.mask, scale=module.scaling)]
     if any(len(memory) for row in local.memories for memory in row):
         parts.append(attend_memory(queries, local.memories, layer, scale=module.scaling, config=config))
+    if local.recorder is not None:
+        local.recorder.note(layer, queries, [lse for _, lse in parts], local, module.scaling)
     output, _ = merge(parts)  # (B, H, T, D)
     return module.o_proj(output.transpose(1, 2).flatten(2))
 

@@ -15,6 +15,7 @@ from transformers.models.llama.modeling_llama import rotate_half
 from memory import Memory
 
 if TYPE_CHECKING:
+    from fot.trace import Recorder
     from fot.windows import Inputs
 
 UNKNOWN_TOKEN = -1  # stored for inputs given as embeddings
@@ -33,11 +34,13 @@ class LocalCache(DynamicCache):
         positions: (B, S) int64, as the caller counts them.
         base: (B, 1) int64, the position at which each row's window starts.
         counts: tokens of each row, padding not counted.
+        recorder: takes note of what memory layers attend to; None for nobody.
     """
 
-    def __init__(self, memories: Sequence[Sequence[Memory]]) -> None:
+    def __init__(self, memories: Sequence[Sequence[Memory]], recorder: "Recorder | None" = None) -> None:
         super().__init__()
         self.memories = memories
+        self.recorder = recorder
         self.clear()
 
     def clear(self) -> None:
@@ -99,6 +102,8 @@ class LocalCache(DynamicCache):
             their slots here, (count,) int64; the caller drops them with ``drop_slots``.
         """
         assert self.token_ids is not None
+        if self.recorder is not None:
+            self.recorder.settle()
         slots = torch.arange(self.token_ids.shape[1], device=self.token_ids.device)
         if self.mask is not None:
             slots = slots[self.mask[row]]
@@ -191,6 +196,7 @@ class FoTCache(Cache):
         seen: tokens so far, padding included, as ``generate`` counts them.
         next_positions: (B, 1) position of each row's next token.
         align_padding: see ``MemoryConfig``.
+        recorder: see ``fot.trace``.
     """
 
     def __init__(self, given: Sequence[Memory], align_padding: str, *, write: bool = False) -> None:
@@ -206,6 +212,7 @@ class FoTCache(Cache):
         self.write = write
         self.rows: list[Row] = []
         self.local = LocalCache([])
+        self.recorder: Recorder | None = None
         self.seen = 0
         self.next_positions: Tensor | None = None
 
@@ -237,7 +244,13 @@ class FoTCache(Cache):
 
     def open_window(self) -> None:
         """Start an empty local window that reads the rows' memories."""
-        self.local = LocalCache([row.memories for row in self.rows])
+        self.local = LocalCache([row.memories for row in self.rows], self.recorder)
+
+    def watch(self, recorder: "Recorder | None") -> None:
+        """Let a recorder take note of what is attended to from here on; None for nobody."""
+        self.recorder = self.local.recorder = recorder
+        if recorder is not None:
+            recorder.follow(self)
 
     def advance(self, inputs: "Inputs") -> None:
         """Count tokens that went through."""

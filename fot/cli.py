@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from fot import __version__
-from fot.commands import evaluate, info, passkey, train
+from fot.commands import ask, evaluate, info, inspect, memory, passkey, train
 
 Command = Callable[[argparse.Namespace], int]
 
@@ -44,7 +44,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="fot", description="External kNN memory for Llama-family models.")
     parser.add_argument("--version", action="version", version=f"fot {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for module in (passkey, info, train, evaluate):
+    for module in (passkey, info, memory, ask, inspect, train, evaluate):
         module.add(commands)
     return parser
 

@@ -1,6 +1,7 @@
-"""A short name for the weights that a memory depends on."""
+"""Short names for the weights and the tokenizer that a memory depends on."""
 
 import hashlib
+import json
 from typing import Any
 
 import torch
@@ -41,3 +42,24 @@ def weights_fingerprint(model: Any) -> str:
         digest.update(name.encode() + bits)
     model.__dict__["_fingerprint"] = (state, digest.hexdigest()[:16])
     return digest.hexdigest()[:16]
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """Hash of how a tokenizer turns text into ids: vocabulary, merges, normaliser; of a slow one the vocabulary alone.
+
+    Returns:
+        16 hexadecimal digits.
+    """
+    cached = tokenizer.__dict__.get("_fot_fingerprint")
+    if cached is not None and cached[0] == len(tokenizer):
+        return cached[1]
+    if getattr(tokenizer, "is_fast", False):
+        content = json.loads(tokenizer.backend_tokenizer.to_str())
+        # Every call with truncation= or padding= changes these.
+        content.pop("truncation", None)
+        content.pop("padding", None)
+    else:
+        content = tokenizer.get_vocab()
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+    tokenizer.__dict__["_fot_fingerprint"] = (len(tokenizer), digest)
+    return digest

@@ -43,7 +43,6 @@ class Piece:
     done: float | None
 
 
-@torch.no_grad()
 def ingest(
     model: Any,
     ids_or_text: Tensor | Iterable[int] | str | Path,
@@ -76,24 +75,26 @@ def ingest(
         ValueError: no tokens, ids outside the vocabulary, a file that is not UTF-8, a memory of other weights; what
             can be checked beforehand is, and then nothing is stored.
     """
-    model.check_memory(memory)
     if isinstance(ids_or_text, Path):
         check_utf8(ids_or_text)
         size = max(1, ids_or_text.stat().st_size)
         with open(ids_or_text, encoding="utf-8", newline="") as file:
             pieces = text_pieces(file, size, tokenizer or model.tokenizer)
-            return _ingest(model, pieces, memory, str(ids_or_text) if source is None else source, progress)
+            return ingest_pieces(model, pieces, memory, str(ids_or_text) if source is None else source, progress)
     if isinstance(ids_or_text, str):
         size = max(1, len(ids_or_text.encode()))
         pieces = text_pieces(io.StringIO(ids_or_text, newline=""), size, tokenizer or model.tokenizer)
     else:
         pieces = id_pieces(model, ids_or_text)
-    return _ingest(model, pieces, memory, source, progress)
+    return ingest_pieces(model, pieces, memory, source, progress)
 
 
-def _ingest(
+@torch.no_grad()
+def ingest_pieces(
     model: Any, pieces: Iterator[Piece], memory: Memory, source: str | None, progress: bool | tqdm | None
 ) -> int:
+    """What ``ingest`` does, of a source in pieces. Whenever a piece is asked for, whole windows are stored."""
+    model.check_memory(memory)
     config, count = model.memory_config, 0
     at_once = max(1, ISOLATED_TOKENS // config.window) if config.isolated_windows else 1
     with _bar(source or "ingest", progress) as bar:

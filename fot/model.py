@@ -14,7 +14,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from fot.attention import make_memory_layer
 from fot.cache import FoTCache
 from fot.config import CONFIG_KEY, MemoryConfig
-from fot.fingerprint import weights_fingerprint
+from fot.fingerprint import tokenizer_fingerprint, weights_fingerprint
 from fot.ingest import ingest
 from fot.loss import chunked_loss
 from fot.windows import Inputs, extend, prefill
@@ -102,10 +102,12 @@ class FoTForCausalLM:
     Attributes:
         memory_config: resolved settings.
         tokenizer: set by ``from_pretrained`` if the checkpoint has one; ``ingest`` of text needs it.
+        recorder: set by ``fot.trace.record`` while it records.
     """
 
     memory_config: MemoryConfig
     tokenizer: Any = None
+    recorder: Any = None
 
     # What every Hugging Face model that this is mixed into has.
     config: Any
@@ -170,6 +172,7 @@ class FoTForCausalLM:
             ValueError: inputs that do not go together, or a memory made by other weights.
         """
         cache = self._open_cache(past_key_values, memory)
+        cache.watch(self.recorder)
         inputs = Inputs.make(input_ids, inputs_embeds, attention_mask, position_ids, cache)
         if not cache.rows:
             cache.open_rows(inputs.batch_size, self.new_memory)
@@ -294,7 +297,7 @@ class FoTForCausalLM:
             )
 
     def check_memory(self, memory: Memory) -> None:
-        """Raise ValueError, with both fingerprints, if a memory was made by other weights or settings."""
+        """Raise ValueError, with both fingerprints, if a memory was made by other weights, settings or tokenizer."""
         heads, dim = self.config.num_key_value_heads, self.model.layers[0].self_attn.head_dim
         ours = (self.memory_config.layers, heads, dim)
         theirs = (memory.layers, memory.num_key_value_heads, memory.head_dim)
@@ -307,6 +310,12 @@ class FoTForCausalLM:
             raise ValueError(
                 f"this memory was made by other weights: its fingerprint is {memory.fingerprint or 'missing'}, the "
                 f"model's {self.fingerprint()}; load the model that made it, or ingest again with this one"
+            )
+        tokenizer = memory.metadata.get("tokenizer")
+        if tokenizer and self.tokenizer is not None and tokenizer != tokenizer_fingerprint(self.tokenizer):
+            raise ValueError(
+                f"this memory was made with another tokenizer: its fingerprint is {tokenizer}, the model's "
+                f"{tokenizer_fingerprint(self.tokenizer)}; load the tokenizer that made it, or ingest again with this one"
             )
 
     def _given(self, memory: Memory | Sequence[Memory] | None) -> list[Memory]:

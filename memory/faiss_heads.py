@@ -62,9 +62,17 @@ class InvertedHead(Head):
     hurts real keys. The far keys bring out more of the long ones (8,192 keys, 4 of 64 lists: from 0.87 to 1.00).
     """
 
-    def __init__(self, index: Any, sample: Tensor) -> None:
+    def __init__(self, index: Any, centroids: Tensor) -> None:
+        """``index``: ready to take keys, its quantizer holding the centroids (L, D) float32."""
         super().__init__(index)
         self.lossless = isinstance(index, faiss.IndexIVFFlat)
+        self._centroids = centroids
+        self._radii = torch.full((index.nlist,), -torch.inf)  # an empty list is never probed
+        self._far, self._far_lists, self._far_off = torch.empty(0, index.d), torch.empty(0).long(), torch.empty(0)
+
+    @classmethod
+    def trained(cls, index: Any, sample: Tensor) -> "InvertedHead":
+        """Learn the lists, and what encodes keys, from a sample (S, D)."""
         # min_points: the caller sees to it that there are enough.
         clusters: Any = faiss.Kmeans(
             index.d, index.nlist, niter=10, seed=1, max_points_per_centroid=TRAIN_POINTS, min_points_per_centroid=1
@@ -72,15 +80,58 @@ class InvertedHead(Head):
         clusters.train(as_array(sample))
         index.quantizer.add(clusters.centroids)
         index.train(as_array(sample))  # what encodes the residuals; the full quantizer is left as it is
-        self._centroids = torch.from_numpy(clusters.centroids.copy())  # (L, D)
-        self._radii = torch.full((index.nlist,), -torch.inf)  # an empty list is never probed
-        self._far, self._far_lists, self._far_off = torch.empty(0, index.d), torch.empty(0).long(), torch.empty(0)
+        return cls(index, torch.from_numpy(clusters.centroids.copy()))
+
+    @classmethod
+    def restored(cls, index: Any, centroids: Tensor, codec: Tensor) -> "InvertedHead":
+        """The head that ``learnt`` gave these of, before any key.
+
+        Raises:
+            ValueError: they are not of this kind of index.
+        """
+        if tuple(centroids.shape) != (index.nlist, index.d):
+            raise ValueError(f"centroids have shape {tuple(centroids.shape)}, the index takes {index.nlist, index.d}")
+        if not (centroids.isfinite().all() and codec.isfinite().all()):
+            raise ValueError("a centroid or a number of the code book is NaN or infinite")
+        index.quantizer.add(as_array(centroids))
+        if isinstance(index, faiss.IndexIVFScalarQuantizer):
+            index.train(np.zeros((2, index.d), np.float32))  # gives its code book the size that it must have
+        index.is_trained = True
+        book = _code_book(index)
+        size = 0 if book is None else book.size()
+        if len(codec) != size:
+            raise ValueError(f"the code book has {len(codec)} numbers, the index takes {size}")
+        if book is not None and size:
+            faiss.copy_array_to_vector(as_array(codec), book)
+        return cls(index, centroids.clone())
+
+    def learnt(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Centroids (L, D) float32, the list of each key (n,) int32, code book (C,) float32."""
+        lists = torch.empty(self.index.ntotal, dtype=torch.int32)
+        for number in range(self.index.nlist):
+            size = self.index.invlists.list_size(number)
+            if size:
+                slots = faiss.rev_swig_ptr(self.index.invlists.get_ids(number), size)
+                lists[torch.from_numpy(slots.copy())] = number
+        book = _code_book(self.index)
+        codec = np.empty(0, np.float32) if book is None else faiss.vector_to_array(book)
+        return self._centroids, lists, torch.from_numpy(codec)
 
     def add(self, keys: Tensor) -> None:
         keys = keys.cpu()
         half_squares = self._centroids.square().sum(-1) / 2
         # In slices: (n, L) numbers of a whole block would be 256 MiB.
         nearest = torch.cat([(part @ self._centroids.T - half_squares).argmax(-1) for part in keys.split(2048)])
+        self.put(keys, nearest)
+
+    def put(self, keys: Tensor, nearest: Tensor) -> None:
+        """Add keys (n, D) to the lists (n,) int64 of their nearest centroids.
+
+        Raises:
+            ValueError: a list that is not there; FAISS would write past its memory.
+        """
+        if len(nearest) and not 0 <= int(nearest.min()) <= int(nearest.max()) < self.index.nlist:
+            raise ValueError(f"a key is in a list outside 0..{self.index.nlist - 1}")
         distances = (keys - self._centroids[nearest]).norm(dim=-1)
         self._radii.scatter_reduce_(0, nearest, distances, "amax")
         far = torch.cat([self._far, keys]), torch.cat([self._far_lists, nearest]), torch.cat([self._far_off, distances])
@@ -214,13 +265,25 @@ def make_head(plan: Plan, num_keys: int, sample: Tensor) -> Head:
         return GpuHead(index, sample)
     if plan.graph:
         return GraphHead(index)
-    # Exactly these: search_preassigned and add_core of their relatives (fast scan) corrupt memory or do other things.
-    simple = type(index) in (faiss.IndexIVFFlat, faiss.IndexIVFScalarQuantizer, faiss.IndexIVFPQ)
-    if simple and isinstance(downcast(index.quantizer), faiss.IndexFlat):
-        return InvertedHead(index, sample)
+    if is_simple_inverted(index):
+        return InvertedHead.trained(index, sample)
     if not index.is_trained:
         index.train(as_array(sample))
     return Head(index)
+
+
+def is_simple_inverted(index: Any) -> bool:
+    """Whether an index on the CPU is one for ``InvertedHead``."""
+    # Exactly these: search_preassigned and add_core of their relatives (fast scan) corrupt memory or do other things.
+    simple = type(index) in (faiss.IndexIVFFlat, faiss.IndexIVFScalarQuantizer, faiss.IndexIVFPQ)
+    return simple and isinstance(downcast(index.quantizer), faiss.IndexFlat)
+
+
+def _code_book(index: Any) -> Any:
+    """FAISS's vector of the numbers by which this inverted file encodes keys; None if it keeps them whole."""
+    if isinstance(index, faiss.IndexIVFScalarQuantizer):
+        return index.sq.trained
+    return index.pq.centroids if isinstance(index, faiss.IndexIVFPQ) else None
 
 
 @cache

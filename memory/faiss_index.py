@@ -22,8 +22,8 @@ from memory.faiss_factory import (
     new_index,
     parse_factory,
 )
-from memory.faiss_heads import Head, make_head
-from memory.index import DEFAULT_TOP_K, ExactIndex, attend_hits
+from memory.faiss_heads import Head, InvertedHead, is_simple_inverted, make_head
+from memory.index import DEFAULT_TOP_K, ExactIndex, LearntIndex, attend_hits
 from memory.vectors import VectorBlocks
 
 REBUILD_GROWTH = 4  # train again when the memory is this many times larger: all rebuilds cost 4/3 of the last one
@@ -84,6 +84,30 @@ class FaissIndex:
                 head.add(new[g])
         self._heads = heads
 
+    def fill(self, learnt: LearntIndex | None) -> None:
+        """Take in all that is stored, in a new index: by what an index of these keys learnt before, if that fits.
+
+        Raises:
+            ValueError: ``learnt`` is damaged, or of other keys; its origin is named.
+        """
+        total = len(self._keys)
+        if learnt is not None and learnt.name == self._plan.text and total < REBUILD_GROWTH * learnt.trained_on:
+            try:
+                self._restore(learnt)
+            except ValueError as error:
+                raise ValueError(f"{learnt.origin} is damaged or of another memory: {error}; "
+                                 "Memory.open(path, index='exact') needs none") from error  # fmt: skip
+        elif total >= max(1, self._build_at):
+            self._build()
+
+    def learnt(self) -> LearntIndex | None:
+        """What ``fill`` can build this index again from; None where it is built from the keys alone."""
+        heads = [head for head in self._heads or () if isinstance(head, InvertedHead)]
+        if not heads:
+            return None
+        centroids, lists, codec = (torch.stack(parts) for parts in zip(*(h.learnt() for h in heads), strict=True))
+        return LearntIndex(self._plan.text, self._trained_on, centroids, lists, codec)
+
     def search(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """Top-k by the index, exact until it is built; shapes as in ``Index.search``."""
         if self._heads is None:
@@ -132,6 +156,26 @@ class FaissIndex:
                 for g, head in enumerate(built):
                     head.add(block[g])
         self._heads, self._trained_on = built, total
+
+    def _restore(self, learnt: LearntIndex) -> None:
+        known, groups = learnt.lists.shape[1], self._keys.num_heads
+        if known > len(self._keys) or not len(learnt.lists) == len(learnt.centroids) == len(learnt.codec) == groups:
+            raise ValueError(f"it is for {len(learnt.lists)} KV heads and {known:,} keys; the memory holds "
+                             f"{groups} and {len(self._keys):,}")  # fmt: skip
+        empty = [new_index(self._plan, self._keys.head_dim, learnt.trained_on) for _ in range(groups)]
+        if self._plan.gpu or not is_simple_inverted(empty[0]):
+            raise ValueError(f"an index {self._plan.text} learns nothing that can be restored")
+        heads = [InvertedHead.restored(index, learnt.centroids[g], learnt.codec[g]) for g, index in enumerate(empty)]
+        start = 0
+        with faiss_threads():
+            for block in self._keys.blocks(torch.float32):
+                lists = learnt.lists[:, start : start + block.shape[1]].long()
+                old, new = block.split([lists.shape[1], block.shape[1] - lists.shape[1]], dim=1)
+                for g, head in enumerate(heads):
+                    head.put(old[g].cpu(), lists[g])
+                    head.add(new[g])
+                start += block.shape[1]
+        self._heads, self._trained_on = list(heads), learnt.trained_on
 
     def _sample(self) -> Tensor:
         """(G, S, D) float32 stored keys to train with, the same for the same memory."""

@@ -5,7 +5,7 @@ keys are neither expanded nor stored twice. The model calls ``attend``; ``search
 what inspection and tests use.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -19,6 +19,31 @@ DEFAULT_TOP_K = 128
 
 # On a CPU, an approximate index pays from here on (benchmarks/memory_backends.py measures the crossover).
 AUTO_EXACT_LIMIT = 262_144
+
+
+@dataclass(frozen=True)
+class LearntIndex:
+    """What an index of one layer learnt from its keys, so that it can be built again without learning.
+
+    Attributes:
+        name: its factory string.
+        trained_on: keys that were stored when it learnt.
+        centroids: (G, L, D) float32, of the lists of each KV head.
+        lists: (G, n) int32, the list of each of the first n stored keys.
+        codec: (G, C) float32, what encodes a key; C is 0 where keys are kept as they are.
+        origin: where it was read from, for errors.
+    """
+
+    name: str
+    trained_on: int
+    centroids: Tensor
+    lists: Tensor
+    codec: Tensor
+    origin: str = "the saved index"
+
+    def kept(self, slots: Tensor) -> "LearntIndex":
+        """The same for the keys in these slots alone, (M,) int64 ascending."""
+        return replace(self, lists=self.lists[:, slots[slots < self.lists.shape[1]]])
 
 
 class Index(Protocol):

@@ -3,152 +3,24 @@
 Per memory layer and KV head, keys and values in append order; once per token, its id and where it came from.
 """
 
-import logging
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from memory.index import BackendChoice, ExactIndex, Index, choose_backend
-from memory.tokens import Source, TokenTable
+from memory.index import BackendChoice, ExactIndex, Index, LearntIndex, choose_backend
+from memory.layer import LayerMemory
+from memory.tokens import DocumentNote, Source, TokenTable
 from memory.vectors import VECTOR_DTYPES, VectorBlocks
 
-logger = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from memory.folder import Folder
 
 IndexFactory = Callable[[VectorBlocks, VectorBlocks], Index]
-
-
-class LayerMemory:
-    """Keys, values and the index of one memory layer; get it as ``memory[layer]``.
-
-    G is the number of KV heads, D the head size. Query heads that share a KV head lie along the query axis T.
-    """
-
-    def __init__(self, owner: "Memory") -> None:
-        self._owner = owner
-        self._keys = VectorBlocks(owner.num_key_value_heads, owner.head_dim, VECTOR_DTYPES[owner.key_dtype])
-        self._values = VectorBlocks(owner.num_key_value_heads, owner.head_dim, VECTOR_DTYPES[owner.value_dtype])
-        self._index: Index | None = None
-        self._choice: BackendChoice | None = None
-
-    def __len__(self) -> int:
-        return len(self._keys)
-
-    @property
-    def device(self) -> torch.device:
-        """Where the vectors lie."""
-        return self._keys.device or torch.device("cpu")
-
-    @property
-    def backend(self) -> BackendChoice | None:
-        """The backend in use and why; None while nothing is stored."""
-        return self._choice
-
-    def describe(self) -> str:
-        """The index in use, in a few words."""
-        return "empty" if self._index is None else self._index.describe()
-
-    def search(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """The k stored keys of largest inner product with each query, best first.
-
-        Args:
-            queries: (G, T, D) float, any device.
-            k: hits wanted; at least 1. More than are stored gives all.
-
-        Returns:
-            inner products (G, T, min(k, N)) float32 and slots, likewise, int64, on the device of ``queries``. An
-            approximate backend that finds fewer pads with score -inf and slot -1.
-
-        Raises:
-            ValueError: k < 1, or queries of another shape than this memory's keys.
-        """
-        if k < 1:
-            raise ValueError(f"k is {k}; ask for at least 1 hit")
-        self._check_shape(queries, "queries")
-        if self._index is None:
-            return queries.new_empty(*queries.shape[:2], 0).float(), queries.new_empty(*queries.shape[:2], 0).long()
-        scores, slots = self._index.search(queries.to(self.device), min(k, len(self)))
-        return scores.to(queries.device), slots.to(queries.device)
-
-    def attend(self, queries: Tensor, *, scale: float) -> tuple[Tensor, Tensor]:
-        """Softmax attention of the queries to this memory, with its log-sum-exp (for ``memory.softmax.merge``).
-
-        Args:
-            queries: (G, T, D) float, any device.
-            scale: factor on inner products, normally ``head_dim**-0.5``.
-
-        Returns:
-            output (G, T, D) in dtype and on device of ``queries``; log-sum-exp (G, T) float32, -inf if nothing is
-            stored.
-        """
-        if self._index is None:
-            empty = torch.full(queries.shape[:2], -torch.inf, device=queries.device)
-            return torch.zeros_like(queries), empty
-        output, lse = self._index.attend(queries.to(self.device), scale=scale)
-        return output.to(queries.device), lse.to(queries.device)
-
-    def keys(self, slots: Tensor | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Stored keys: all as (G, N, D), or those in ``slots`` (G, ...) as (G, ..., D)."""
-        return self._vectors(self._keys, slots, dtype)
-
-    def values(self, slots: Tensor | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Stored values: all as (G, N, D), or those in ``slots`` (G, ...) as (G, ..., D).
-
-        Raises:
-            IndexError: a slot lies outside 0..N-1.
-        """
-        return self._vectors(self._values, slots, dtype)
-
-    def _vectors(self, blocks: VectorBlocks, slots: Tensor | None, dtype: torch.dtype) -> Tensor:
-        if slots is None:
-            return blocks.take_range(0, len(blocks), dtype)
-        bad = slots[(slots < 0) | (slots >= len(blocks))]
-        if bad.numel():
-            raise IndexError(f"slot {bad[0].item()} is outside 0..{len(blocks) - 1}, what this memory holds")
-        return blocks.gather(slots.to(self.device), dtype)
-
-    def _append(self, keys: Tensor, values: Tensor) -> None:
-        self._keys.append(keys)
-        self._values.append(values)
-        choice = self._owner._choose(len(self), self.device)
-        if self._index is None or self._choice is None or choice.name != self._choice.name:
-            self._build_index()
-        else:
-            self._index.add(keys)
-
-    def _build_index(self) -> None:
-        self._index = self._choice = None
-        if len(self):
-            choice = self._owner._choose(len(self), self.device)
-            self._index = self._owner._make_index(choice.name, self._keys, self._values)
-            if not isinstance(self._index, ExactIndex):  # which reads the blocks, and needs no copy of them
-                self._index.add(self._keys.take_range(0, len(self), self._keys.dtype))
-            self._choice = choice
-            logger.info("memory backend %s: %s", choice.name, choice.reason)
-
-    def _reset(self) -> None:
-        self._keys.reset()
-        self._values.reset()
-        self._index = self._choice = None
-
-    def _truncate(self, length: int) -> None:
-        if len(self._keys) > length or len(self._values) > length:
-            self._keys.truncate(length)
-            self._values.truncate(length)
-            self._build_index()
-
-    def _keep(self, slots: Tensor) -> None:
-        keys, values = VectorBlocks.like(self._keys), VectorBlocks.like(self._values)
-        keys.take(self._keys, slots.to(self.device))
-        values.take(self._values, slots.to(self.device))
-        self._keys, self._values = keys, values
-        self._build_index()
-
-    def _check_shape(self, tensor: Tensor, what: str) -> None:
-        heads, dim = self._owner.num_key_value_heads, self._owner.head_dim
-        if tensor.ndim != 3 or tensor.shape[0] != heads or tensor.shape[2] != dim:
-            raise ValueError(f"{what} have shape {tuple(tensor.shape)}; this memory takes ({heads}, tokens, {dim})")
 
 
 class Memory:
@@ -166,6 +38,10 @@ class Memory:
         top_k: pairs a query attends to; None for all of them where the backend can (``exact``), 128 elsewhere.
         device: where the vectors are kept; None keeps them where they come from.
         fingerprint: names the weights that the keys were made with; a model refuses a memory of other weights.
+
+    Attributes:
+        metadata: whatever is to be kept beside the memory, as JSON can hold it; saved with it.
+        notes: by name, what is known of documents as a whole; saved for those with stored tokens.
 
     Raises:
         ValueError: an argument is out of range or names nothing known.
@@ -200,6 +76,66 @@ class Memory:
         self.fingerprint = fingerprint
         self._layers = {layer: LayerMemory(self) for layer in layers}
         self._tokens = TokenTable()
+        self.metadata: dict[str, Any] = {}
+        self.notes: dict[str, DocumentNote] = {}
+        self._folder: Folder | None = None  # what it was opened from
+
+    @staticmethod
+    def open(
+        path: str | Path,
+        mode: str = "r",
+        *,
+        index: "str | IndexFactory | None" = None,
+        top_k: int | None = None,
+        device: str | torch.device = "cpu",
+    ) -> "Memory":
+        """A memory that ``save`` wrote, mapped from disk; see ``memory.disk.open_memory``."""
+        from memory.disk import open_memory
+
+        return open_memory(path, mode, index=index, top_k=top_k, device=device)
+
+    def save(self, path: str | Path) -> None:
+        """Write all of it to a new folder, or in place of the memory in that folder; see ``memory.disk.save``."""
+        from memory.disk import save
+
+        save(self, path)
+
+    def flush(self) -> None:
+        """Write to its folder what is not there yet; needs ``mode="a"``. Either all of it is written or nothing.
+
+        Raises:
+            ValueError: this memory was not opened to grow.
+            OSError: it cannot be written; the folder is as it was, and the memory still holds everything.
+        """
+        from memory.disk import flush, writable_folder
+
+        flush(self, writable_folder(self))
+
+    def compact(self) -> None:
+        """Write its folder anew, so that dropped documents free their space; needs ``mode="a"``. Flushes, too.
+
+        Raises:
+            ValueError, OSError: as ``flush``.
+        """
+        from memory.disk import compact, writable_folder
+
+        compact(self, writable_folder(self))
+
+    def prepare(self) -> None:
+        """Build the indexes now, not at the first search. ``flush`` then keeps what they learnt for the next time."""
+        for layer in self._layers.values():
+            layer._ready()
+
+    def close(self) -> None:
+        """Let others write to its folder. What was not flushed stays in this object alone, which cannot grow."""
+        if self._folder is not None:
+            self._folder.close()
+
+    def __enter__(self) -> "Memory":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
 
     def __len__(self) -> int:
         """Stored tokens."""
@@ -235,8 +171,10 @@ class Memory:
             spans: (T, 2) first and past-the-end character of each token in that text.
 
         Raises:
-            ValueError: shapes or layers that do not fit, or a key or value that is NaN or infinite.
+            ValueError: shapes or layers that do not fit, a key or value that is NaN or infinite, or a memory that was
+                opened read-only.
         """
+        self._check_open()
         ids = np.asarray(token_ids.cpu() if isinstance(token_ids, Tensor) else token_ids, dtype=np.int32)
         self._check(keys, values, len(ids))
         prepared = self._tokens.prepare(ids, document, spans)
@@ -263,30 +201,53 @@ class Memory:
         """Name -> number of stored tokens, for each named document."""
         return self._tokens.documents()
 
-    def drop(self, document: str) -> int:
+    def document_runs(self) -> list[tuple[str | None, int, int]]:
+        """(document, first slot, past-the-end slot) of each run of tokens of one document, in slot order."""
+        return self._tokens.runs()
+
+    def drop_document(self, name: str) -> int:
         """Forget one document. The slots behind it move up, and indexes are built again.
+
+        In a folder opened to grow it is marked as dropped, at once; ``compact`` frees its space.
 
         Returns:
             the number of tokens dropped.
 
         Raises:
             KeyError: no stored token belongs to a document of this name.
+            ValueError: the memory was opened read-only.
         """
-        keep = self._tokens.slots_outside(document)
-        dropped = len(self) - len(keep)
-        for layer in self._layers.values():
-            layer._keep(torch.from_numpy(keep))
-        self._tokens.keep(keep, document)
+        self._check_open()
+        slots = self._tokens.slots_outside(name)
+        dropped, keep, saved = len(self) - len(slots), torch.from_numpy(slots), {}
+        if self._folder is not None:
+            from memory.disk import drop
+
+            saved = drop(self, self._folder, name, keep)
+        try:
+            for number, layer in self._layers.items():
+                layer._keep(keep, saved.get(number))
+            self._tokens.keep(slots, name)
+        except BaseException:
+            self.close()  # what is on disk is right; half of this object must not be written there
+            raise
+        self.notes.pop(name, None)
         return dropped
 
     def reset(self) -> None:
-        """Forget everything."""
+        """Forget everything.
+
+        Raises:
+            ValueError: the memory was opened from a folder.
+        """
+        if self._folder is not None:
+            raise ValueError(f"{self._folder.path} would be emptied: drop its documents, or begin a new memory instead")
         for layer in self._layers.values():
             layer._reset()
-        self._tokens = TokenTable()
+        self._tokens, self.notes = TokenTable(), {}
 
     def clone(self) -> "Memory":
-        """A copy that grows on its own."""
+        """A copy in memory that grows on its own; of what is mapped from a folder, the mapping is shared."""
         copy = Memory(
             self.layers,
             self.num_key_value_heads,
@@ -301,9 +262,10 @@ class Memory:
         everything = torch.arange(len(self))
         for number, layer in self._layers.items():
             mine = copy._layers[number]
-            mine._keys, mine._values = layer._keys, layer._values
-            mine._keep(everything)
+            mine._keys, mine._values, mine._lazy = layer._keys, layer._values, layer._lazy
+            mine._keep(everything, layer._learnt())
         copy._tokens = self._tokens.clone()
+        copy.metadata, copy.notes = deepcopy(self.metadata), dict(self.notes)
         return copy
 
     def nbytes(self) -> dict[str, int]:
@@ -330,14 +292,23 @@ class Memory:
             return choose_backend(num_keys, device)
         return BackendChoice(self.index if isinstance(self.index, str) else "custom", "asked for")
 
-    def _make_index(self, name: str, keys: VectorBlocks, values: VectorBlocks) -> Index:
+    def _make_index(self, name: str, keys: VectorBlocks, values: VectorBlocks, saved: LearntIndex | None) -> Index:
+        """An index of all that is stored."""
         if not isinstance(self.index, str):
-            return self.index(keys, values)
+            custom = self.index(keys, values)
+            custom.add(keys.take_range(0, len(keys), keys.dtype))
+            return custom
         if name == "exact":
             return ExactIndex(keys, values, self.top_k)
         from memory.faiss_index import FaissIndex  # faiss is loaded only where it is used
 
-        return FaissIndex(name, keys, values, self.top_k)
+        index = FaissIndex(name, keys, values, self.top_k)
+        index.fill(saved)
+        return index
+
+    def _check_open(self) -> None:
+        if self._folder is not None:
+            self._folder.check_writable()
 
     def _check(self, keys: Mapping[int, Tensor], values: Mapping[int, Tensor], count: int) -> None:
         finite = []

@@ -17,13 +17,32 @@ class Source:
     span: tuple[int, int] | None
 
 
-class TokenTable:
-    """Per stored token: id, document number, character span. NumPy columns that grow by doubling."""
+@dataclass(frozen=True)
+class DocumentNote:
+    """What is known of a document as a whole.
 
-    def __init__(self) -> None:
-        self._columns = np.empty((0, 4), dtype=np.int32)  # id, document, first character, past-the-end character
-        self._length = 0
-        self._names: list[str] = []
+    Attributes:
+        sha256: of its text in UTF-8, hexadecimal; empty if it is not known.
+        complete: whether all of it has been read.
+    """
+
+    sha256: str = ""
+    complete: bool = True
+
+
+class TokenTable:
+    """Per stored token: id, document number, character span. NumPy columns that grow by doubling.
+
+    Args:
+        rows: (n, 4) int32 of what is stored already: id, document (-1: none), first and past-the-end character
+            (-1: not known).
+        names: of the documents, by number.
+    """
+
+    def __init__(self, rows: np.ndarray | None = None, names: Sequence[str] = ()) -> None:
+        self._columns = np.empty((0, 4), dtype=np.int32) if rows is None else rows
+        self._length = len(self._columns)
+        self._names = list(names)
 
     def __len__(self) -> int:
         return self._length
@@ -31,6 +50,16 @@ class TokenTable:
     @property
     def ids(self) -> np.ndarray:
         return self._columns[: self._length, 0]
+
+    @property
+    def rows(self) -> np.ndarray:
+        """(n, 4) int32, as ``TokenTable`` takes them."""
+        return self._columns[: self._length]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The documents, by number."""
+        return tuple(self._names)
 
     def prepare(
         self, ids: np.ndarray, document: str | None, spans: Sequence[tuple[int, int]] | np.ndarray | None
@@ -67,6 +96,12 @@ class TokenTable:
         counts = np.bincount(numbers[numbers >= 0], minlength=len(self._names))
         return {name: int(count) for name, count in zip(self._names, counts, strict=True)}
 
+    def runs(self) -> list[tuple[str | None, int, int]]:
+        numbers = self._columns[: self._length, 1]
+        starts = np.flatnonzero(np.diff(numbers, prepend=NO_DOCUMENT - 1)).tolist()
+        names = [None if numbers[start] == NO_DOCUMENT else self._names[numbers[start]] for start in starts]
+        return list(zip(names, starts, [*starts[1:], self._length], strict=False))
+
     def slots_outside(self, document: str) -> np.ndarray:
         if document not in self._names:
             raise KeyError(f"no document {document!r} in this memory; it holds {', '.join(self._names) or 'none'}")
@@ -80,9 +115,7 @@ class TokenTable:
         self._columns[:, 1] -= self._columns[:, 1] > number
 
     def clone(self) -> "TokenTable":
-        copy = TokenTable()
-        copy._columns, copy._length, copy._names = self._columns.copy(), self._length, list(self._names)
-        return copy
+        return TokenTable(self.rows.copy(), self._names)
 
     def nbytes(self) -> int:
         return self._columns.nbytes

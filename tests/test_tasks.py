@@ -15,7 +15,7 @@ import torch
 
 import training
 from fot import pretrained
-from fot.evaluation import dictionary_data, passkey
+from fot.evaluation import dictionary_data, needles, passkey
 from fot.evaluation.dictionary_data import (
     FIRST_SYMBOL,
     KEY,
@@ -29,7 +29,7 @@ from fot.evaluation.dictionary_data import (
     ask,
     record_chunks,
 )
-from training.tasks import Sample, SyntheticRetrieval, Task, draw_facts, filler_from, held_out_needles
+from training.tasks import Sample, SyntheticRetrieval, Task, draw_facts, filler_from
 from training.wordings import KINDS, WORDS, draw, forbidden, render
 
 TEXT = (
@@ -37,7 +37,7 @@ TEXT = (
     "looked at the lamp and sighed.\n\ndef area(width, height):\n    return width * height  # in metres\n\n"
 ) * 20
 SAMPLES = 60
-# Subjects of held_out_needles.
+# Subjects of fot.evaluation.needles.
 HELD_OUT = re.compile(r"sandwich|\bbest\b|phone|\bborn\b|birth|reached|thing to do", re.IGNORECASE)
 
 
@@ -331,17 +331,13 @@ def test_hardly_any_question_is_lost_to_the_tokenizer(real_tokenizer: Any) -> No
     assert lost <= 0.02 * total
 
 
-def test_held_out_needles_are_distinct_and_said_otherwise() -> None:
-    needles = held_out_needles(random.Random(0), 80)
-    assert len({needle.subject for needle in needles}) == len({needle.answer for needle in needles}) == 80
-    for needle in needles:
-        assert needle.answer in needle.statement
-        assert needle.answer not in needle.question
+def test_needles_are_of_words_that_are_not_trained_on() -> None:
+    trained = {word.lower() for listed in WORDS.values() for words in listed for word in words.split()}
+    lists = (needles._CITIES, needles._FIRST_NAMES, needles._LAST_NAMES)
+    assert not trained & {word.lower() for words in lists for word in words}
+    for needle in needles.draw_needles(random.Random(0), 80):
         assert HELD_OUT.search(needle.statement)
         assert not forbidden(f"{needle.statement} {needle.question} {needle.answer}")
-    assert held_out_needles(random.Random(3), 9) == held_out_needles(random.Random(3), 9)
-    with pytest.raises(ValueError, match="at most 80"):
-        held_out_needles(random.Random(0), 81)
 
 
 # The dictionary task.

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 import torch
 import yaml
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
 import fot
@@ -148,23 +150,83 @@ def test_loss_that_is_not_finite_names_the_batch(
     assert "the loss is nan at step 1, batch 1, documents [" in capsys.readouterr().err
 
 
+def launch(processes: int, *arguments: str | Path) -> None:
+    """accelerate launch, on the CPU."""
+    command = ["accelerate.commands.launch", "--num_processes", str(processes), "--num_machines", "1",
+               "--mixed_precision", "no", "--dynamo_backend", "no"]  # fmt: skip
+    # accelerate starts several processes under this name alone; without a GPU they talk through gloo.
+    command += ["--multi_gpu", "--main_process_port", "0"] if processes > 1 else ["--cpu"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-m", *command, *arguments], env=environment, capture_output=True,
+                          text=True, check=False, timeout=120)  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
 def test_two_processes_equal_one_with_the_joint_batch(tmp_path: Path) -> None:
     found = {}
     for world in (1, 2):
         out = tmp_path / f"{world}.pt"
-        command = ["accelerate.commands.launch", "--num_processes", str(world), "--num_machines", "1",
-                   "--mixed_precision", "no", "--dynamo_backend", "no"]  # fmt: skip
-        # accelerate starts several processes under this name alone; without a GPU they talk through gloo.
-        command += ["--multi_gpu", "--main_process_port", "0"] if world > 1 else ["--cpu"]
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        done = subprocess.run([sys.executable, "-m", *command, TESTS / "joint_batch.py", out], env=environment,
-                              capture_output=True, text=True, check=False)  # fmt: skip
-        assert done.returncode == 0, done.stderr[-2000:]
+        launch(world, TESTS / "joint_batch.py", out)
         found[world] = torch.load(out, weights_only=True)
         assert found[world]["world"] == world
     torch.testing.assert_close(found[2]["loss"], found[1]["loss"], atol=1e-6, rtol=1e-6)
     for name, gradient in found[1]["gradients"].items():
         torch.testing.assert_close(found[2]["gradients"][name], gradient, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_sharded_run_equals_one_with_whole_parameters(tmp_path: Path) -> None:
+    """FSDP over two processes, going on from a checkpoint of DDP over two: losses, checkpoints, result."""
+    recipe, sharded, whole = tmp_path / "recipe.yaml", tmp_path / "sharded", tmp_path / "whole"
+    model = SMALL["model"] | {"tie_word_embeddings": True}
+    recipe.write_text(yaml.safe_dump(SMALL | {"model": model, "lanes": 2, "steps": 4, "clip": 0.5}))
+    launch(2, "-m", "fot", "train", recipe, "--out", whole)
+    assert [step for step, _ in losses(whole)] == [1, 2, 3, 4], "one process writes the log"
+    shutil.copytree(whole, sharded)
+    for past in ("checkpoints/step-0000004", "model"):
+        shutil.rmtree(sharded / past)
+    launch(2, TESTS / "sharded_run.py", "train", recipe, "--out", sharded, "--resume")
+    assert [loss for _, loss in losses(sharded)] == pytest.approx([loss for _, loss in losses(whole)], abs=1e-5)
+    for file in ("checkpoints/step-0000004/trained.safetensors", "model/model.safetensors"):
+        one, two = (load_file(out / file) for out in (sharded, whole))
+        assert one.keys() == two.keys()
+        for name in one:
+            torch.testing.assert_close(one[name], two[name], atol=1e-5, rtol=1e-4)
+    LlamaForCausalLM.from_pretrained(sharded / "model")
+
+
+def test_sharding_that_would_not_be_done_is_refused(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert main(["train", str(recipe), "--out", str(tmp_path / "out")]) == 2
+    assert "accelerate does not shard on cpu" in capsys.readouterr().err
+    example = yaml.safe_load((TESTS.parent / "examples" / "fsdp.yaml").read_text())
+    assert example["distributed_type"] == "FSDP"
+    assert example["fsdp_config"]["fsdp_version"] == 2, "the only one that is supported"
+
+
+def test_tensorboard_shows_the_logs_numbers(recipe: Path, tmp_path: Path) -> None:
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    out = tmp_path / "out"
+    assert main(["train", str(recipe), "steps=3", "tensorboard=true", "--out", str(out)]) == 0
+    assert main(["train", str(recipe), "tensorboard=true", "--out", str(out), "--resume"]) == 0
+    found = events.EventAccumulator(str(out / "tensorboard")).Reload()
+    assert {"loss", "answer_accuracy", "d", "tokens_per_second", "eval_answer_accuracy"} <= set(found.Tags()["scalars"])
+    shown = [(event.step, event.value) for event in found.Scalars("loss")]
+    assert [step for step, _ in shown] == list(range(1, 9))
+    assert [value for _, value in shown] == pytest.approx([loss for _, loss in losses(out)])
+
+
+def test_tensorboard_that_is_missing_is_named_before_the_work(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    assert main(["train", str(recipe), "tensorboard=true", "--out", str(tmp_path / "out")]) == 2
+    assert "pip install 'fot[tensorboard]'" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert main(["train", str(recipe), "steps=1", "--out", str(tmp_path / "out")]) == 0
+    assert not (tmp_path / "out" / "tensorboard").exists()
 
 
 def test_learning_rates() -> None:

@@ -44,6 +44,7 @@ class Recipe:
         eval_every: steps between evaluations; 0 for none but the last.
         eval_batches: batches of an evaluation.
         save_every: steps between checkpoints.
+        tensorboard: write the log's numbers to ``tensorboard`` in the run's folder, too.
     """
 
     model: str | dict[str, Any] = "smollm2-135m"
@@ -72,6 +73,7 @@ class Recipe:
     eval_every: int = 0
     eval_batches: int = 4
     save_every: int = 50
+    tensorboard: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "betas", tuple(self.betas))

@@ -2,6 +2,7 @@
 
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ def write_result(
     model: Any,
     tokenizer: Any,
     config: MemoryConfig,
-    trained: dict[str, Tensor],
+    parameters: dict[str, Tensor],
+    trained: Sequence[str],
     line: dict[str, Any],
 ) -> Path:
     """Write the result of a run.
@@ -32,7 +34,8 @@ def write_result(
         model: as trained.
         tokenizer: of the model; None for a model started from random weights without one.
         config: resolved memory settings.
-        trained: the parameters that were trained, by name.
+        parameters: all of the model's, whole, by name.
+        trained: names of those that were trained.
         line: last line of the log.
 
     Returns:
@@ -48,16 +51,18 @@ def write_result(
     if recipe.trainable == "all":
         folder = out / "model"
         setattr(model.config, CONFIG_KEY, recipe.memory_config().to_dict() | {"mem_layers": list(config.layers)})
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, state_dict=parameters)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
     elif recipe.trainable == "lora":
         folder = out / "adapter"
-        model.__dict__[PEFT_WRAPPER].save_pretrained(folder)
+        wrapped = {f"base_model.model.{name}": tensor for name, tensor in parameters.items()}  # as peft names them
+        model.__dict__[PEFT_WRAPPER].save_pretrained(folder, state_dict=wrapped)
     else:
         folder = out / "adapter"
         settings = MemoryConfig.from_dict(recipe.memory_config().to_dict() | {"mem_layers": config.layers})
-        save_adapter(folder, trained, AdapterDescription(str(recipe.model), settings, made_by))
+        changed = {name: parameters[name] for name in trained}
+        save_adapter(folder, changed, AdapterDescription(str(recipe.model), settings, made_by))
     for name in ("recipe.json", "log.jsonl"):
         if (out / name).exists():
             shutil.copy(out / name, folder / name)

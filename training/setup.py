@@ -13,7 +13,7 @@ from fot.config import MemoryConfig
 from fot.evaluation.dictionary_data import DictionaryTask
 from fot.loading import load_model
 from fot.model import detach_memory
-from training.batches import Batch, DocumentLoader, Span, TaskSource, batch_of
+from training.batches import IGNORED, Batch, DocumentLoader, Span, TaskSource, batch_of
 from training.data import DataSource, read_documents
 from training.recipe import Recipe
 from training.tasks import SyntheticRetrieval, Task, filler_from
@@ -124,6 +124,14 @@ def held_out_windows(recipe: Recipe, config: MemoryConfig, tokenizer: Any) -> Te
             if len(rows) >= wanted:
                 break
     return torch.tensor(rows[:wanted], dtype=torch.int64).reshape(-1, config.window)
+
+
+def text_batch(windows: Tensor) -> Batch:
+    """(R, T) windows of text, each alone, as a batch in which every token but the first of a window counts once."""
+    rows = torch.arange(len(windows))
+    labels = torch.nn.functional.pad(windows[:, 1:], (0, 1), value=IGNORED)
+    nothing = torch.zeros_like(windows, dtype=torch.bool)
+    return Batch(windows, labels, (labels != IGNORED).float(), nothing, rows, torch.zeros_like(rows), rows)
 
 
 def _span(task: Task, number: int) -> Span:

@@ -2,7 +2,7 @@
 
 A task gives documents as token ids with, for each token, the weight with which it counts as a target of the loss.
 ``SyntheticRetrieval`` hides facts (``training.wordings``) in real text; the dictionary task is in
-``fot.evaluation.dictionary_data``. ``held_out_needles`` asks in wordings and on subjects that training never sees.
+``fot.evaluation.dictionary_data``. ``fot.evaluation.needles`` asks in wordings and on subjects unknown to training.
 
 >>> filler = filler_from([tokenizer(path.read_text()).input_ids for path in Path("texts").iterdir()])
 >>> task = SyntheticRetrieval(tokenizer, filler, windows=2, window=512)
@@ -302,77 +302,3 @@ def filler_from(texts: Sequence[Sequence[int]]) -> Filler:
         return ids
 
     return fill
-
-
-@dataclass(frozen=True)
-class Needle:
-    """A fact to hide in a long text, in wordings that are in no training document.
-
-    Attributes:
-        subject: what it is about; distinct among needles drawn together.
-        statement: the sentence to hide.
-        question: ends so that a plain language model goes on with the answer.
-        answer: what must follow, without the space between.
-    """
-
-    subject: str
-    statement: str
-    question: str
-    answer: str
-
-
-# Patterns of ``training.wordings.draw``; none of these words is in training.
-_CITY = (
-    "Lisbon | Porto | Madrid | Seville | Lyon | Turin | Naples | Palermo | Athens | Vienna | Prague | Krakow | Riga | "
-    "Tallinn | Oslo | Bergen | Aarhus | Dublin | Leeds | Bristol | Ghent | Utrecht | Bremen | Leipzig | Zurich | "
-    "Denver | Boston | Chicago | Toronto | Lima | Quito | Havana | Nairobi | Accra | Cairo | Osaka | Busan | Perth"
-)
-_ACTIVITY = "watch the swans | eat oysters | listen to the organ | rent a rowing boat | sketch the fishermen"
-_PLACE = "by the old lighthouse | in the botanical park | under the railway arches | on the cathedral steps"
-_FILLING = "smoked eel | roast pork | fried halloumi | pickled herring | grilled aubergine | duck liver"
-_BREAD = "on rye bread | in a seeded bun | on toasted sourdough | in warm flatbread"
-_PERSON = "{first} {last}"
-_MOST_NEEDLES = 4 * len(_ACTIVITY.split(" | ")) * len(_PLACE.split(" | "))  # the subject with the fewest answers
-
-
-def held_out_needles(rng: random.Random, count: int) -> list[Needle]:
-    """Needles about a city's best sandwich and best pastime, and people's phone numbers and birthplaces, in turn.
-
-    Subjects differ, and so do answers, so that the answer to another needle is always wrong.
-
-    Raises:
-        ValueError: more are asked for than there are distinct answers.
-    """
-    if not 0 <= count <= _MOST_NEEDLES:
-        raise ValueError(f"{count} needles with distinct answers cannot be drawn: ask for at most {_MOST_NEEDLES}")
-    needles: list[Needle] = []
-    while len(needles) < count:
-        make = (_sandwich, _pastime, _phone_number, _birthplace)[len(needles) % 4]
-        needle = make(rng)
-        if all(needle.subject != other.subject and needle.answer != other.answer for other in needles):
-            needles.append(needle)
-    return needles
-
-
-def _sandwich(rng: random.Random) -> Needle:
-    city, answer = draw(_CITY, rng), f"{draw(_FILLING, rng)} {draw(_BREAD, rng)}"
-    stem = f"The best sandwich in {city} is"
-    return Needle(f"sandwich/{city}", f"{stem} {answer}.", f"Which sandwich should one try in {city}? {stem}", answer)
-
-
-def _pastime(rng: random.Random) -> Needle:
-    city, answer = draw(_CITY, rng), f"{draw(_ACTIVITY, rng)} {draw(_PLACE, rng)}"
-    stem = f"The best thing to do in {city} is to"
-    return Needle(f"pastime/{city}", f"{stem} {answer}.", f"How should one spend a day in {city}? {stem}", answer)
-
-
-def _phone_number(rng: random.Random) -> Needle:
-    person, answer = draw(_PERSON, rng), draw("###-####", rng)
-    stem = f"{person} can be reached by phone at"
-    return Needle(f"phone/{person}", f"{stem} {answer}.", f"What is the phone number of {person}? {stem}", answer)
-
-
-def _birthplace(rng: random.Random) -> Needle:
-    person, answer = draw(_PERSON, rng), draw(_CITY, rng)
-    stem = f"{person} was born in"
-    return Needle(f"birthplace/{person}", f"{stem} {answer}.", f"Where is {person} from? {stem}", answer)

@@ -17,10 +17,28 @@ from fot.loss import token_losses
 from training.batches import Batch
 from training.checkpoints import list_checkpoints, load_checkpoint, save_checkpoint
 from training.crossbatch import Crossbatch, enable_crossbatch
+from training.log import Log, summary_writer
+from training.machine import keep_freed_memory
 from training.recipe import Recipe
 from training.results import write_result
 from training.schedule import Rows, choose_contexts
-from training.setup import build_loader, build_model, choose_trainable, evaluation_batches, held_out_windows
+from training.setup import (
+    build_loader,
+    build_model,
+    choose_trainable,
+    evaluation_batches,
+    held_out_windows,
+    text_batch,
+)
+from training.sharding import (
+    check_sharding,
+    clip_gradients,
+    load_optimizer_state,
+    spread_like,
+    whole,
+    whole_optimizer_state,
+    whole_parameters,
+)
 
 # An answer's tokens count in full; text around them counts for less or not at all.
 ANSWER_WEIGHT = 1.0
@@ -65,11 +83,18 @@ def train(recipe: Recipe, out: Path, *, resume: bool = False, max_hours: float |
         the last line of the log.
 
     Raises:
-        ValueError: nothing to resume, a folder that holds another run, or settings that do not fit.
+        ValueError: nothing to resume, a folder that holds another run, settings that do not fit, or FSDP on a CPU.
         FloatingPointError: the loss is not finite; names step and documents.
+        ImportError: TensorBoard is wanted and not installed.
     """
     started = time.monotonic()
-    accelerator = Accelerator(gradient_accumulation_steps=1, mixed_precision=_precision(recipe))
+    if recipe.tensorboard:
+        summary_writer()  # missing, it must be said before the work
+    # Unless told of the CPU, accelerate takes processes that were launched together without a GPU for lone ones.
+    cpu = not torch.accelerator.is_available()
+    accelerator = Accelerator(cpu=cpu, gradient_accumulation_steps=1, mixed_precision=_precision(recipe))
+    check_sharding(accelerator)
+    keep_freed_memory(accelerator.device.type)
     set_seed(recipe.seed)
     _prepare_folder(out, recipe, resume, accelerator)
     model, config, tokenizer = build_model(recipe)
@@ -81,11 +106,12 @@ def train(recipe: Recipe, out: Path, *, resume: bool = False, max_hours: float |
     step_module = Step(model, crossbatch)
     optimizer = _optimizer(recipe, trained)
     step_module, optimizer = accelerator.prepare(step_module, optimizer)
+    trained = {name: parameter for name, parameter in model.named_parameters() if name in trained}  # FSDP replaces them
     first, best, data_state = 0, 0.0, None
     if resume:
         first, best, data_state = _resume(out, trained, optimizer, accelerator)
         loader.load_state_dict(data_state)
-    log = _Log(out / "log.jsonl", first, accelerator.is_main_process)
+    log = Log(out, first, active=accelerator.is_main_process, tensorboard=recipe.tensorboard)
     evaluate = _evaluation(recipe, config, tokenizer, step_module, crossbatch, accelerator)
     line: dict[str, Any] = {}
     batches: Iterator[Batch] = iter(loader)
@@ -110,17 +136,19 @@ def train(recipe: Recipe, out: Path, *, resume: bool = False, max_hours: float |
             if last or (step + 1) % recipe.log_every == 0:
                 log(line)
             if last or (step + 1) % recipe.save_every == 0:
-                states = gather_object([loader.state_dict()])
+                state = {"best": best, "data": gather_object([loader.state_dict()]), "recipe": recipe.to_dict()}
+                tensors = {name: whole(parameter.detach()).cpu() for name, parameter in trained.items()}
+                optimizer_state = whole_optimizer_state(optimizer)
                 if accelerator.is_main_process:
-                    state = {"best": best, "data": states, "recipe": recipe.to_dict()}
-                    save_checkpoint(out / "checkpoints", step + 1, _cpu(trained), optimizer.state_dict(), state)
+                    save_checkpoint(out / "checkpoints", step + 1, tensors, optimizer_state, state)
                 accelerator.wait_for_everyone()
             bar.set_postfix(loss=f"{line['loss']:.3f}", answers=f"{accuracy:.2f}", d=d)
             bar.update()
             if last:
                 break
+    parameters = whole_parameters(model)
     if accelerator.is_main_process:
-        write_result(out, recipe, model, tokenizer, config, trained, line)
+        write_result(out, recipe, model, tokenizer, config, parameters, list(trained), line)
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return line
@@ -170,10 +198,10 @@ def _one_step(
         for name in SUMS:
             total[name] += found[name]
         total["tokens"] += batch.input_ids.numel() * accelerator.num_processes
-    norm = nn.utils.clip_grad_norm_(list(trained.values()), recipe.clip or math.inf)
+    norm = clip_gradients(list(trained.values()), recipe.clip or math.inf)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return total | {"loss": total["loss"] / max(total["weight"], 1e-8), "norm": float(norm)}
+    return total | {"loss": total["loss"] / max(total["weight"], 1e-8), "norm": norm}
 
 
 def set_contexts(
@@ -206,11 +234,8 @@ def _evaluation(
         crossbatch.contexts = None
         total = count = 0.0
         for rows in windows.split(recipe.lanes * recipe.windows):
-            model = accelerator.unwrap_model(module).model
-            ids = rows.to(accelerator.device)
-            hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
-            losses, _ = token_losses(hidden.flatten(0, 1), ids[:, 1:].flatten(), model.lm_head)
-            total, count = total + float(losses.sum()), count + losses.numel()
+            sums = accelerator.unwrap_model(module)(text_batch(rows).to(accelerator.device))
+            total, count = total + float(sums["loss"]), count + float(sums["weight"])
         return math.exp(total / count)
 
     @torch.no_grad()
@@ -242,22 +267,6 @@ def _evaluation(
     return run
 
 
-class _Log:
-    """Appends JSON lines; what lies past the step that a resumed run starts from is cut off."""
-
-    def __init__(self, path: Path, first_step: int, active: bool) -> None:
-        self._path = path
-        self._active = active
-        if active and path.exists():
-            kept = [line for line in path.read_text().splitlines() if line and json.loads(line)["step"] <= first_step]
-            path.write_text("".join(f"{line}\n" for line in kept))
-
-    def __call__(self, line: dict[str, Any]) -> None:
-        if self._active:
-            with open(self._path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(line | {"time": time.time()}) + "\n")
-
-
 def _precision(recipe: Recipe) -> str:
     from fot.evaluation.machine import default_dtype, find_device
 
@@ -285,8 +294,8 @@ def _resume(out: Path, trained: dict[str, Tensor], optimizer: Any, accelerator: 
         raise ValueError(f"{path} has other trained parameters than this recipe: resume with the recipe it was made by")
     with torch.no_grad():
         for name, parameter in trained.items():
-            parameter.copy_(tensors[name])
-    optimizer.load_state_dict(optimizer_state)
+            parameter.copy_(spread_like(tensors[name], parameter))
+    load_optimizer_state(optimizer, optimizer_state)
     if len(state["data"]) != accelerator.num_processes:
         raise ValueError(
             f"{path} was made by {len(state['data'])} processes, this run has {accelerator.num_processes}: "
@@ -306,7 +315,3 @@ def _optimizer(recipe: Recipe, trained: dict[str, Tensor]) -> torch.optim.Optimi
     if recipe.optimizer == "adafactor":
         return torch.optim.Adafactor(groups, lr=recipe.learning_rate)
     return torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=recipe.betas)
-
-
-def _cpu(trained: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: parameter.detach().cpu() for name, parameter in trained.items()}

@@ -6,7 +6,7 @@ as a CONSTANT_NAME and ``{stamp}`` a moment in a log. A *pattern* draws words: `
 (``{Noun}`` with a capital letter), a run of "#" a number of that many digits, " | " parts choices.
 
 What the passkey test says (``fot/evaluation/passkey.py``) stays out, and so do the subjects of
-``training.tasks.held_out_needles``: results on them are zero-shot. ``forbidden`` finds the former in any text.
+``fot.evaluation.needles``: results on them are zero-shot. ``forbidden`` finds the former in any text.
 """
 
 import random

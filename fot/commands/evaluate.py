@@ -1,6 +1,7 @@
 """``fot eval``."""
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,19 +11,83 @@ from fot.commands.options import add_memory_options, check_writable, load, posit
 def add(commands: Any) -> None:
     parser = commands.add_parser("eval", help="measure a model", description="Measure a model.")
     kinds = parser.add_subparsers(title="measurements", required=True, metavar="WHAT")
-    dictionary = kinds.add_parser(
+    for add_kind in (_add_dictionary, _add_needles, _add_perplexity, _add_distraction):
+        add_kind(kinds)
+
+
+def _add_dictionary(kinds: Any) -> None:
+    parser = kinds.add_parser(
         "dictionary",
         help="dictionary lookup, by size of the dictionary",
         description="Accuracy of answers about records read into the memory, for a model trained on such records.",
     )
-    dictionary.add_argument("model", help="folder of a model trained by the recipe dictionary")
-    add_memory_options(dictionary)
-    dictionary.add_argument("--lengths", type=positive_list, default=[16_000, 256_000, 1_000_000], metavar="N,N,...",
-                            help="tokens of records (default: 16000,256000,1000000)")  # fmt: skip
-    dictionary.add_argument("--windows", type=positive, default=4, help="windows of questions (default: 4)")
-    dictionary.add_argument("--seed", type=int, default=0, help="draws dictionary and questions (default: 0)")
-    dictionary.add_argument("--json", type=Path, metavar="OUT", help="write the results")
-    dictionary.set_defaults(command=_eval_dictionary)
+    parser.add_argument("model", help="folder of a model trained by the recipe dictionary")
+    add_memory_options(parser)
+    parser.add_argument("--lengths", type=positive_list, default=[16_000, 256_000, 1_000_000], metavar="N,N,...",
+                        help="tokens of records (default: 16000,256000,1000000)")  # fmt: skip
+    parser.add_argument("--windows", type=positive, default=4, help="windows of questions (default: 4)")
+    parser.add_argument("--seed", type=int, default=0, help="draws dictionary and questions (default: 0)")
+    parser.add_argument("--json", type=Path, metavar="OUT", help="write the results")
+    parser.set_defaults(command=_eval_dictionary)
+
+
+def _add_needles(kinds: Any) -> None:
+    parser = kinds.add_parser(
+        "needles",
+        help="facts hidden in a novel, in words that no model here was trained on",
+        description="Hide facts in a long text, read it into the memory, ask for each: with the memory and without.",
+    )
+    parser.add_argument("model", help="alias, folder, GGUF file or hub id")
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="UTF-8 text to hide the facts in")
+    add_memory_options(parser)
+    parser.add_argument("--lengths", type=positive_list, default=[4096, 16384, 65536], metavar="N,N,...",
+                        help="tokens of text and facts (default: 4096,16384,65536)")  # fmt: skip
+    parser.add_argument("--needles", type=positive, default=8, help="facts in each text (default: 8)")
+    parser.add_argument("--trials", type=positive, default=4, help="texts of each length (default: 4)")
+    parser.add_argument("--seed", type=int, default=0, help="draws facts, texts and depths (default: 0)")
+    parser.add_argument("--json", type=Path, metavar="OUT", help="write all results, answer by answer")
+    parser.set_defaults(command=_eval_needles)
+
+
+def _add_perplexity(kinds: Any) -> None:
+    parser = kinds.add_parser(
+        "perplexity",
+        help="perplexity of texts, within a window or with a memory",
+        description="Perplexity within single windows; or of the last windows of each text, by size of the memory that "
+        "holds what comes before them.",
+    )
+    parser.add_argument("model", help="alias, folder, GGUF file or hub id")
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="UTF-8 text")
+    add_memory_options(parser)
+    parser.add_argument("--base", metavar="NAME", help="a model to compare with: the one before training")
+    parser.add_argument("--with-memory", action="store_true", help="last windows of each text, after --lengths tokens")
+    parser.add_argument("--lengths", type=_lengths, default=[0, 2048, 8192], metavar="N,N,...",
+                        help="tokens in memory, with --with-memory (default: 0,2048,8192)")  # fmt: skip
+    parser.add_argument("--tokens", type=positive, default=32768, metavar="N",
+                        help="tokens whose perplexity is taken, in all texts together (default: 32768)")  # fmt: skip
+    parser.add_argument("--json", type=Path, metavar="OUT", help="write the results")
+    parser.set_defaults(command=_eval_perplexity)
+
+
+def _add_distraction(kinds: Any) -> None:
+    parser = kinds.add_parser(
+        "distraction",
+        help="attention to what belongs to the text, by number of windows in memory",
+        description="Positive attention mass: what share of its attention to memory a window gives to the window "
+        "before it, among windows of other texts. A model without preference gives 1/contexts.",
+    )
+    parser.add_argument("models", nargs="+", metavar="MODEL", help="alias, folder, GGUF file or hub id")
+    data = parser.add_mutually_exclusive_group(required=True)
+    data.add_argument("--text", nargs="+", type=Path, metavar="FILE", help="UTF-8 texts, at least two")
+    data.add_argument("--task", choices=["dictionary"], help="windows of dictionary records instead of texts")
+    add_memory_options(parser)
+    parser.add_argument("--contexts", type=positive_list, default=[1, 2, 4, 8, 16, 32, 64, 128], metavar="N,N,...",
+                        help="windows in memory (default: 1,2,4,...,128)")  # fmt: skip
+    parser.add_argument("--trials", type=positive, default=8, help="windows that read them (default: 8)")
+    parser.add_argument("--seed", type=int, default=0, help="draws windows (default: 0)")
+    parser.add_argument("--json", type=Path, metavar="OUT", help="write the results, layer by layer")
+    parser.add_argument("--plot", type=Path, metavar="OUT.png", help="draw the shares by number of contexts")
+    parser.set_defaults(command=_eval_distraction)
 
 
 def _eval_dictionary(args: argparse.Namespace) -> int:
@@ -41,3 +106,128 @@ def _eval_dictionary(args: argparse.Namespace) -> int:
     if args.json:
         write_json(args.json, result)
     return 0
+
+
+def _eval_needles(args: argparse.Namespace) -> int:
+    check_writable(args.json)
+    model = load(args)
+    from tqdm import tqdm
+
+    from fot.evaluation import needles
+    from fot.evaluation.report import needles_table
+    from fot.evaluation.texts import read_texts
+
+    texts = read_texts(args.files, model.tokenizer)
+    with tqdm(total=args.trials * sum(args.lengths), unit="tok", desc="needles", disable=None) as bar:
+        log = bar.write if args.verbose else lambda line: None
+        found = needles.run(
+            model, texts, args.lengths, needles=args.needles, trials=args.trials, seed=args.seed, progress=bar,
+            report=lambda length, answer: log(
+                f"{length} tokens, depth {answer.depth:.2f}: {answer.expected}, got {answer.answer!r}"
+            ),
+        )  # fmt: skip
+    result = {**_about(model, args.model), "trials": args.trials, "seed": args.seed, "files": _names(args), **found}
+    return _finish(needles_table(result), result, args.json)
+
+
+def _eval_perplexity(args: argparse.Namespace) -> int:
+    check_writable(args.json)
+    model = load(args)
+    from fot.evaluation.report import perplexity_table
+    from fot.evaluation.texts import read_texts
+
+    texts = dict(zip(_names(args), read_texts(args.files, model.tokenizer), strict=True))
+    models = [_about(model, args.model) | _perplexity(model, texts, args)]
+    settings = model.memory_config
+    if args.base and not models[0]["interrupted"]:
+        from fot import attach_memory
+
+        args.model = args.base
+        base = attach_memory(load(args), settings)
+        if read_texts(args.files, base.tokenizer) != list(texts.values()):
+            raise ValueError(f"{args.base} has another tokenizer: perplexities of other tokens cannot be compared")
+        models.append(_about(base, args.base) | _perplexity(base, texts, args))
+    result = {"with_memory": args.with_memory, "window": settings.window, "models": models}
+    result["interrupted"] = any(entry["interrupted"] for entry in models)
+    return _finish(perplexity_table(result), result, args.json)
+
+
+def _perplexity(model: Any, texts: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
+    from tqdm import tqdm
+
+    from fot.evaluation import perplexity
+
+    with tqdm(unit="tok", desc="perplexity", disable=None) as bar:
+        if args.with_memory:
+            return perplexity.run_with_memory(model, texts, args.lengths, tokens=args.tokens, progress=bar)
+        return perplexity.run(model, texts, tokens=args.tokens, progress=bar)
+
+
+def _eval_distraction(args: argparse.Namespace) -> int:
+    check_writable(args.json, args.plot)
+    from fot.evaluation.report import distraction_plot, distraction_table
+
+    models = []
+    for name in args.models:
+        args.model = name
+        model = load(args, tokenizer=args.task is None)
+        models.append(_about(model, name) | _distraction(model, args))
+        if models[-1]["interrupted"]:
+            break
+    result = {"what": args.task or "texts", "contexts": args.contexts, "trials": args.trials, "seed": args.seed,
+              "models": models, "interrupted": models[-1]["interrupted"]}  # fmt: skip
+    if args.plot:
+        distraction_plot(args.plot, result)
+    return _finish(distraction_table(result), result, args.json)
+
+
+def _distraction(model: Any, args: argparse.Namespace) -> dict[str, Any]:
+    from tqdm import tqdm
+
+    from fot.evaluation import distraction
+    from fot.evaluation.texts import read_texts
+
+    drawn = (model.memory_config.window, max(args.contexts), args.trials, args.seed)
+    if args.task:
+        sample = distraction.dictionary_sample(*drawn)
+    else:
+        sample = distraction.text_sample(read_texts(args.text, model.tokenizer), *drawn)
+    with tqdm(total=sample.tokens(), unit="tok", desc="distraction", disable=None) as bar:
+        return distraction.run(model, sample, args.contexts, progress=bar)
+
+
+def _about(model: Any, name: str) -> dict[str, Any]:
+    """What was measured, and where."""
+    from fot.evaluation.machine import describe_machine
+
+    config = model.memory_config
+    return {
+        "model": name,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "memory": {field: getattr(config, field) for field in config.__dataclass_fields__},
+        "machine": describe_machine(),
+    }
+
+
+def _finish(table: str, result: dict[str, Any], path: Path | None) -> int:
+    from fot.evaluation.report import write_json
+
+    print(table)
+    if path:
+        write_json(path, result)
+    return 130 if result["interrupted"] else 0
+
+
+def _names(args: argparse.Namespace) -> list[str]:
+    return [str(path) for path in args.files]
+
+
+def _lengths(text: str) -> list[int]:
+    """Numbers of tokens, 0 for none."""
+    try:
+        lengths = json.loads(f"[{text}]")
+    except json.JSONDecodeError:
+        lengths = []
+    if not lengths or any(not isinstance(length, int) or length < 0 for length in lengths):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers of tokens such as 0,2048,8192")
+    return lengths

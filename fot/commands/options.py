@@ -4,6 +4,7 @@ import argparse
 import json
 import logging
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,19 +28,43 @@ def add_memory_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-v", "--verbose", action="store_true", help="say what is chosen and why")
 
 
-def load(args: argparse.Namespace, *, tokenizer: bool = True) -> Any:
-    """The model that the options name, on its device; with its tokenizer, if that is needed."""
+def load(args: argparse.Namespace, *, tokenizer: bool = True, saved: Mapping[str, Any] | None = None) -> Any:
+    """The model that the options name, on its device; with its tokenizer, if that is needed.
+
+    ``saved`` settings of ``MemoryConfig`` hold where no option says otherwise.
+    """
     quiet()
     from fot import FoTForCausalLM
 
     device = find_device(args)
-    model: Any = FoTForCausalLM.from_pretrained(args.model, dtype=find_dtype(args), **memory_settings(args))
+    settings = dict(saved or {}) | memory_settings(args)
+    model: Any = FoTForCausalLM.from_pretrained(args.model, dtype=find_dtype(args), **settings)
     if tokenizer and model.tokenizer is None:
         raise ValueError(f"{args.model} has no tokenizer beside its weights; put its tokenizer files into the folder")
     logging.getLogger("fot").info(
         "%s in %s on %s; %s", args.model, str(model.dtype).removeprefix("torch."), device, model.memory_config
     )
     return model.to(device)
+
+
+def open_memory(args: argparse.Namespace, mode: str = "r") -> tuple[Any, Any]:
+    """The memory in the folder ``args.memory``, and the model that made it (or ``args.model``), set up as then."""
+    from fot import MemoryConfig
+    from memory import Memory
+
+    memory = Memory.open(args.memory, mode, index=args.index, top_k=args.top_k)
+    try:
+        args.model = args.model or memory.metadata.get("model")
+        if args.model is None:
+            raise ValueError(f"{args.memory} does not say which model made it: add --model")
+        saved = memory.metadata.get("memory", {})
+        MemoryConfig.from_dict(saved)  # names a setting that this version does not know
+        model = load(args, saved=saved)
+        model.check_memory(memory)
+    except BaseException:
+        memory.close()
+        raise
+    return memory, model
 
 
 def memory_settings(args: argparse.Namespace) -> dict[str, Any]:

@@ -12,8 +12,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from fot.evaluation.answers import greedy_answer
 from fot.evaluation.machine import peak_rss_bytes
 from fot.model import FoTForCausalLM, attach_memory, detach_memory
 
@@ -205,16 +205,7 @@ def _summaries(trials: Sequence[Trial], peaks: dict[int, int]) -> Iterator[dict[
 
 
 def _answer(model: Any, ids: list[int], **options: Any) -> str:
-    prompt = torch.tensor([ids], device=model.device)
-    output: Tensor = model.generate(
-        prompt,
-        attention_mask=torch.ones_like(prompt),
-        max_new_tokens=_answer_length(),
-        do_sample=False,
-        pad_token_id=model.tokenizer.pad_token_id or model.tokenizer.eos_token_id,
-        **options,
-    )
-    return model.tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True)
+    return greedy_answer(model, ids, _answer_length(), **options)
 
 
 def _answer_length() -> int:

@@ -43,8 +43,7 @@ def passkey_table(result: dict[str, Any]) -> str:
             _accuracy(plain),
             _number(plain and plain["seconds_per_trial"], "{:.1f}"),
         )
-    note = "\ninterrupted: finished trials only" if result["interrupted"] else ""
-    return _render(table) + note
+    return _render(table) + _note(result)
 
 
 def passkey_plot(path: Path, result: dict[str, Any]) -> None:
@@ -53,11 +52,7 @@ def passkey_plot(path: Path, result: dict[str, Any]) -> None:
     Raises:
         ImportError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("drawing needs matplotlib: pip install 'fot[plot]'") from error
-    figure = Figure(figsize=(9, 4), layout="constrained")
+    figure = _figure(9, 4)
     left, right = figure.subplots(1, 2, sharex=True)
     for part, label, colour in (("results", "with memory", "tab:blue"), ("baseline", "without", "tab:grey")):
         entries = result[part]
@@ -78,9 +73,7 @@ def passkey_plot(path: Path, result: dict[str, Any]) -> None:
         )
     right.set(xlabel="tokens", ylabel="depth of the key", ylim=(1.05, -0.05), title="each trial")
     right.legend()
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format=path.suffix.lstrip(".") or "png", dpi=120)
-    write_bytes(path, buffer.getvalue())
+    _save(figure, path)
 
 
 def dictionary_table(result: dict[str, Any]) -> str:
@@ -99,6 +92,90 @@ def dictionary_table(result: dict[str, Any]) -> str:
             f"{entry['peak_rss_bytes'] / 1e6:,.0f}",
         )
     return _render(table)
+
+
+def needles_table(result: dict[str, Any]) -> str:
+    """Needles as a table: one row a kind, one column a length, the plain model on the right."""
+    title = (
+        f"needles, {result['model']} ({result['dtype']}), seed {result['seed']}: answers right / answer tokens right"
+    )
+    table = Table(box=box.SIMPLE_HEAD, title=title)
+    table.add_column("needle")
+    entries = result["results"]
+    for entry in entries:
+        table.add_column(f"{entry['length']:,} tokens", justify="right")
+    table.add_column("without memory", justify="right")
+    for kind in dict.fromkeys(kind for entry in entries for kind in entry["kinds"]):
+        found = [entry["kinds"].get(kind) for entry in entries]
+        plain = [shares["without"] | {"questions": shares["questions"]} for shares in found if shares]
+        total = sum(shares["questions"] for shares in plain)
+        joint = {
+            name: sum(shares[name] * shares["questions"] for shares in plain) / total
+            for name in ("correct", "tokens_right")
+        }
+        table.add_row(kind, *(_shares(shares) for shares in [*found, joint]))
+    return _render(table) + _note(result)
+
+
+def perplexity_table(result: dict[str, Any]) -> str:
+    """Perplexity as a table: one row a text or a length of memory; the untouched model and the rise beside it."""
+    model, *base = result["models"]
+    table = Table(box=box.SIMPLE_HEAD, title=f"perplexity, windows of {result['window']:,} tokens")
+    table.add_column("tokens in memory" if result["with_memory"] else "text", justify="right")
+    table.add_column("tokens", justify="right")
+    for entry in result["models"]:
+        table.add_column(entry["model"], justify="right", overflow="fold")
+    if base:
+        table.add_column("rise", justify="right")
+    for name, row in _perplexities(model).items():
+        others = [_perplexities(entry).get(name) for entry in base]
+        cells = [_number(other["perplexity"] if other else None, "{:.3f}") for other in [row, *others]]
+        rise = [_number(row["perplexity"] / other["perplexity"] - 1 if other else None, "{:+.2%}") for other in others]
+        table.add_row(name, f"{row['tokens']:,}", *cells, *rise)
+    return _render(table) + _note(result)
+
+
+def distraction_table(result: dict[str, Any]) -> str:
+    """Positive attention mass as two tables: pooled, a column a model; and by layer, a column a number of contexts."""
+    counts, models = result["contexts"], result["models"]
+    pooled = Table(box=box.SIMPLE_HEAD, title=f"attention to the positive window, {result['what']}: of memory (of all)")
+    pooled.add_column("contexts", justify="right")
+    pooled.add_column("1/contexts", justify="right")
+    layers = Table(box=box.SIMPLE_HEAD, title="the same by layer, of memory")
+    layers.add_column("model", overflow="fold")
+    layers.add_column("layer", justify="right")
+    for entry in models:
+        pooled.add_column(entry["model"], justify="right", overflow="fold")
+    for number, count in enumerate(counts):
+        layers.add_column(str(count), justify="right")
+        found = [entry["results"][number] for entry in models if entry["results"]]
+        pooled.add_row(str(count), f"{1 / count:.1%}", *(f"{x['to_memory']:.1%} ({x['of_all']:.1%})" for x in found))
+    for entry in models:
+        for layer in entry["results"][0]["layers"] if entry["results"] else ():
+            shares = [row["layers"][layer]["to_memory"] for row in entry["results"]]
+            layers.add_row(entry["model"], str(layer), *(f"{share:.1%}" for share in shares))
+    return _render(pooled) + "\n" + _render(layers) + _note(result)
+
+
+def distraction_plot(path: Path, result: dict[str, Any]) -> None:
+    """Positive attention mass by number of contexts, a line a model, as a picture.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    figure = _figure(6, 4)
+    axes = figure.subplots()
+    counts = result["contexts"]
+    axes.plot(counts, [1 / count for count in counts], "--", label="1/contexts", color="tab:grey")
+    for entry in result["models"]:
+        axes.plot(counts[: len(entry["results"])], [row["to_memory"] for row in entry["results"]], "o-",
+                  label=entry["model"])  # fmt: skip
+    axes.set(xscale="log", yscale="log", xlabel="contexts in memory", ylabel="share of attention to memory",
+             title=f"attention to the positive window, {result['what']}")  # fmt: skip
+    axes.set_xticks(counts, [str(count) for count in counts])
+    axes.minorticks_off()
+    axes.legend()
+    _save(figure, path)
 
 
 def info_text(name: str, config: Any, settings: MemoryConfig, dtype: torch.dtype) -> str:
@@ -170,6 +247,41 @@ def _accuracy(entry: dict[str, Any] | None) -> str:
         return "-"
     trials = entry["trials"]
     return f"{entry['accuracy']:.0%} ({sum(trial['correct'] for trial in trials)}/{len(trials)})"
+
+
+def _shares(entry: dict[str, Any] | None) -> str:
+    return "-" if entry is None else f"{entry['correct']:.0%} / {entry['tokens_right']:.0%}"
+
+
+def _perplexities(entry: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Rows of one model's results: a length each, or a text each and all texts together."""
+    if "results" in entry:
+        rows = {f"{row['length']:,}": row for row in entry["results"]}
+        return {name: row | {"tokens": _tokens(row)} for name, row in rows.items()}
+    joint = {"all": entry | {"tokens": _tokens(entry)}} if len(entry["texts"]) > 1 else {}
+    return entry["texts"] | joint
+
+
+def _tokens(entry: dict[str, Any]) -> int:
+    return sum(text["tokens"] for text in entry["texts"].values())
+
+
+def _note(result: dict[str, Any]) -> str:
+    return "\ninterrupted: finished trials only" if result["interrupted"] else ""
+
+
+def _figure(width: int, height: int) -> Any:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("drawing needs matplotlib: pip install 'fot[plot]'") from error
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _save(figure: Any, path: Path) -> None:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format=path.suffix.lstrip(".") or "png", dpi=120)
+    write_bytes(path, buffer.getvalue())
 
 
 def _number(value: float | None, form: str) -> str:

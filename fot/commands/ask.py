@@ -1,0 +1,89 @@
+"""``fot ask`` and ``fot chat``."""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from fot.commands.options import add_memory_options, open_memory, positive
+
+
+def add(commands: Any) -> None:
+    ask = commands.add_parser(
+        "ask",
+        help="a question to a memory, and the passages that answered it",
+        description="An answer generated with a memory, then the passages that carried most attention mass.",
+    )
+    _add_options(ask)
+    ask.add_argument("question", help="shorter than the local window")
+    ask.set_defaults(command=_ask)
+    chat = commands.add_parser(
+        "chat",
+        help="a conversation with a memory",
+        description="A conversation. Its older turns move to a memory of its own; the file is not touched.",
+    )
+    _add_options(chat)
+    chat.set_defaults(command=_chat)
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("memory", type=Path, help="folder made by fot memory build")
+    parser.add_argument("--model", metavar="NAME", help="default: the model that made the memory")
+    add_memory_options(parser)
+    parser.add_argument(
+        "--max-new-tokens", type=positive, default=128, metavar="N", help="longest answer (default: 128)"
+    )
+    parser.add_argument("--passages", type=positive, default=5, metavar="N", help="passages listed (default: 5)")
+    parser.add_argument("--plain", action="store_true", help="no chat template: the question as to a base model")
+
+
+def _ask(args: argparse.Namespace) -> int:
+    from fot.ask import Conversation
+
+    memory, model = open_memory(args)
+    conversation = Conversation(model, memory, use_chat_template=False if args.plain else None)
+    _turn(args, conversation, args.question)
+    return 0
+
+
+def _chat(args: argparse.Namespace) -> int:
+    from fot.ask import Conversation
+
+    memory, model = open_memory(args)
+    conversation = Conversation(model, memory, use_chat_template=False if args.plain else None)
+    print(f"{memory.describe()}\nAsk, or leave with Ctrl-D.", file=sys.stderr)
+    while True:
+        try:
+            text = input("> ")
+        except EOFError:
+            print()
+            return 0
+        if text.strip():
+            _turn(args, conversation, text)
+
+
+def _turn(args: argparse.Namespace, conversation: Any, text: str) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    answer = conversation.say(
+        text,
+        max_new_tokens=args.max_new_tokens,
+        num_passages=args.passages,
+        on_text=lambda part: print(part, end="", flush=True),
+    )
+    print("\n")
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column("share", justify="right")
+    table.add_column("document")
+    table.add_column("position", justify="right")
+    table.add_column("passage", ratio=1)
+    for passage in answer.passages:
+        table.add_row(f"{passage.share:.1%}", passage.document, f"{passage.start:,}", passage.text)
+    Console(highlight=False, soft_wrap=False).print(table)
+    rest = answer.answer_tokens - 1
+    rate = f", then {rest / (answer.seconds - answer.first_token_seconds):.1f} tokens a second" if rest > 0 else ""
+    print(
+        f"{answer.prompt_tokens} tokens asked, first token after {answer.first_token_seconds:.1f} s{rate}",
+        file=sys.stderr,
+    )

@@ -1,0 +1,59 @@
+"""``fot inspect``."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from fot.commands.options import add_memory_options, check_writable, open_memory, positive
+
+# Hits recorded of each token, layer and head, for page, JSON and passages; --top may ask for more.
+KEPT_HITS = 32
+
+
+def add(commands: Any) -> None:
+    parser = commands.add_parser(
+        "inspect",
+        help="which memories an answer looked at",
+        description="Answer a prompt and show which stored tokens each token of the answer looked at.",
+    )
+    parser.add_argument("memory", type=Path, help="folder of a memory")
+    parser.add_argument("prompt", help="text to answer")
+    parser.add_argument("--model", metavar="NAME", help="default: the model that made the memory")
+    add_memory_options(parser)
+    parser.add_argument("--chat", action="store_true", help="put the prompt into the model's chat template")
+    parser.add_argument("--max-new-tokens", type=positive, default=32, metavar="N", help="longest answer (default: 32)")
+    parser.add_argument("--layer", type=int, metavar="L", help="show one memory layer (default: all)")
+    parser.add_argument("--head", type=int, metavar="H", help="show one query head (default: all)")
+    parser.add_argument("--top", type=positive, default=3, metavar="K", help="hits shown for a token (default: 3)")
+    parser.add_argument("--prompt-tokens", action="store_true", help="show prompt tokens, too")
+    parser.add_argument("--html", type=Path, metavar="OUT.html", help="write a page to look at it in a browser")
+    parser.add_argument("--json", type=Path, metavar="OUT.json", help="write everything recorded")
+    parser.add_argument("--plot", type=Path, metavar="OUT.png", help="draw attention by position in memory")
+    parser.set_defaults(command=_inspect)
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    check_writable(args.html, args.json, args.plot)
+    memory, model = open_memory(args)
+    from rich.console import Console
+
+    from fot.inspection.page import write_page
+    from fot.inspection.plot import position_plot
+    from fot.inspection.table import hits_table
+    from fot.trace import trace
+
+    kept = max(args.top, KEPT_HITS)
+    trace_ = trace(model, args.prompt, memory, max_new_tokens=args.max_new_tokens, top=kept, chat=args.chat)
+    table = hits_table(trace_, layer=args.layer, head=args.head, top=args.top, prompt=args.prompt_tokens)
+    console = Console(highlight=False)
+    console.print(trace_.text.strip(), markup=False)
+    console.print(table)
+    for passage in trace_.passages(5):
+        console.print(f"{passage.share:6.1%}  {passage.document} {passage.start:,}: {passage.text}", markup=False)
+    if args.html:
+        write_page(args.html, trace_, title=args.prompt, model=args.model)
+    if args.json:
+        trace_.to_json(args.json)
+    if args.plot:
+        position_plot(args.plot, trace_)
+    return 0

@@ -1,0 +1,218 @@
+"""``fot memory``."""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from fot.commands.options import add_memory_options, check_writable, load, open_memory
+
+
+def add(commands: Any) -> None:
+    parser = commands.add_parser(
+        "memory",
+        help="make and keep memories: build, append, info, drop, compact, verify",
+        description="Memories as folders: read documents once, ask about them often (fot ask).",
+    )
+    kinds = parser.add_subparsers(title="what to do", required=True, metavar="WHAT")
+    build = kinds.add_parser("build", help="read documents into a new memory", description="Read documents into a new "
+                             "memory: text, Markdown, source code, PDF, HTML; folders with all they hold.")  # fmt: skip
+    build.add_argument("memory", type=Path, metavar="OUT", help="folder to be made")
+    _add_document_options(build)
+    build.add_argument("--model", default="smollm2-135m", metavar="NAME",
+                       help="alias, folder, GGUF file or hub id (default: smollm2-135m)")  # fmt: skip
+    build.set_defaults(command=_build)
+    append = kinds.add_parser("append", help="add documents; those that are there already cost nothing",
+                              description="Add documents. What was interrupted goes on where it was.")  # fmt: skip
+    append.add_argument("memory", type=Path, metavar="MEMORY")
+    _add_document_options(append)
+    append.add_argument("--model", metavar="NAME", help="default: the model that made the memory")
+    append.set_defaults(command=_append)
+    info = kinds.add_parser("info", help="what a memory holds", description="What a memory holds.")
+    info.add_argument("memory", type=Path, metavar="MEMORY")
+    info.add_argument("--json", type=Path, metavar="OUT", help="write it to a file")
+    drop = kinds.add_parser("drop", help="forget documents", description="Forget documents. compact frees their space.")
+    drop.add_argument("memory", type=Path, metavar="MEMORY")
+    drop.add_argument("names", nargs="+", metavar="NAME", help="as info shows them")
+    compact = kinds.add_parser("compact", help="free the space of dropped documents",
+                               description="Write the memory anew without what was dropped.")  # fmt: skip
+    compact.add_argument("memory", type=Path, metavar="MEMORY")
+    verify = kinds.add_parser("verify", help="compare every byte with the checksums",
+                              description="Compare all bytes with the checksums; status 1 if one differs.")  # fmt: skip
+    verify.add_argument("memory", type=Path, metavar="MEMORY")
+    for command, function in ((info, _info), (drop, _drop), (compact, _compact), (verify, _verify)):
+        command.add_argument("-v", "--verbose", action="store_true", help="say what is chosen and why")
+        command.set_defaults(command=function)
+
+
+def _add_document_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("files", type=Path, nargs="+", metavar="FILE", help="files and folders")
+    parser.add_argument("--include", nargs="+", default=[], metavar="GLOB",
+                        help="of folders, only such files: --include '*.py' '*.md'")  # fmt: skip
+    parser.add_argument(
+        "--exclude", nargs="+", default=[], metavar="GLOB", help="of folders, not such files or folders"
+    )
+    add_memory_options(parser)
+
+
+def _build(args: argparse.Namespace) -> int:
+    from fot import __version__
+    from fot.documents import find_documents
+
+    if (args.memory / "manifest.json").exists():
+        raise ValueError(f"{args.memory} is a memory already: add to it with fot memory append, or choose another name")
+    if args.memory.exists() and not args.memory.is_dir():
+        raise ValueError(f"{args.memory} is a file; a memory is a folder: choose another name")
+    check_writable(args.memory / "manifest.json" if args.memory.exists() else args.memory)
+    found = find_documents(args.files, args.include, args.exclude)
+    model = load(args)
+    from fot.fingerprint import tokenizer_fingerprint
+    from memory import Memory
+
+    empty = model.new_memory()
+    empty.metadata = {
+        "model": os.path.abspath(args.model) if Path(args.model).exists() else args.model,
+        "tokenizer": tokenizer_fingerprint(model.tokenizer),
+        "memory": model.memory_config.to_dict(),
+        "fot": __version__,
+    }
+    empty.save(args.memory)
+    with Memory.open(args.memory, "a") as memory:
+        return _read(args, model, memory, found)
+
+
+def _append(args: argparse.Namespace) -> int:
+    from fot.documents import find_documents
+
+    found = find_documents(args.files, args.include, args.exclude)
+    memory, model = open_memory(args, "a")
+    with memory:
+        return _read(args, model, memory, found)
+
+
+def _read(args: argparse.Namespace, model: Any, memory: Any, found: Any) -> int:
+    """Read documents into an open memory, with one bar over all; then say what it holds."""
+    from fot.documents import add_documents, describe_left_out
+
+    status = 0
+    try:
+        read, same = add_documents(model, memory, found)
+        memory.prepare()  # asking needs the index; making it is part of building
+        memory.flush()
+        print(f"{read:,} tokens read" + (f"; {same:,} documents were there already" if same else ""))
+    except KeyboardInterrupt:
+        memory.flush()
+        print(f"interrupted; go on with: fot memory append {args.memory} {' '.join(map(str, args.files))}",
+              file=sys.stderr)  # fmt: skip
+        status = 130
+    print(f"{args.memory}: {len(memory.documents()):,} documents, {memory.describe()}")
+    if found.left_out:
+        print(f"left out: {describe_left_out(found)}")
+    return status
+
+
+def _info(args: argparse.Namespace) -> int:
+    check_writable(args.json)
+    from fot.evaluation.report import write_json
+    from memory import Memory
+    from memory.manifest import read_manifest
+
+    described = _describe(Memory.open(args.memory), read_manifest(args.memory))
+    _print(described)
+    if args.json:
+        write_json(args.json, described)
+    return 0
+
+
+def _drop(args: argparse.Namespace) -> int:
+    from memory import Memory
+
+    with Memory.open(args.memory, "a") as memory:
+        known = memory.documents()
+        for name in args.names:
+            if name not in known:
+                raise ValueError(f"{args.memory} holds no document {name!r}, so nothing was dropped; fot memory info "
+                                 "lists them")  # fmt: skip
+        dropped = sum(memory.drop_document(name) for name in dict.fromkeys(args.names))
+    print(f"{dropped:,} tokens dropped; fot memory compact {args.memory} frees their space")
+    return 0
+
+
+def _compact(args: argparse.Namespace) -> int:
+    from memory import Memory
+    from memory.manifest import read_manifest
+
+    with Memory.open(args.memory, "a") as memory:
+        before = sum(part.bytes for part in read_manifest(args.memory).files())
+        memory.compact()
+    after = sum(part.bytes for part in read_manifest(args.memory).files())
+    print(f"{before / 1e6:,.1f} MB before, {after / 1e6:,.1f} MB now")
+    return 0
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from memory.disk import verify
+    from memory.manifest import read_manifest
+
+    problems = verify(args.memory)
+    for problem in problems:
+        print(f"fot: {problem}", file=sys.stderr)
+    if not problems:
+        print(f"{args.memory}: {len(read_manifest(args.memory).files()):,} parts, all as they were written")
+    return 1 if problems else 0
+
+
+def _describe(memory: Any, manifest: Any) -> dict[str, Any]:
+    counts = memory.documents()
+    return {
+        "tokens": len(memory),
+        "bytes": sum(part.bytes for part in manifest.files()),
+        "parts": len(manifest.files()),
+        "dropped_tokens": manifest.tokens() - len(memory),
+        "documents": [
+            {"name": name, "tokens": counts[name], "complete": note.complete, "sha256": note.sha256}
+            for name, note in memory.notes.items()
+        ],
+        "layers": list(memory.layers),
+        "num_key_value_heads": memory.num_key_value_heads,
+        "head_dim": memory.head_dim,
+        "key_dtype": memory.key_dtype,
+        "value_dtype": memory.value_dtype,
+        "index": manifest.index,
+        "top_k": memory.top_k,
+        "fingerprint": memory.fingerprint,
+        "metadata": memory.metadata,
+        "written_by": manifest.written_by,
+        "created": manifest.created,
+        "changed": manifest.changed,
+    }
+
+
+def _print(described: dict[str, Any]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, show_header=False)
+    rows = {
+        "tokens": f"{described['tokens']:,}",
+        "size": f"{described['bytes'] / 1e6:,.1f} MB in {described['parts']:,} parts",
+        "dropped": f"{described['dropped_tokens']:,} tokens, until it is compacted",
+        "layers": f"{', '.join(map(str, described['layers']))}; {described['num_key_value_heads']} key-value heads of "
+        f"{described['head_dim']}",
+        "stored as": f"{described['key_dtype']} keys, {described['value_dtype']} values, index {described['index']}",
+        "model": str(described["metadata"].get("model", "not known")),
+        "weights": described["fingerprint"] or "not known",
+        "written": f"{described['changed']} by {described['written_by']}",
+    }
+    for name, value in rows.items():
+        table.add_row(name, value)
+    documents = Table(box=box.SIMPLE_HEAD)
+    documents.add_column("document", overflow="fold")
+    documents.add_column("tokens", justify="right")
+    for document in described["documents"]:
+        documents.add_row(document["name"], f"{document['tokens']:,}" + ("" if document["complete"] else ", not all"))
+    console = Console()
+    console.print(table)
+    console.print(documents, markup=False)

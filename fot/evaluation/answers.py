@@ -1,0 +1,28 @@
+"""Short answers."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def greedy_answer(model: Any, ids: Sequence[int], length: int, **options: Any) -> str:
+    """What the model writes after a prompt, always the likeliest token: at most ``length`` tokens, as text.
+
+    Args:
+        model: with ``tokenizer``.
+        ids: the prompt.
+        length: most tokens of the answer.
+        options: for ``generate``, such as ``memory``.
+    """
+    prompt = torch.tensor([list(ids)], device=model.device)
+    output: Tensor = model.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=length,
+        do_sample=False,
+        pad_token_id=model.tokenizer.pad_token_id or model.tokenizer.eos_token_id,
+        **options,
+    )
+    return model.tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True)

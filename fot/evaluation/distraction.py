@@ -1,0 +1,223 @@
+"""Distraction: how much attention memory layers give to what belongs to the text, among windows that do not.
+
+The positive attention mass of arXiv 2307.03170 (section 3.3): a window is read with its document's previous window
+(the positive) and d - 1 windows of other documents in memory. A model without preference gives the positive 1/d of
+its attention to memory; one trained with many negatives gives it more.
+"""
+
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+from fot.attention import attend_local, project_keys_values, project_queries
+from fot.evaluation.dictionary_data import DictionaryTask
+from memory import Memory
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One window and what it finds in memory, as rows of ``Sample.windows``: the positive, then the negatives."""
+
+    query: int
+    contexts: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What is measured.
+
+    Attributes:
+        windows: (N, T) int64 token ids.
+        trials: each with as many contexts.
+    """
+
+    windows: Tensor
+    trials: list[Trial]
+
+    def tokens(self) -> int:
+        """Tokens that ``run`` reads: each context once, each query once."""
+        rows = {context for trial in self.trials for context in trial.contexts}
+        return (len(rows) + len(self.trials)) * self.windows.shape[1]
+
+
+def text_sample(texts: Sequence[Sequence[int]], window: int, most: int, trials: int, seed: int) -> Sample:
+    """Windows of real texts: the positive is the one before the query, negatives are of other texts.
+
+    Trials share their negatives as far as they can, so that few windows have to be read.
+
+    Args:
+        texts: token ids, each text a document.
+        window: tokens of a window.
+        most: contexts of each trial.
+        trials: how many.
+        seed: draws queries and negatives.
+
+    Raises:
+        ValueError: too few texts, or too short ones.
+    """
+    rng = random.Random(f"{seed}/text")
+    document, rows = [], []
+    for number, ids in enumerate(texts):
+        for start in range(0, len(ids) - window + 1, window):
+            document.append(number)
+            rows.append(list(ids[start : start + window]))
+    queries = [row for row in range(1, len(rows)) if document[row] == document[row - 1]]
+    fewest = min(
+        (sum(other != one for other in document) for one in {document[row] for row in queries}),
+        default=0,
+    )
+    if not queries or fewest < most - 1:
+        raise ValueError(
+            f"{most} contexts take two windows of {window} tokens of one text and {most - 1} of others, these texts "
+            f"have {fewest}: give more or longer files, or fewer --contexts"
+        )
+    order = rng.sample(range(len(rows)), len(rows))
+    found = []
+    for query in rng.sample(queries, min(trials, len(queries))):
+        others = [row for row in order if document[row] != document[query]]
+        found.append(Trial(query, (query - 1, *others[: most - 1])))
+    return Sample(torch.tensor(rows), found)
+
+
+def dictionary_sample(window: int, most: int, trials: int, seed: int) -> Sample:
+    """Windows of the dictionary task: the positive holds the records that the query asks for.
+
+    Args and errors as ``text_sample``.
+    """
+    task = DictionaryTask(window=window)
+    rng = random.Random(f"{seed}/dictionary")
+    ids = [task.document(rng)[0] for _ in range(max(trials, most))]
+    rows = torch.tensor(ids)[:, : 2 * window].reshape(-1, window)  # records, questions, records, ...
+    found = []
+    for number in range(trials):
+        others = [2 * other for other in range(len(ids)) if other != number]
+        found.append(Trial(2 * number + 1, (2 * number, *others[: most - 1])))
+    return Sample(rows, found)
+
+
+@torch.no_grad()
+def run(model: Any, sample: Sample, counts: Sequence[int], *, progress: Any = None) -> dict[str, Any]:
+    """Positive attention mass by number of contexts.
+
+    Each context is read on its own into a memory of its own; a query reads the first d of its trial's.
+
+    Args:
+        model: a ``FoTForCausalLM`` with memory layers.
+        sample: for this model's window.
+        counts: numbers of contexts d, each at most what the trials have.
+        progress: a tqdm bar that is moved by each token read, or None.
+
+    Returns:
+        ``{"results": [...], "interrupted": bool}``, one entry a count: ``contexts``, ``trials``, averages over trials,
+        queries, heads and layers ``to_memory`` (share of the attention to memory) and ``of_all`` (share of all), and
+        the same for each of ``layers``. Ctrl-C ends the run and keeps the finished trials.
+    """
+    memories: dict[int, Memory] = {}
+
+    def memory_of(row: int) -> Memory:
+        if row not in memories:
+            memories[row] = model.new_memory(index="exact", top_k=None)
+            model.ingest(sample.windows[row], memories[row], progress=False)
+            _move(progress, sample)
+        return memories[row]
+
+    found: list[list[dict[int, tuple[float, float]]]] = []  # trial -> count -> layer -> shares
+    interrupted = False
+    try:
+        for trial in sample.trials:
+            read = [memory_of(row) for row in trial.contexts]
+            query = sample.windows[trial.query]
+            found.append([_positive_shares(context_scores(model, query, read[:count])) for count in counts])
+            _move(progress, sample)
+    except KeyboardInterrupt:
+        interrupted = True
+    results = [_summary(count, [trial[n] for trial in found]) for n, count in enumerate(counts) if found]
+    return {"results": results, "interrupted": interrupted}
+
+
+def context_scores(model: Any, query: Tensor, memories: Sequence[Memory]) -> dict[int, Tensor]:
+    """How much each query of a window attends to its own window and to each of d memories.
+
+    Args:
+        model: a ``FoTForCausalLM``.
+        query: (T,) token ids, at most a window.
+        memories: what the window reads, each a context.
+
+    Returns:
+        for each memory layer, log-sum-exps (1 + d, H, T) float32: the window's own, then each memory's. Their softmax
+        over the first dimension is the shares of attention.
+    """
+    from fot.cache import LocalCache
+    from fot.windows import Inputs, run_window
+
+    ids = query.unsqueeze(0).to(model.device)
+    positions = torch.arange(len(query), device=model.device).unsqueeze(0)
+    with _listen(model, memories) as scores:
+        run_window(model, Inputs(ids, None, None, positions), LocalCache([list(memories)]), {})
+    return scores
+
+
+@contextmanager
+def _listen(model: Any, memories: Sequence[Memory]) -> Iterator[dict[int, Tensor]]:
+    """Memory layers leave the scores of the forward pass that runs inside."""
+    scores: dict[int, Tensor] = {}
+
+    def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        scores[module.layer_idx] = _layer_scores(module, hidden, kwargs["position_embeddings"], memories, config)
+
+    config = model.memory_config
+    handles = [
+        model.model.layers[number].self_attn.register_forward_pre_hook(hook, with_kwargs=True)
+        for number in config.layers
+    ]
+    try:
+        yield scores
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _layer_scores(
+    module: Any, hidden: Tensor, position_embeddings: tuple[Tensor, Tensor], memories: Sequence[Memory], config: Any
+) -> Tensor:
+    queries = project_queries(module, hidden)  # (1, H, T, D)
+    keys, values = project_keys_values(module, hidden)  # (1, G, T, D)
+    heads = keys.shape[1]
+    if config.mem_positionals:
+        queries, keys = apply_rotary_pos_emb(queries, keys, *position_embeddings)
+    own = attend_local(queries, keys, values, None, scale=module.scaling)[1][0]  # (H, T)
+    folded = queries[0].reshape(heads, -1, queries.shape[-1])  # query heads of a KV head behind one another
+    lses = [memory[module.layer_idx].attend(folded, scale=module.scaling)[1].reshape(own.shape) for memory in memories]
+    return torch.stack([own, *lses])
+
+
+def _positive_shares(scores: dict[int, Tensor]) -> dict[int, tuple[float, float]]:
+    """For each layer, the first memory's share of the attention to memory, and of all attention."""
+    return {
+        layer: (float(lses[1:].softmax(0)[0].mean()), float(lses.softmax(0)[1].mean()))
+        for layer, lses in scores.items()
+    }
+
+
+def _summary(count: int, trials: Sequence[dict[int, tuple[float, float]]]) -> dict[str, Any]:
+    layers = {
+        layer: {
+            "to_memory": sum(trial[layer][0] for trial in trials) / len(trials),
+            "of_all": sum(trial[layer][1] for trial in trials) / len(trials),
+        }
+        for layer in trials[0]
+    }
+    pooled = {name: sum(layer[name] for layer in layers.values()) / len(layers) for name in ("to_memory", "of_all")}
+    return {"contexts": count, "trials": len(trials), **pooled, "layers": layers}
+
+
+def _move(progress: Any, sample: Sample) -> None:
+    if progress is not None:
+        progress.update(sample.windows.shape[1])

@@ -1,0 +1,318 @@
+"""Needles in a novel: facts hidden in a long text, each asked for in one line, from the memory.
+
+Subjects, names and wordings are in no training document (``training.wordings``): results are zero-shot.
+"""
+
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from fot.evaluation.answers import greedy_answer
+from memory import Memory
+
+
+def _words(text: str) -> list[str]:
+    return text.split()
+
+
+_CITIES = _words(
+    "Lisbon Porto Madrid Seville Lyon Turin Naples Palermo Athens Vienna Prague Krakow Riga Tallinn Oslo Bergen Aarhus "
+    "Dublin Leeds Bristol Ghent Utrecht Bremen Leipzig Zurich Denver Boston Chicago Toronto Bogota Quito Havana "
+    "Nairobi Accra Cairo Osaka Busan Perth"
+)
+_ACTIVITIES = (
+    "watch the swans",
+    "eat oysters",
+    "listen to the organ",
+    "rent a rowing boat",
+    "sketch the fishermen",
+)
+_PLACES = (
+    "by the old lighthouse",
+    "in the botanical park",
+    "under the railway arches",
+    "on the cathedral steps",
+)
+_FILLINGS = ("smoked eel", "roast pork", "fried halloumi", "pickled herring", "grilled aubergine", "duck liver")
+_BREADS = ("on rye bread", "in a seeded bun", "on toasted sourdough", "in warm flatbread")
+_FIRST_NAMES = _words(
+    "Alastair Bettina Casper Delphine Eamon Franziska Gideon Henrietta Isidore Jocasta Kendrick Lavinia Magnus Nadine "
+    "Octavia Percival Rosalind Sebastian Theodora Ulrich Verena Wendell Xenia Yolanda Zachary"
+)
+_LAST_NAMES = _words(
+    "Abernathy Birkett Crowhurst Dunsmore Eastlake Fennimore Galloway Hathersage Ingleby Jellicoe Kirkbride Lockhart "
+    "Merriweather Northcott Ormsby Prendergast Quigley Ravenscroft Sotheby Thistlewood Underhill Vandermeer Whitcombe "
+    "Yarwood"
+)
+
+
+@dataclass(frozen=True)
+class Needle:
+    """A fact to hide in a long text.
+
+    Attributes:
+        kind: what sort of fact it is.
+        subject: what it is about; distinct among needles of a kind that are drawn together.
+        statement: the sentence to hide.
+        question: ends so that a plain language model goes on with the answer.
+        answer: what must follow, without the space between.
+    """
+
+    kind: str
+    subject: str
+    statement: str
+    question: str
+    answer: str
+
+
+def draw_needles(rng: random.Random, count: int) -> list[Needle]:
+    """Needles about a city's best sandwich and best pastime, and people's phone numbers and birthplaces, in turn.
+
+    Subjects differ, and so do answers, so that the answer to another needle is always wrong.
+
+    Raises:
+        ValueError: more are asked for than there are distinct answers.
+    """
+    makers = (_sandwich, _pastime, _phone_number, _birthplace)
+    most = len(makers) * len(_ACTIVITIES) * len(_PLACES)  # the kind with the fewest answers
+    if not 0 <= count <= most:
+        raise ValueError(f"{count} needles with distinct answers cannot be drawn: ask for at most {most}")
+    needles: list[Needle] = []
+    while len(needles) < count:
+        needle = makers[len(needles) % len(makers)](rng)
+        same = [(other.kind, other.subject) == (needle.kind, needle.subject) for other in needles]
+        if not any(same) and all(needle.answer != other.answer for other in needles):
+            needles.append(needle)
+    return needles
+
+
+@dataclass(frozen=True)
+class Haystack:
+    """A text with needles.
+
+    Attributes:
+        ids: exactly as many token ids as were asked for.
+        needles: in the order in which they lie there.
+        depths: share of the text that lies before each, 0..1.
+    """
+
+    ids: list[int]
+    needles: list[Needle]
+    depths: list[float]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model answered to one needle's question.
+
+    Attributes:
+        kind: of the needle.
+        depth: where the needle was, 0 (start) to 1 (end).
+        expected: the right answer.
+        answer: what the model wrote.
+        correct: it begins with the right answer, and not with a longer word or number.
+        tokens_right: share of the answer's tokens that are the model's likeliest, each after the right ones before it.
+        without: the same two without memory.
+    """
+
+    kind: str
+    depth: float
+    expected: str
+    answer: str
+    correct: bool
+    tokens_right: float
+    without: dict[str, float]
+
+
+def make_haystack(
+    tokenizer: Any, texts: Sequence[Sequence[int]], length: int, count: int, rng: random.Random
+) -> Haystack:
+    """Needles at random depths of running text, which goes on from a random place and starts again where it ends.
+
+    Args:
+        tokenizer: of the model.
+        texts: token ids of real texts.
+        length: tokens of the whole.
+        count: needles.
+        rng: draws needles, text and depths.
+
+    Raises:
+        ValueError: the needles alone take more tokens.
+    """
+    needles = draw_needles(rng, count)
+    rng.shuffle(needles)
+    pieces = [_encode(tokenizer, f"\n{needle.statement}\n") for needle in needles]
+    ids = _bos(tokenizer)
+    room = length - len(ids) - sum(map(len, pieces))
+    if room < 0:
+        raise ValueError(f"{count} needles do not fit in {length} tokens: they take {length - room} without any text")
+    text = [token for some in texts for token in some]
+    start = rng.randrange(len(text))
+    text = (text[start:] + text * (room // len(text) + 1))[:room]
+    cuts = sorted(rng.randint(0, room) for _ in pieces)
+    depths = []
+    for before, cut, piece in zip([0, *cuts], cuts, pieces, strict=False):
+        ids += text[before:cut]
+        depths.append(len(ids) / length)
+        ids += piece
+    return Haystack(ids + text[cuts[-1] if cuts else 0 :], needles, depths)
+
+
+@torch.no_grad()
+def run(
+    model: Any,
+    texts: Sequence[Sequence[int]],
+    lengths: Sequence[int],
+    *,
+    needles: int = 8,
+    trials: int = 4,
+    seed: int = 0,
+    report: Callable[[int, Answer], None] = lambda length, answer: None,
+    progress: Any = None,
+) -> dict[str, Any]:
+    """Answers by kind of needle and length, with memory and without.
+
+    Each text is read once into a memory, from which all its questions are asked; a question alone is the local window.
+
+    Args:
+        model: a ``FoTForCausalLM`` with ``tokenizer``.
+        texts: token ids of real texts.
+        lengths: tokens of text and needles together.
+        needles: of each text.
+        trials: texts of each length.
+        seed: draws needles, texts and depths.
+        report: called with length and answer, after each question.
+        progress: a tqdm bar that is moved by each token read, or None.
+
+    Returns:
+        ``{"results": [...], "interrupted": bool}``, one entry a length: ``length``, ``ingest_tokens_per_second``,
+        ``memory_bytes``, ``answers`` (fields of ``Answer``), and ``kinds``: for each kind and for ``all`` of them
+        ``questions``, ``correct`` (share), ``tokens_right``, and both again under ``without``. Ctrl-C ends the run and
+        keeps the answers that were given.
+    """
+    results: list[dict[str, Any]] = []
+    interrupted = False
+    try:
+        for length in lengths:
+            rng = random.Random(f"{seed}/{length}")
+            haystacks = [make_haystack(model.tokenizer, texts, length, needles, rng) for _ in range(trials)]
+            results.append({"length": length, "answers": [], "ingest_seconds": 0.0, "ingest_tokens": 0})
+            for haystack in haystacks:
+                memory = _read(model, haystack, results[-1], progress)
+                for needle, depth in zip(haystack.needles, haystack.depths, strict=True):
+                    answer = ask(model, needle, depth, memory)
+                    results[-1]["answers"].append(answer)
+                    report(length, answer)
+    except KeyboardInterrupt:
+        interrupted = True
+    return {"results": [_summary(entry) for entry in results if entry["answers"]], "interrupted": interrupted}
+
+
+def ask(model: Any, needle: Needle, depth: float, memory: Memory) -> Answer:
+    """One question, with the memory and without; the memory is not written to."""
+    prompt, target = question_ids(model.tokenizer, needle)
+    # One token more than the answer shows whether a word or number goes on.
+    text, plain = (greedy_answer(model, prompt, len(target) + 1, **given) for given in ({"memory": memory}, {}))
+    without = {
+        "correct": float(_begins_with(plain, needle.answer)),
+        "tokens_right": _tokens_right(model, prompt, target, None),
+    }
+    right = _tokens_right(model, prompt, target, memory)
+    correct = _begins_with(text, needle.answer)
+    return Answer(needle.kind, depth, needle.answer, text, correct, right, without)
+
+
+def _read(model: Any, haystack: Haystack, entry: dict[str, Any], progress: Any) -> Memory:
+    start = time.perf_counter()
+    memory = model.new_memory()
+    model.ingest(haystack.ids, memory, progress=False if progress is None else progress)
+    entry["ingest_seconds"] += time.perf_counter() - start
+    entry["ingest_tokens"] += len(haystack.ids)
+    entry["memory_bytes"] = sum(memory.nbytes().values())
+    return memory
+
+
+def question_ids(tokenizer: Any, needle: Needle) -> tuple[list[int], list[int]]:
+    """Token ids of the question and of the answer to it."""
+    prompt = _bos(tokenizer) + _encode(tokenizer, f"\n{needle.question}")
+    whole = _bos(tokenizer) + _encode(tokenizer, f"\n{needle.question} {needle.answer}")
+    if whole[: len(prompt)] == prompt:
+        return prompt, whole[len(prompt) :]
+    return prompt, _encode(tokenizer, f" {needle.answer}")  # a tokenizer that joins them
+
+
+def _tokens_right(model: Any, prompt: list[int], target: list[int], memory: Memory | None) -> float:
+    ids = torch.tensor([prompt + target[:-1]], device=model.device)
+    logits = model(ids, memory=memory, use_cache=False, logits_to_keep=len(target)).logits[0]
+    return float((logits.argmax(-1).cpu() == torch.tensor(target)).float().mean())
+
+
+def _begins_with(text: str, expected: str) -> bool:
+    rest = text.lstrip().removeprefix(expected)
+    return rest != text.lstrip() and not rest[:1].isalnum()
+
+
+def _summary(entry: dict[str, Any]) -> dict[str, Any]:
+    answers: list[Answer] = entry["answers"]
+    kinds = {
+        kind: [answer for answer in answers if answer.kind == kind] for kind in dict.fromkeys(a.kind for a in answers)
+    }
+    return {
+        "length": entry["length"],
+        "ingest_tokens_per_second": entry["ingest_tokens"] / entry["ingest_seconds"],
+        "memory_bytes": entry["memory_bytes"],
+        "kinds": {kind: _shares(found) for kind, found in sorted(kinds.items())} | {"all": _shares(answers)},
+        "answers": [asdict(answer) for answer in answers],
+    }
+
+
+def _shares(answers: Sequence[Answer]) -> dict[str, Any]:
+    count = len(answers)
+    return {
+        "questions": count,
+        "correct": sum(answer.correct for answer in answers) / count,
+        "tokens_right": sum(answer.tokens_right for answer in answers) / count,
+        "without": {
+            name: sum(answer.without[name] for answer in answers) / count for name in ("correct", "tokens_right")
+        },
+    }
+
+
+def _encode(tokenizer: Any, text: str) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False).input_ids)
+
+
+def _bos(tokenizer: Any) -> list[int]:
+    return [tokenizer.bos_token_id] if getattr(tokenizer, "add_bos_token", False) else []
+
+
+def _sandwich(rng: random.Random) -> Needle:
+    city, answer = rng.choice(_CITIES), f"{rng.choice(_FILLINGS)} {rng.choice(_BREADS)}"
+    stem = f"The best sandwich in {city} is"
+    return Needle("sandwich", city, f"{stem} {answer}.", f"Which sandwich should one try in {city}? {stem}", answer)
+
+
+def _pastime(rng: random.Random) -> Needle:
+    city, answer = rng.choice(_CITIES), f"{rng.choice(_ACTIVITIES)} {rng.choice(_PLACES)}"
+    stem = f"The best thing to do in {city} is to"
+    return Needle("pastime", city, f"{stem} {answer}.", f"How should one spend a day in {city}? {stem}", answer)
+
+
+def _phone_number(rng: random.Random) -> Needle:
+    person, answer = _person(rng), f"{rng.randrange(100, 1000)}-{rng.randrange(1000, 10000)}"
+    stem = f"{person} can be reached by phone at"
+    return Needle("phone", person, f"{stem} {answer}.", f"What is the phone number of {person}? {stem}", answer)
+
+
+def _birthplace(rng: random.Random) -> Needle:
+    person, answer = _person(rng), rng.choice(_CITIES)
+    stem = f"{person} was born in"
+    return Needle("birthplace", person, f"{stem} {answer}.", f"Where is {person} from? {stem}", answer)
+
+
+def _person(rng: random.Random) -> str:
+    return f"{rng.choice(_FIRST_NAMES)} {rng.choice(_LAST_NAMES)}"

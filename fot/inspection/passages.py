@@ -1,0 +1,117 @@
+"""Hits that lie side by side, as passages of the documents they come from."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fot.inspection.texts import one_line, token_texts
+from memory import Memory
+
+# Hits at most this many slots apart belong to one passage, until it is as long as LONGEST.
+GAP = 8
+LONGEST = 48
+# Tokens shown on either side of a passage.
+CONTEXT = 12
+
+PROMPT = "(prompt)"
+UNNAMED = "(unnamed)"
+
+
+@dataclass(frozen=True)
+class Passage:
+    """Stored tokens that carried attention mass.
+
+    Attributes:
+        document: its name; ``(prompt)`` for what the prompt itself moved to memory, ``(unnamed)`` if it has none.
+        start: first slot in its memory.
+        stop: past-the-end slot.
+        span: characters in the document, None if not known.
+        share: of the attention mass on all memory, 0..1.
+        text: one line of text: the passage with some tokens on either side.
+        marked: where in ``text`` the passage itself begins and ends.
+    """
+
+    document: str
+    start: int
+    stop: int
+    span: tuple[int, int] | None
+    share: float
+    text: str
+    marked: tuple[int, int]
+
+
+def document_name(document: str | None, *, own: bool) -> str:
+    """What to call a document; ``own`` if it lies in the memory that the prompt itself moved to."""
+    return document if document is not None else PROMPT if own else UNNAMED
+
+
+def find_passages(
+    slots: np.ndarray, documents: np.ndarray, masses: np.ndarray, count: int
+) -> list[tuple[int, int, float]]:
+    """The ``count`` runs of nearby slots of one document with most mass: (first, past-the-end slot, mass), most first.
+
+    Args:
+        slots: (n,) int64, ascending and distinct.
+        documents: (n,) number of each slot's document.
+        masses: (n,).
+        count: runs wanted.
+    """
+    taken = np.zeros(len(slots), dtype=bool)
+    found = []
+    for seed in np.argsort(-masses, kind="stable"):
+        if taken[seed]:
+            continue
+        low, high = _grow(slots, documents, taken, int(seed))
+        taken[low : high + 1] = True
+        found.append((int(slots[low]), int(slots[high]) + 1, float(masses[low : high + 1].sum())))
+        if len(found) >= 8 * count:  # a later seed weighs less than any of these; few such add up to more
+            break
+    return sorted(found, key=lambda run: -run[2])[:count]
+
+
+def make_passage(
+    memory: Memory, start: int, stop: int, share: float, tokenizer: Any, *, own: bool, context: int = CONTEXT
+) -> Passage:
+    """Name and text of slots start..stop-1, with ``context`` tokens of the same document on either side."""
+    first, last = memory.source(start), memory.source(stop - 1)
+    low, high = start, stop
+    while low > 0 and start - low < context and memory.source(low - 1).document == first.document:
+        low -= 1
+    while high < len(memory) and high - stop < context and memory.source(high).document == last.document:
+        high += 1
+    texts = token_texts(tokenizer, memory.token_ids(slice(low, high)).tolist())
+    text, marked = _line(texts, start - low, stop - low)
+    same = first.document == last.document and first.span is not None and last.span is not None
+    span = (first.span[0], last.span[1]) if same and first.span and last.span else None
+    return Passage(document_name(first.document, own=own), start, stop, span, share, text, marked)
+
+
+def _grow(slots: np.ndarray, documents: np.ndarray, taken: np.ndarray, seed: int) -> tuple[int, int]:
+    """The run around a seed: the nearer neighbour first, while it is near enough and the run short enough."""
+
+    def distance(inside: int, outside: int) -> int:
+        if not 0 <= outside < len(slots) or taken[outside] or documents[outside] != documents[seed]:
+            return LONGEST
+        return abs(int(slots[inside]) - int(slots[outside]))
+
+    low = high = seed
+    while True:
+        left, right = distance(low, low - 1), distance(high, high + 1)
+        if min(left, right) > GAP or slots[high] - slots[low] + min(left, right) >= LONGEST:
+            return low, high
+        if left <= right:
+            low -= 1
+        else:
+            high += 1
+
+
+def _line(texts: Sequence[str], start: int, stop: int) -> tuple[str, tuple[int, int]]:
+    """The texts on one line, and where in it texts[start:stop] lie."""
+    whole = "".join(texts)
+    before, inside = "".join(texts[:start]), "".join(texts[:stop])
+    text = one_line(whole)
+    # Cut off what was collapsed: the end of a part on one line, spaces at its end counted as one.
+    first, last = (len(one_line(part + "|")) - 1 for part in (before, inside))
+    return text, (min(first, len(text)), min(last, len(text)))

@@ -1,0 +1,36 @@
+"""Token ids as text, token by token."""
+
+from collections.abc import Sequence
+from typing import Any
+
+
+def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
+    """The text of each token, such that together they are the text of all.
+
+    A character made of several tokens goes to the last of them; the others are "".
+
+    Args:
+        tokenizer: None shows the numbers.
+        ids: negative ones (inputs given as embeddings) show as such.
+    """
+    if tokenizer is None or any(number < 0 for number in ids):
+        return [f"‹{number}›" for number in ids]
+    texts = []
+    start = read = 0  # what was read before a token decides about its spaces, so it is decoded along
+    for stop in range(1, len(ids) + 1):
+        before, text = _decode(tokenizer, ids[start:read]), _decode(tokenizer, ids[start:stop])
+        if len(text) > len(before) and (not text.endswith("\ufffd") or stop == len(ids)):
+            texts.append(text[len(before) :])
+            start, read = read, stop
+        else:
+            texts.append("")
+    return texts
+
+
+def one_line(text: str) -> str:
+    """The same on one line: each run of white space becomes a space."""
+    return " ".join(text.split())
+
+
+def _decode(tokenizer: Any, ids: Sequence[int]) -> str:
+    return tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)

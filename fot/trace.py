@@ -1,0 +1,252 @@
+"""Which memory slots queries attended to, with scores.
+
+    trace = fot.trace.trace(model, "Who is the vicar of Highbury?", memory)
+    pandas.DataFrame(trace.to_records())
+
+or around any generation of one prompt, which it does not change::
+
+    with record(model) as recorder:
+        output = model.generate(ids, memory=memory)
+    recorder.passages(5)
+
+While the model runs, only its queries are kept (some kilobytes a token); they are searched for at the end, all at once,
+or before the memory they read grows.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fot.cache import FoTCache, LocalCache
+from fot.inspection.measure import attends_to_all, find_hits, retrieved_masses, slot_masses
+from fot.inspection.passages import Passage
+from fot.inspection.result import Found, Token, Trace
+from fot.inspection.strip import Strip
+from fot.inspection.texts import token_texts
+from memory import Memory
+from memory.index import DEFAULT_TOP_K
+
+__all__ = ["Passage", "Recorder", "Trace", "record", "trace"]
+
+
+def trace(
+    model: Any,
+    prompt: str | Tensor,
+    memory: Memory | None = None,
+    *,
+    max_new_tokens: int = 32,
+    top: int = 32,
+    chat: bool = False,
+    **options: Any,
+) -> Trace:
+    """Generate an answer and record what it attended to: every token of the local window, every layer and head.
+
+    Args:
+        model: a ``FoTForCausalLM``.
+        prompt: text, or token ids (T,) or (1, T).
+        memory: made by this model; read, not written to.
+        max_new_tokens: longest answer.
+        top: slots kept for each token, layer and head, 1..128.
+        chat: put the text into the tokenizer's chat template.
+        options: of ``generate``; greedy unless they say otherwise. One sequence: no beams.
+
+    Raises:
+        ValueError: text without a tokenizer, an empty prompt, several sequences, or a memory of other weights.
+    """
+    ids = _prompt_ids(model, prompt, chat).to(model.device)
+    with record(model, top=top, prompt=True, every_slot=True) as recorder:
+        output = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            memory=memory,
+            max_new_tokens=max_new_tokens,
+            **({"do_sample": False} | options),
+        )
+    return recorder.trace(getattr(output, "sequences", output), ids.shape[1])
+
+
+@contextmanager
+def record(model: Any, *, top: int = 32, prompt: bool = False, every_slot: bool = False) -> Iterator["Recorder"]:
+    """Record what memory layers attend to, in each ``forward`` and ``generate`` of one sequence within.
+
+    Args:
+        model: a ``FoTForCausalLM``.
+        top: slots kept for each token, layer and head, 1..128.
+        prompt: keep every prompt token of the local window; otherwise only tokens that the next one was chosen after.
+        every_slot: take attention by position and by document from every slot where the backend attends to all of
+            them, which reads the keys once more; otherwise from the ``top`` hits.
+
+    Raises:
+        ValueError: ``top`` is out of range.
+    """
+    if not 1 <= top <= DEFAULT_TOP_K:
+        raise ValueError(f"top is {top}; it must be 1..{DEFAULT_TOP_K}, what approximate backends retrieve by default")
+    before, model.recorder = model.recorder, Recorder(model, top=top, prompt=prompt, every_slot=every_slot)
+    try:
+        yield model.recorder
+        model.recorder.settle()
+    finally:
+        model.recorder = before
+
+
+@dataclass(frozen=True)
+class _Note:
+    """Queries of one layer: (H, T, D), log-sum-exps (H, T), their positions (T,), and which chose the next token."""
+
+    queries: Tensor
+    local_lse: Tensor
+    memory_lse: Tensor
+    positions: Tensor
+    chose: Tensor
+    scale: float
+
+
+class Recorder:
+    """What ``record`` gives: takes note of the queries of the last sequence, and finds out what they attended to."""
+
+    def __init__(self, model: Any, *, top: int, prompt: bool, every_slot: bool) -> None:
+        self._layers: tuple[int, ...] = model.memory_config.layers
+        self._tokenizer = model.tokenizer
+        self._top, self._prompt, self._every_slot = top, prompt, every_slot
+        self._cache: FoTCache | None = None
+        self._pending: dict[int, list[_Note]]
+        self._found: list[Found]
+        self._strips: list[Strip]
+        self._complete: bool
+        self._forget()
+
+    def follow(self, cache: FoTCache) -> None:
+        """Called before each ``forward``. A new cache is a new sequence; the one before is forgotten."""
+        if cache is not self._cache:
+            self._cache = cache
+            self._forget()
+
+    def note(self, layer: int, queries: Tensor, lses: list[Tensor], local: LocalCache, scale: float) -> None:
+        """Called by the attention of each memory layer.
+
+        Args:
+            layer: its index.
+            queries: (B, H, T, D), rotated.
+            lses: (B, H, T) log-sum-exp of the local part, then of the memory part if there is one.
+            local: the window, whose last T tokens ask.
+            scale: factor on inner products.
+
+        Raises:
+            ValueError: B is not 1.
+        """
+        if queries.shape[0] != 1:
+            raise ValueError(f"{queries.shape[0]} sequences at once: record one, without beams or several samples")
+        assert local.positions is not None
+        count = queries.shape[2]
+        kept = torch.arange(count - 1, count) if not self._prompt else torch.arange(count)
+        if local.mask is not None:
+            kept = kept[local.mask[0, -count:].cpu()[kept]]
+        kept = kept.to(queries.device)
+        nothing = torch.full_like(lses[0], -torch.inf)
+        local_lse, memory_lse = lses[0], lses[1] if len(lses) > 1 else nothing
+        self._pending[layer].append(
+            _Note(
+                queries[0].detach()[:, kept],
+                local_lse[0].detach()[:, kept],
+                memory_lse[0].detach()[:, kept],
+                local.positions[0, -count:].to(queries.device)[kept],
+                kept == count - 1,
+                scale,
+            )
+        )
+
+    def settle(self) -> None:
+        """Search for what was noted. Called before a memory grows: later slots must not be found."""
+        # An interrupt may have come between two layers.
+        count = min((len(notes) for notes in self._pending.values()), default=0)
+        if self._cache is None or not count:
+            return
+        memories = self._cache.rows[0].memories
+        self._strips = self._strips or [Strip(len(self._layers)) for _ in memories]
+        for strip, memory in zip(self._strips, memories, strict=True):
+            strip.fit(len(memory))
+        by_layer = [
+            self._settle_layer(number, layer, memories, self._pending[layer][:count])
+            for number, layer in enumerate(self._layers)
+        ]
+        self._pending = {layer: [] for layer in self._layers}
+        self._found.append(Found.stack(by_layer))
+
+    def passages(self, count: int) -> list[Passage]:
+        """What carried most attention mass while tokens were chosen, over all memory layers and heads, most first."""
+        return self._trace([]).passages(count)
+
+    def trace(self, sequence: Tensor, prompt_length: int) -> Trace:
+        """Everything recorded.
+
+        Args:
+            sequence: (T,) or (1, T) ids of prompt and answer, as ``generate`` returned them.
+            prompt_length: how many of them are the prompt.
+        """
+        ids = sequence.reshape(-1).tolist()
+        texts = token_texts(self._tokenizer, ids)
+        pairs = enumerate(zip(ids, texts, strict=True))
+        return self._trace([Token(number, text, place >= prompt_length) for place, (number, text) in pairs])
+
+    def _trace(self, tokens: list[Token]) -> Trace:
+        self.settle()
+        if not self._found:
+            raise ValueError("nothing was recorded: run the model's generate or forward within record(model)")
+        assert self._cache is not None
+        memories = self._cache.rows[0].memories
+        own = None if self._cache.write else len(memories) - 1
+        found = Found.join(self._found)
+        return Trace(tokens, self._layers, found, memories, own, self._strips, self._complete, self._tokenizer)
+
+    def _forget(self) -> None:
+        self._pending = {layer: [] for layer in self._layers}
+        self._found, self._strips, self._complete = [], [], self._every_slot
+
+    def _settle_layer(self, number: int, layer: int, memories: list[Memory], notes: list[_Note]) -> Found:
+        """Hits of one layer; ``number`` counts memory layers from 0."""
+        queries = torch.cat([note.queries for note in notes], dim=1)  # (H, T, D)
+        local_lse = torch.cat([note.local_lse for note in notes], dim=1)
+        memory_lse = torch.cat([note.memory_lse for note in notes], dim=1)
+        chose = torch.cat([note.chose for note in notes])
+        lse, scale = torch.logaddexp(local_lse, memory_lse), notes[0].scale
+        hits = find_hits(memories, layer, queries, memory_lse, lse, scale=scale, top=self._top)
+        for which, memory in enumerate(memories):
+            if len(memory) and self._every_slot:
+                self._add_masses(which, number, layer, memory, queries[:, chose], lse[:, chose], scale)
+            elif len(memory):
+                mine = (hits.memory == which) & chose.cpu()[:, None]
+                masses = hits.share[mine].double()
+                self._strips[which].add(number, hits.slot[mine].numpy(), masses.numpy(), memory.document_runs())
+        positions = torch.cat([note.positions for note in notes])
+        return Found.of_layer(positions, chose, hits, (local_lse - lse).exp())
+
+    def _add_masses(
+        self, which: int, number: int, layer: int, memory: Memory, queries: Tensor, lse: Tensor, scale: float
+    ) -> None:
+        """Attention by position, from every slot if the backend attends to all, else from what it retrieves."""
+        strip, runs = self._strips[which], memory.document_runs()
+        if attends_to_all(memory, layer):
+            for start, masses in slot_masses(memory, layer, queries, lse, scale=scale):
+                strip.add(number, np.arange(start, start + len(masses)), masses.numpy(), runs)
+        else:
+            self._complete = False
+            slots, masses = retrieved_masses(memory, layer, queries, lse, scale=scale)
+            strip.add(number, slots.numpy(), masses.numpy(), runs)
+
+
+def _prompt_ids(model: Any, prompt: str | Tensor, chat: bool) -> Tensor:
+    """(1, T) ids of a prompt."""
+    if isinstance(prompt, Tensor):
+        return prompt.reshape(1, -1)
+    if model.tokenizer is None:
+        raise ValueError("a prompt of text needs model.tokenizer: load the model with FoTForCausalLM.from_pretrained")
+    if chat:
+        message = [{"role": "user", "content": prompt}]
+        text = model.tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+        return model.tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
+    return model.tokenizer(prompt, return_tensors="pt").input_ids

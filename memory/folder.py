@@ -1,0 +1,106 @@
+"""The folder of a memory as files: who may write, how a change happens whole or not at all, what is left over."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from memory.lock import Lock
+from memory.manifest import LOCK, MANIFEST, PART_NAME, Manifest, read_manifest
+from memory.parts import TEMPORARY, sync_folder, write_text
+
+
+class Folder:
+    """The folder that a memory was opened from.
+
+    Attributes:
+        path: of the folder.
+        manifest: as it is on disk.
+        stored: how many of the memory's first tokens are on disk.
+    """
+
+    def __init__(self, path: Path, manifest: Manifest, stored: int, lock: Lock | None) -> None:
+        self.path = path
+        self.manifest = manifest
+        self.stored = stored
+        self._lock = lock
+        self._why = "is closed" if lock else "was opened read-only"
+
+    def check_writable(self) -> None:
+        """Raise ValueError if the memory must not change."""
+        if self._lock is None:
+            raise ValueError(
+                f"the memory {self.path} {self._why}: open it with Memory.open(path, mode='a') to change it"
+            )
+
+    def close(self) -> None:
+        """Let others write."""
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
+
+def take_lock(folder: Path) -> Lock:
+    """Be the only one who writes to a folder.
+
+    Raises:
+        OSError: it is read-only, or somebody else writes to it.
+    """
+    try:
+        return Lock(folder / LOCK)
+    except BlockingIOError as error:
+        raise BlockingIOError(
+            error.errno, f"{folder} is open for writing elsewhere; wait for that to end, or close that memory"
+        ) from error
+    except OSError as error:
+        raise OSError(error.errno, f"{folder} cannot be written to ({error.strerror}); choose another place, or change "
+                      "its permissions") from error  # fmt: skip
+
+
+@contextmanager
+def changing(folder: Path) -> Iterator[None]:
+    """What is written in this block and not committed goes again: a full disk must not stay full."""
+    try:
+        yield
+    except BaseException as error:
+        remove_leftovers(folder)
+        if isinstance(error, OSError) and error.errno is not None:
+            raise OSError(error.errno, f"{folder} could not be written ({error.strerror}); nothing there was changed: "
+                          "free some space, or choose another place") from error  # fmt: skip
+        raise
+
+
+def commit(folder: Path, manifest: Manifest) -> None:
+    """Make a change real: from here on the folder holds what this manifest says."""
+    manifest.stamp()
+    sync_folder(folder)  # the parts have their names before the manifest has them
+    write_text(folder / MANIFEST, manifest.to_json())
+    sync_folder(folder)
+    remove_leftovers(folder)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete files of ours that the manifest does not name: of writers that were killed, or replaced ones.
+
+    Only for those who hold the lock.
+    """
+    named = set()
+    if (folder / MANIFEST).exists():
+        named = {part.file for part in read_manifest(folder).files()}
+    for entry in folder.iterdir():
+        if is_ours(entry.name) and entry.name not in (MANIFEST, LOCK, *named):
+            try:
+                entry.unlink()
+            except PermissionError:
+                continue  # Windows keeps files that somebody has mapped; the next writer will do it
+
+
+def next_path(folder: Path, kind: str) -> Path:
+    """For a new part: a number higher than all there are."""
+    names = [PART_NAME.fullmatch(entry.name) for entry in folder.iterdir()]
+    number = 1 + max((int(name[2]) for name in names if name and name[1] == kind), default=0)
+    return folder / f"{kind}-{number:06}.safetensors"
+
+
+def is_ours(name: str) -> bool:
+    """Whether a file of this name belongs to a memory."""
+    return name in (MANIFEST, LOCK, MANIFEST + TEMPORARY) or bool(PART_NAME.fullmatch(name.removesuffix(TEMPORARY)))

@@ -1,0 +1,177 @@
+"""The safetensors parts of a memory's folder: written in a stream, whole or not at all; mapped and checked."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from memory.manifest import Part
+
+TEMPORARY = ".tmp"
+
+# How safetensors calls a dtype.
+DTYPE_CODES = {
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int8: "I8",
+    torch.int32: "I32",
+    torch.int64: "I64",
+}
+
+
+@dataclass(frozen=True)
+class Stream:
+    """A tensor to be written: what it is, and its numbers in order, in as many pieces as suit."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    pieces: Iterable[Tensor]
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> "Stream":
+        return cls(tensor.dtype, tuple(tensor.shape), [tensor])
+
+    def nbytes(self) -> int:
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+def write_part(path: Path, streams: Mapping[str, Stream], tokens: int) -> Part:
+    """Write a safetensors file under a temporary name, then give it its own; on stable storage when this returns.
+
+    No more than a piece is held in memory, and the hash is taken on the way.
+
+    Raises:
+        OSError: it cannot be written; nothing is left of it.
+    """
+    # By size of a number: so each tensor is aligned.
+    ordered = dict(sorted(streams.items(), key=lambda item: -item[1].dtype.itemsize))
+    digest, size = hashlib.sha256(), 0
+    temporary = path.with_name(path.name + TEMPORARY)
+    try:
+        with open(temporary, "wb") as file:
+            for block in _bytes(ordered):
+                file.write(block)
+                digest.update(block)
+                size += len(block)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    return Part(path.name, size, digest.hexdigest(), tokens)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file whole or not at all; on stable storage when this returns.
+
+    Raises:
+        OSError: it cannot be written; the old one is as it was.
+    """
+    temporary = path.with_name(path.name + TEMPORARY)
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder survive a loss of power."""
+    if os.name == "nt":  # which cannot open a folder
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+class MappedPart:
+    """The tensors of a part, mapped: reading them costs no memory until they are touched.
+
+    Args:
+        folder: of the memory.
+        part: what the manifest says of it.
+
+    Raises:
+        ValueError: the file is missing, of another size, or no safetensors file; it is named.
+    """
+
+    def __init__(self, folder: Path, part: Part) -> None:
+        self.path = folder / part.file
+        found = self.path.stat().st_size if self.path.is_file() else None
+        if found != part.bytes:
+            what = "is missing" if found is None else f"has {found:,} bytes"
+            raise ValueError(f"{self.path} {what}; the manifest says {part.bytes:,} bytes: restore it from a copy, or "
+                             "build the memory again")  # fmt: skip
+        try:
+            self._file = safe_open(self.path, framework="pt")
+            self.names = set(self._file.keys())
+        except (SafetensorError, OSError) as error:
+            raise self.damaged(str(error)) from error
+
+    def take(self, name: str, dtype: torch.dtype, shape: tuple[int | None, ...]) -> Tensor:
+        """A tensor by name.
+
+        Args:
+            name: in the file.
+            dtype: that it must have.
+            shape: that it must have; None where any length will do.
+
+        Raises:
+            ValueError: it is not there, or of another dtype or shape.
+        """
+        if name not in self.names:
+            raise self.damaged(f"it has no {name!r}")
+        lazy = self._file.get_slice(name)
+        found = lazy.get_dtype(), tuple(lazy.get_shape())
+        same = len(found[1]) == len(shape) and all(b in (None, a) for a, b in zip(found[1], shape, strict=True))
+        if not same or found[0] != DTYPE_CODES[dtype]:
+            wanted = tuple("any" if length is None else length for length in shape)
+            raise self.damaged(f"{name!r} is {found[0]} of shape {found[1]}, not {DTYPE_CODES[dtype]} of {wanted}")
+        return self._file.get_tensor(name)
+
+    def damaged(self, why: str) -> ValueError:
+        """The error that names this part."""
+        return ValueError(f"{self.path} is damaged or of another memory: {why}; restore it from a copy, or build the "
+                          "memory again")  # fmt: skip
+
+
+def file_sha256(path: Path) -> str:
+    """Hash of a file's content, hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _bytes(streams: Mapping[str, Stream]) -> Iterator[memoryview | bytes]:
+    """The content of a safetensors file: size of the header, header, numbers."""
+    entries, start = {}, 0
+    for name, stream in streams.items():
+        stop = start + stream.nbytes()
+        entries[name] = {"dtype": DTYPE_CODES[stream.dtype], "shape": list(stream.shape), "data_offsets": [start, stop]}
+        start = stop
+    header = json.dumps(entries).encode()
+    header += b" " * (-len(header) % 8)
+    yield len(header).to_bytes(8, "little") + header
+    for name, stream in streams.items():
+        written = 0
+        for piece in stream.pieces:
+            block = piece.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
+            written += len(block)
+            yield block
+        assert written == stream.nbytes(), name

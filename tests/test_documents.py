@@ -1,0 +1,251 @@
+"""Files as documents: what is found, what is read of it, and reading that was interrupted."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import WINDOW, ModelMaker
+from transformers import PreTrainedTokenizerFast
+
+import fot.documents
+from fot import ingest as ingest_module
+from fot.documents import add_document, describe_left_out, find_documents, read_document
+from fot.fingerprint import tokenizer_fingerprint
+from memory import Memory
+from memory.disk import verify
+
+HTML = "<html><head><title>Emma</title><style>p {}</style><script>var x;</script></head><body><p>Mr. <b>Weston</b></p>"
+TEXT = "".join(f"Line {number} of a document, long enough for some windows.\n" for number in range(14))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    files = {
+        "b.py": b"print(1)\n",
+        "a.md": "# Ä title\r\n".encode(),
+        "sub/c.txt": b"\xef\xbb\xbftext",
+        "sub/page.html": HTML.encode(),
+        "sub/deep/d.py": b"x = 1\n",
+        "picture.png": b"\x89PNG\0\0\0",
+        "latin.txt": "café!".encode("latin-1"),
+        "empty.txt": b" \n",
+        ".hidden": b"x",
+        ".git/config": b"x",
+    }
+    for name, content in files.items():
+        (tmp_path / "docs" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "docs" / name).write_bytes(content)
+    return tmp_path / "docs"
+
+
+def names(found: Any, folder: Path) -> list[str]:
+    return [path.relative_to(folder).as_posix() for path in found.paths]
+
+
+def test_folders_are_walked(folder: Path) -> None:
+    found = find_documents([folder])
+    assert names(found, folder) == ["a.md", "b.py", "sub/c.txt", "sub/page.html", "sub/deep/d.py"]
+    assert found.characters == [len("# Ä title\r\n"), 9, 4, len("Emma\nMr.\nWeston"), 6]
+    assert describe_left_out(found) == "2 binary, 1 empty, 1 hidden, 1 hidden folders"
+
+
+@pytest.mark.parametrize(
+    ("include", "exclude", "expected"),
+    [
+        (["*.py"], [], ["b.py", "sub/deep/d.py"]),
+        (["*.py", "*.md"], ["sub"], ["a.md", "b.py"]),
+        (["sub/*"], ["*.html"], ["sub/c.txt", "sub/deep/d.py"]),
+        ([], ["*.html", "deep", "[ab].*"], ["sub/c.txt"]),
+    ],
+)
+def test_globs(include: list[str], exclude: list[str], expected: list[str], folder: Path) -> None:
+    assert names(find_documents([folder], include, exclude), folder) == expected
+
+
+def test_files_come_in_the_order_given_and_once(folder: Path) -> None:
+    found = find_documents([folder / "sub" / "c.txt", folder / "b.py", folder, folder / "sub" / ".." / "a.md"])
+    assert names(found, folder)[:2] == ["sub/c.txt", "b.py"]
+    assert len(found.paths) == len(set(found.paths)) == 5
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("picture.png", r"picture\.png is a binary file"),
+        ("latin.txt", r"latin\.txt is not UTF-8 text \(byte 3\)"),
+        ("empty.txt", r"empty\.txt has no text"),
+    ],
+)
+def test_named_files_without_text_are_errors(name: str, message: str, folder: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        find_documents([folder / "b.py", folder / name])
+
+
+def test_nothing_found(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"no file with text in .*docs \(.*8 not asked for\); check the path, --include"
+    ):
+        find_documents([folder], ["*.rs"], ["latin.txt", "picture.png", "empty.txt"])
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        find_documents([tmp_path / "nowhere"])
+
+
+def test_html_is_its_text(folder: Path) -> None:
+    assert read_document(folder / "sub" / "page.html") == "Emma\nMr.\nWeston"
+    assert read_document(folder / "a.md") == "# Ä title\r\n"
+    assert read_document(folder / "sub" / "c.txt") == "text"
+
+
+def make_pdf(path: Path, text: str) -> None:
+    """A PDF of one page with one line."""
+    from pypdf import PdfWriter
+    from pypdf.generic import DecodedStreamObject, DictionaryObject, NameObject
+
+    writer = PdfWriter()
+    page = writer.add_blank_page(300, 300)
+    font = DictionaryObject(
+        {
+            NameObject("/Type"): NameObject("/Font"),
+            NameObject("/Subtype"): NameObject("/Type1"),
+            NameObject("/BaseFont"): NameObject("/Helvetica"),
+        }
+    )
+    fonts = DictionaryObject({NameObject("/F1"): writer._add_object(font)})
+    page[NameObject("/Resources")] = DictionaryObject({NameObject("/Font"): fonts})
+    stream = DecodedStreamObject()
+    stream.set_data(f"BT /F1 12 Tf 20 200 Td ({text}) Tj ET".encode())
+    page[NameObject("/Contents")] = writer._add_object(stream)
+    writer.write(path)
+
+
+def test_pdf_is_its_text(tmp_path: Path) -> None:
+    make_pdf(tmp_path / "a.pdf", "Mr. Elton")
+    assert read_document(tmp_path / "a.pdf").strip() == "Mr. Elton"
+    make_pdf(tmp_path / "scan.pdf", "")
+    with pytest.raises(ValueError, match=r"scan\.pdf has no text"):
+        read_document(tmp_path / "scan.pdf")
+    (tmp_path / "bad.pdf").write_bytes(b"%PDF-1.4 and then nothing")
+    with pytest.raises(ValueError, match=r"bad\.pdf cannot be read as PDF"):
+        read_document(tmp_path / "bad.pdf")
+
+
+@pytest.mark.parametrize(("name", "package"), [("a.pdf", "pypdf"), ("a.html", "bs4")])
+def test_missing_packages_are_named(name: str, package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / name).write_text(HTML)
+    monkeypatch.setitem(__import__("sys").modules, package, None)
+    with pytest.raises(ImportError, match=r"reading .* needs .*: pip install 'fot\[documents\]'"):
+        read_document(tmp_path / name)
+
+
+# --- into a memory --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=[False, True], ids=["reading", "isolated"])
+def model(request: pytest.FixtureRequest, make_model: ModelMaker, tokenizer: PreTrainedTokenizerFast) -> Any:
+    model = make_model(isolated_windows=request.param)
+    model.tokenizer = tokenizer
+    return model
+
+
+@pytest.fixture
+def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ingest_module, "PIECE", 70)
+    monkeypatch.setattr(ingest_module, "ISOLATED_TOKENS", 3 * WINDOW)
+    monkeypatch.setattr(fot.documents, "FLUSH_TOKENS", 5 * WINDOW)
+
+
+def opened(model: Any, path: Path) -> Memory:
+    model.new_memory().save(path)
+    return Memory.open(path, "a")
+
+
+def assert_same(found: Memory, wanted: Memory) -> None:
+    assert found.token_ids().tolist() == wanted.token_ids().tolist()
+    assert [found.source(slot) for slot in range(len(found))] == [wanted.source(slot) for slot in range(len(wanted))]
+    for layer in wanted.layers:
+        # A window that is read alone or with others, or attends to blocks of other sizes, is summed in another order.
+        # Later windows read what came of that, so it adds up.
+        torch.testing.assert_close(found[layer].keys(), wanted[layer].keys(), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(found[layer].values(), wanted[layer].values(), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.usefixtures("small_pieces")
+def test_flushing_on_the_way_changes_nothing(model: Any, tmp_path: Path) -> None:
+    wanted = model.new_memory()
+    model.ingest(TEXT, wanted, source="a")
+    with opened(model, tmp_path / "m") as memory:
+        assert add_document(model, memory, "a", TEXT) == len(wanted)
+        assert len(list((tmp_path / "m").glob("segment*"))) == 8
+        assert_same(memory, wanted)
+    assert_same(Memory.open(tmp_path / "m"), wanted)
+
+
+@pytest.mark.usefixtures("small_pieces")
+@pytest.mark.parametrize("stop", [1, 7, 23, 10_000])
+def test_interrupted_documents_go_on(model: Any, stop: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interrupted (stop windows on), or killed before the last note was written, as a rerun of ``append`` meets it."""
+    wanted = model.new_memory()
+    model.ingest(TEXT, wanted, source="a")
+    left, append = [stop], Memory.append
+
+    def interrupting(self: Memory, *args: Any, **kwargs: Any) -> None:
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        append(self, *args, **kwargs)
+
+    monkeypatch.setattr(Memory, "append", interrupting)
+    with opened(model, tmp_path / "m") as memory:
+        if stop < 1000:
+            with pytest.raises(KeyboardInterrupt):
+                add_document(model, memory, "a", TEXT)
+        else:
+            add_document(model, memory, "a", TEXT)
+            memory.notes["a"] = fot.documents.DocumentNote(memory.notes["a"].sha256, complete=False)
+            memory.flush()
+    monkeypatch.undo()
+    part = Memory.open(tmp_path / "m")
+    assert len(part) == min(stop * WINDOW, len(wanted))
+    assert not part.notes["a"].complete
+    with Memory.open(tmp_path / "m", "a") as memory:
+        assert add_document(model, memory, "a", TEXT) == len(wanted) - len(part)
+        assert memory.notes["a"].complete
+        assert add_document(model, memory, "a", TEXT) == 0
+    assert_same(Memory.open(tmp_path / "m"), wanted)
+    assert Memory.open(tmp_path / "m").notes["a"].complete
+    assert verify(tmp_path / "m") == []
+
+
+def test_changed_documents_are_refused(model: Any, tmp_path: Path) -> None:
+    with opened(model, tmp_path / "m") as memory:
+        add_document(model, memory, "a", TEXT)
+        count = len(memory)
+        with pytest.raises(ValueError, match=r"a has changed since .*drop it first"):
+            add_document(model, memory, "a", TEXT + "more")
+        assert len(memory) == count
+        memory.drop_document("a")
+        assert add_document(model, memory, "a", TEXT + "more") == count + 4
+
+
+def test_other_tokenizers_are_refused(model: Any, make_model: ModelMaker, tmp_path: Path) -> None:
+    memory = model.new_memory()
+    memory.metadata["tokenizer"] = ours = tokenizer_fingerprint(model.tokenizer)
+    model.check_memory(memory)
+    model.tokenizer(["a", "long text"], padding=True, truncation=True, max_length=5)  # changes its state
+    del model.tokenizer.__dict__["_fot_fingerprint"]
+    assert tokenizer_fingerprint(model.tokenizer) == ours
+    other = PreTrainedTokenizerFast.from_pretrained(_saved(model.tokenizer, tmp_path))
+    assert tokenizer_fingerprint(other) == ours
+    other.add_tokens(["<extra>"])
+    model.tokenizer = other
+    theirs = tokenizer_fingerprint(other)
+    with pytest.raises(ValueError, match=rf"another tokenizer: its fingerprint is {ours}, the model's {theirs}; load"):
+        model.check_memory(memory)
+    model.tokenizer = None  # ids may still be given
+    model.check_memory(memory)
+
+
+def _saved(tokenizer: PreTrainedTokenizerFast, folder: Path) -> Path:
+    tokenizer.save_pretrained(folder)
+    return folder

@@ -1,0 +1,44 @@
+"""The allocator's settings for training on a CPU."""
+
+import ctypes
+import platform
+import subprocess
+import sys
+
+import pytest
+
+from training.machine import keep_freed_memory
+
+# Resident bytes that stay after an array of 128 MiB is freed, in a fresh process.
+FREED = """
+import sys, numpy, psutil
+from training.machine import keep_freed_memory
+if sys.argv[1] == "kept":
+    assert keep_freed_memory("cpu")
+before = psutil.Process().memory_info().rss
+array = numpy.ones(2**27, dtype=numpy.uint8)
+del array
+print(psutil.Process().memory_info().rss - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc alone has these settings")
+def test_freed_memory_is_kept_with_glibc() -> None:
+    kept, given_back = (
+        int(subprocess.run([sys.executable, "-c", FREED, how], capture_output=True, text=True, check=True).stdout)
+        for how in ("kept", "given back")
+    )
+    assert kept > 100 * 2**20
+    assert given_back < 30 * 2**20
+
+
+def test_nothing_is_changed_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: object())  # musl, macOS
+    assert not keep_freed_memory("cpu")
+
+    def no_library(name: None) -> None:
+        raise TypeError  # Windows
+
+    monkeypatch.setattr(ctypes, "CDLL", no_library)
+    assert not keep_freed_memory("cpu")
+    assert not keep_freed_memory("cuda")

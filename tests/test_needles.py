@@ -1,0 +1,146 @@
+"""Needles in a novel: exact in length, asked from a memory that is only read, honestly marked."""
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ModelMaker
+from transformers import PreTrainedTokenizerFast
+
+from fot.cli import main
+from fot.evaluation import needles
+
+TEXT = "It was a dark evening in the old town, and nobody would have gone out without need. "
+
+
+@pytest.fixture
+def model(make_model: ModelMaker, tokenizer: PreTrainedTokenizerFast) -> Any:
+    model = make_model(local_context=32)
+    model.tokenizer = tokenizer
+    return model
+
+
+def texts(tokenizer: Any, repeat: int = 5) -> list[list[int]]:
+    return [tokenizer(TEXT * repeat, add_special_tokens=False).input_ids]
+
+
+def test_needles_are_distinct() -> None:
+    drawn = needles.draw_needles(random.Random(0), 80)
+    assert len({(needle.kind, needle.subject) for needle in drawn}) == len({needle.answer for needle in drawn}) == 80
+    for needle in drawn:
+        assert needle.answer in needle.statement
+        assert needle.answer not in needle.question
+        assert needle.subject in needle.statement
+        assert needle.subject in needle.question
+    assert needles.draw_needles(random.Random(3), 9) == needles.draw_needles(random.Random(3), 9)
+    with pytest.raises(ValueError, match="at most 80"):
+        needles.draw_needles(random.Random(0), 81)
+
+
+def test_haystack_is_exact_and_holds_each_needle_once(tokenizer: Any) -> None:
+    for seed in range(10):
+        haystack = needles.make_haystack(tokenizer, texts(tokenizer), 3000, 5, random.Random(seed))
+        assert len(haystack.ids) == 3000
+        text = tokenizer.decode(haystack.ids)
+        places = [text.index(f"\n{needle.statement}\n") for needle in haystack.needles]
+        assert places == sorted(places)
+        for needle, place, depth in zip(haystack.needles, places, haystack.depths, strict=True):
+            assert text.count(needle.statement) == 1
+            assert place / len(text) == pytest.approx(depth, abs=0.01)
+        for needle in haystack.needles:
+            text = text.replace(f"\n{needle.statement}\n", "")
+        assert text in TEXT * 100, "what lies between is consecutive"
+    with pytest.raises(ValueError, match=r"5 needles do not fit in 100 tokens: they take \d+ without"):
+        needles.make_haystack(tokenizer, texts(tokenizer), 100, 5, random.Random(0))
+
+
+@pytest.mark.parametrize(
+    ("text", "right"),
+    [
+        (" Oslo.", True),
+        ("Oslo", True),
+        ("\nOslo, of course", True),
+        (" Oslonia", False),
+        (" in Oslo", False),
+        ("", False),
+    ],
+)
+def test_marking(text: str, right: bool) -> None:
+    assert needles._begins_with(text, "Oslo") is right
+
+
+@torch.no_grad()
+def test_answers_are_read_from_the_memory(model: Any) -> None:
+    """Teacher forcing and greedy answers are those of the model's own forward pass, with and without the memory."""
+    haystack = needles.make_haystack(model.tokenizer, texts(model.tokenizer), 600, 3, random.Random(0))
+    memory = model.new_memory()
+    model.ingest(haystack.ids, memory)
+    for needle in haystack.needles:
+        answer = needles.ask(model, needle, 0.5, memory)
+        assert len(memory) == 600
+        prompt = model.tokenizer(f"\n{needle.question}", add_special_tokens=False).input_ids
+        target = model.tokenizer(f" {needle.answer}", add_special_tokens=False).input_ids
+        ids = torch.tensor([prompt + target])
+        for read, share in ((memory, answer.tokens_right), (None, answer.without["tokens_right"])):
+            guesses = model(ids, memory=read).logits[0, len(prompt) - 1 : -1].argmax(-1)
+            assert share == pytest.approx(float((guesses == ids[0, len(prompt) :]).float().mean()))
+        first = int(model(torch.tensor([prompt]), memory=memory).logits[0, -1].argmax())
+        assert answer.answer.startswith(model.tokenizer.decode([first], skip_special_tokens=True)[:1])
+
+
+def test_an_oracle_is_right_with_the_memory_alone(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It answers as the text in memory says, and cannot without."""
+
+    def oracle(given: Any, ids: list[int], length: int, memory: Any = None) -> str:
+        if memory is None:
+            return "no idea"
+        stem = given.tokenizer.decode(ids).split("? ")[1]
+        return given.tokenizer.decode(memory.token_ids().tolist()).split(stem)[1].split("\n")[0]
+
+    monkeypatch.setattr(needles, "greedy_answer", oracle)
+    found = needles.run(model, texts(model.tokenizer), [700, 900], needles=4, trials=2, seed=1)
+    assert not found["interrupted"]
+    for entry in found["results"]:
+        assert len(entry["answers"]) == 8
+        assert set(entry["kinds"]) == {"birthplace", "pastime", "phone", "sandwich", "all"}
+        assert all(shares["correct"] == 1 for shares in entry["kinds"].values())
+        assert all(shares["without"]["correct"] == 0 for shares in entry["kinds"].values())
+        assert entry["kinds"]["all"]["questions"] == 8
+    depths = [answer["depth"] for entry in found["results"] for answer in entry["answers"]]
+    assert min(depths) < 0.2
+    assert max(depths) > 0.7
+
+
+def test_interrupted_run_keeps_its_answers(model: Any) -> None:
+    answers = []
+
+    def report(length: int, answer: needles.Answer) -> None:
+        answers.append((length, answer))
+        if len(answers) == 3:
+            raise KeyboardInterrupt
+
+    found = needles.run(model, texts(model.tokenizer), [400, 500, 600], needles=2, trials=1, report=report)
+    assert found["interrupted"]
+    assert [(entry["length"], entry["kinds"]["all"]["questions"]) for entry in found["results"]] == [(400, 2), (500, 1)]
+
+
+def test_command(model: Any, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    model.save_pretrained(tmp_path / "model")
+    model.tokenizer.save_pretrained(tmp_path / "model")
+    novel, out = tmp_path / "novel.txt", tmp_path / "out.json"
+    novel.write_text(TEXT * 10)
+    command = ["eval", "needles", str(tmp_path / "model"), str(novel), "--lengths", "500,600", "--needles", "4",
+               "--trials", "1", "--seed", "7", "--json", str(out)]  # fmt: skip
+    assert main(command) == 0
+    shown = capsys.readouterr().out
+    assert all(word in shown for word in ("sandwich", "phone", "all", "500 tokens", "without memory"))
+    first = json.loads(out.read_text())
+    assert [len(entry["answers"]) for entry in first["results"]] == [4, 4]
+    assert main(command) == 0
+    again = json.loads(out.read_text())
+    assert [entry["answers"] for entry in again["results"]] == [entry["answers"] for entry in first["results"]]
+    assert main([*command, "--seed", "8"]) == 0
+    assert json.loads(out.read_text())["results"][0]["answers"] != first["results"][0]["answers"]
