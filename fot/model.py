@@ -315,7 +315,7 @@ class FoTForCausalLM:
         if tokenizer and self.tokenizer is not None and tokenizer != tokenizer_fingerprint(self.tokenizer):
             raise ValueError(
                 f"this memory was made with another tokenizer: its fingerprint is {tokenizer}, the model's "
-                f"{tokenizer_fingerprint(self.tokenizer)}; load the tokenizer that made it, or ingest again with this one"
+                f"{tokenizer_fingerprint(self.tokenizer)}; load that tokenizer, or ingest again with this one"
             )
 
     def _given(self, memory: Memory | Sequence[Memory] | None) -> list[Memory]:

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from fot.cli import main
 from fot.evaluation import needles
+from fot.model import detach_memory
 
 TEXT = "It was a dark evening in the old town, and nobody would have gone out without need. "
 
@@ -144,3 +145,21 @@ def test_command(model: Any, tmp_path: Path, capsys: pytest.CaptureFixture) -> N
     assert [entry["answers"] for entry in again["results"]] == [entry["answers"] for entry in first["results"]]
     assert main([*command, "--seed", "8"]) == 0
     assert json.loads(out.read_text())["results"][0]["answers"] != first["results"][0]["answers"]
+
+
+@torch.no_grad()
+def test_whole_text_in_one_context(model: Any) -> None:
+    """Where the model has positions for the text, its marks are those of one plain forward pass over all of it."""
+    model.config.max_position_embeddings = 4096
+    haystack = needles.make_haystack(model.tokenizer, texts(model.tokenizer), 500, 2, random.Random(0))
+    marks = needles._read_whole(model, haystack)
+    needle = haystack.needles[0]
+    prompt, target = needles.question_ids(model.tokenizer, needle)
+    found = marks(needle)
+    assert found is not None
+    plain = detach_memory(model)
+    logits = plain(torch.tensor([haystack.ids + prompt + target])).logits[0, -len(target) - 1 : -1]
+    right = (logits.argmax(-1) == torch.tensor(target)).float()
+    assert found == {"correct": float(right.all()), "tokens_right": pytest.approx(float(right.mean()))}
+    model.config.max_position_embeddings = 500
+    assert needles._read_whole(model, haystack)(needle) is None

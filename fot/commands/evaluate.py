@@ -11,7 +11,7 @@ from fot.commands.options import add_memory_options, check_writable, load, posit
 def add(commands: Any) -> None:
     parser = commands.add_parser("eval", help="measure a model", description="Measure a model.")
     kinds = parser.add_subparsers(title="measurements", required=True, metavar="WHAT")
-    for add_kind in (_add_dictionary, _add_needles, _add_perplexity, _add_distraction):
+    for add_kind in (_add_dictionary, _add_needles, _add_perplexity, _add_distraction, _add_layers):
         add_kind(kinds)
 
 
@@ -88,6 +88,23 @@ def _add_distraction(kinds: Any) -> None:
     parser.add_argument("--json", type=Path, metavar="OUT", help="write the results, layer by layer")
     parser.add_argument("--plot", type=Path, metavar="OUT.png", help="draw the shares by number of contexts")
     parser.set_defaults(command=_eval_distraction)
+
+
+def _add_layers(kinds: Any) -> None:
+    parser = kinds.add_parser(
+        "layers",
+        help="which layers of a model should have the memory",
+        description="Greedy search for the memory layers with which an untrained model finds most facts in its memory.",
+    )
+    parser.add_argument("model", help="alias, folder, GGUF file or hub id")
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="UTF-8 text to hide facts in")
+    add_memory_options(parser)
+    parser.add_argument("--count", type=positive, default=4, metavar="N", help="largest set of layers (default: 4)")
+    parser.add_argument("--windows", type=positive, default=2, help="windows of text in memory (default: 2)")
+    parser.add_argument("--trials", type=positive, default=4, help="texts (default: 4)")
+    parser.add_argument("--seed", type=int, default=0, help="draws facts and texts (default: 0)")
+    parser.add_argument("--json", type=Path, metavar="OUT", help="write the results")
+    parser.set_defaults(command=_eval_layers)
 
 
 def _eval_dictionary(args: argparse.Namespace) -> int:
@@ -194,6 +211,28 @@ def _distraction(model: Any, args: argparse.Namespace) -> dict[str, Any]:
         sample = distraction.text_sample(read_texts(args.text, model.tokenizer), *drawn)
     with tqdm(total=sample.tokens(), unit="tok", desc="distraction", disable=None) as bar:
         return distraction.run(model, sample, args.contexts, progress=bar)
+
+
+def _eval_layers(args: argparse.Namespace) -> int:
+    check_writable(args.json)
+    model = load(args)
+    from dataclasses import asdict
+
+    from tqdm import tqdm
+
+    from fot.evaluation import layers
+    from fot.evaluation.report import layers_table
+    from fot.evaluation.texts import read_texts
+
+    texts = read_texts(args.files, model.tokenizer)
+    sets = layers.sets_tried(model.config.num_hidden_layers, args.count)
+    with tqdm(total=sets, unit="set", desc="layers", disable=None) as bar:
+        found = layers.run(
+            model, texts, count=args.count, windows=args.windows, trials=args.trials, seed=args.seed, progress=bar
+        )
+    result = {**_about(model, args.model), "trials": args.trials, "seed": args.seed, "files": _names(args),
+              "results": [asdict(choice) for choice in found], "interrupted": False}  # fmt: skip
+    return _finish(layers_table(result), result, args.json)
 
 
 def _about(model: Any, name: str) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -33,5 +34,6 @@ def _train(args: argparse.Namespace) -> int:
     recipe = load_recipe(args.recipe, args.overrides)
     quiet()
     line = train(recipe, args.out, resume=args.resume, max_hours=args.max_hours)
-    print(json.dumps(line))
+    if os.environ.get("RANK", "0") == "0":  # of several processes, one speaks
+        print(json.dumps(line))
     return 0

@@ -7,7 +7,7 @@ which makes the answers likeliest; then the next.
 """
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,8 +17,6 @@ from torch import Tensor
 from fot.evaluation.needles import Haystack, make_haystack, question_ids
 from fot.model import attach_memory
 from memory import Memory
-
-Report = Callable[["Choice"], None]
 
 
 @dataclass(frozen=True)
@@ -46,7 +44,6 @@ def run(
     needles: int = 4,
     trials: int = 4,
     seed: int = 0,
-    report: Report = lambda choice: None,
     progress: Any = None,
 ) -> list[Choice]:
     """The best set of 0, 1, ..., ``count`` layers that greedy search finds.
@@ -59,7 +56,6 @@ def run(
         needles: facts in each text.
         trials: texts.
         seed: draws texts and facts.
-        report: called with each chosen set.
         progress: a tqdm bar that is moved by each set tried, or None.
 
     Returns:
@@ -79,7 +75,6 @@ def run(
         _attach(model, config, range(number))
         everything = [_read(model, haystack) for haystack in haystacks]
         found = [_judge(model, config, (), haystacks, everything)]
-        report(found[0])
         for _ in range(count):
             tried = []
             for layer in sorted(set(range(number)) - set(found[-1].layers)):
@@ -87,7 +82,6 @@ def run(
                 if progress is not None:
                     progress.update()
             found.append(min(tried, key=lambda choice: choice.loss))
-            report(found[-1])
     finally:
         attach_memory(model, config)
     return found
@@ -133,5 +127,5 @@ def _part(model: Any, source: Memory) -> Memory | None:
     layers = model.memory_config.layers
     keys = {layer: source[layer].keys() for layer in layers}
     values = {layer: source[layer].values() for layer in layers}
-    memory.append(keys, values, source.token_ids())
+    memory.append(keys, values, source.token_ids().tolist())
     return memory

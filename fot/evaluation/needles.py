@@ -3,15 +3,17 @@
 Subjects, names and wordings are in no training document (``training.wordings``): results are zero-shot.
 """
 
+import copy
 import random
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 
 from fot.evaluation.answers import greedy_answer
+from fot.model import attach_memory, detach_memory
 from memory import Memory
 
 
@@ -116,7 +118,9 @@ class Answer:
         answer: what the model wrote.
         correct: it begins with the right answer, and not with a longer word or number.
         tokens_right: share of the answer's tokens that are the model's likeliest, each after the right ones before it.
-        without: the same two without memory.
+        without: ``correct`` and ``tokens_right`` of the plain model that sees the question alone.
+        whole_text: the same of the plain model that sees the whole text in one context, where it has positions for
+            that: what the model itself can do. ``correct`` here is whether all tokens are right.
     """
 
     kind: str
@@ -126,6 +130,7 @@ class Answer:
     correct: bool
     tokens_right: float
     without: dict[str, float]
+    whole_text: dict[str, float] | None = None
 
 
 def make_haystack(
@@ -191,8 +196,8 @@ def run(
     Returns:
         ``{"results": [...], "interrupted": bool}``, one entry a length: ``length``, ``ingest_tokens_per_second``,
         ``memory_bytes``, ``answers`` (fields of ``Answer``), and ``kinds``: for each kind and for ``all`` of them
-        ``questions``, ``correct`` (share), ``tokens_right``, and both again under ``without``. Ctrl-C ends the run and
-        keeps the answers that were given.
+        ``questions``, ``correct`` (share), ``tokens_right``, and both again under ``without`` and ``whole_text``.
+        Ctrl-C ends the run and keeps the answers that were given.
     """
     results: list[dict[str, Any]] = []
     interrupted = False
@@ -203,8 +208,9 @@ def run(
             results.append({"length": length, "answers": [], "ingest_seconds": 0.0, "ingest_tokens": 0})
             for haystack in haystacks:
                 memory = _read(model, haystack, results[-1], progress)
+                read_whole = _read_whole(model, haystack)
                 for needle, depth in zip(haystack.needles, haystack.depths, strict=True):
-                    answer = ask(model, needle, depth, memory)
+                    answer = replace(ask(model, needle, depth, memory), whole_text=read_whole(needle))
                     results[-1]["answers"].append(answer)
                     report(length, answer)
     except KeyboardInterrupt:
@@ -234,6 +240,29 @@ def _read(model: Any, haystack: Haystack, entry: dict[str, Any], progress: Any) 
     entry["ingest_tokens"] += len(haystack.ids)
     entry["memory_bytes"] = sum(memory.nbytes().values())
     return memory
+
+
+def _read_whole(model: Any, haystack: Haystack) -> Callable[[Needle], dict[str, float] | None]:
+    """Reads the text in one context, if the model has as many positions; gives what each question then gets."""
+    longest = max((sum(map(len, question_ids(model.tokenizer, needle))) for needle in haystack.needles), default=0)
+    if len(haystack.ids) + longest > model.config.max_position_embeddings:
+        return lambda needle: None
+    config = model.memory_config
+    plain: Any = detach_memory(model)
+    cache = plain(torch.tensor([haystack.ids], device=plain.device), use_cache=True, logits_to_keep=1).past_key_values
+    attach_memory(model, config)
+
+    def marks(needle: Needle) -> dict[str, float]:
+        prompt, target = question_ids(model.tokenizer, needle)
+        prompt = prompt[len(_bos(model.tokenizer)) :]  # the text goes on
+        ids = torch.tensor([prompt + target[:-1]], device=model.device)
+        plain: Any = detach_memory(model)
+        logits = plain(ids, past_key_values=copy.deepcopy(cache), logits_to_keep=len(target)).logits[0]
+        attach_memory(model, config)
+        right = (logits.argmax(-1).cpu() == torch.tensor(target)).float()
+        return {"correct": float(right.all()), "tokens_right": float(right.mean())}
+
+    return marks
 
 
 def question_ids(tokenizer: Any, needle: Needle) -> tuple[list[int], list[int]]:
@@ -271,15 +300,18 @@ def _summary(entry: dict[str, Any]) -> dict[str, Any]:
 
 
 def _shares(answers: Sequence[Answer]) -> dict[str, Any]:
-    count = len(answers)
+    whole = [answer.whole_text for answer in answers if answer.whole_text is not None]
+    with_memory = [{"correct": float(answer.correct), "tokens_right": answer.tokens_right} for answer in answers]
     return {
-        "questions": count,
-        "correct": sum(answer.correct for answer in answers) / count,
-        "tokens_right": sum(answer.tokens_right for answer in answers) / count,
-        "without": {
-            name: sum(answer.without[name] for answer in answers) / count for name in ("correct", "tokens_right")
-        },
+        "questions": len(answers),
+        **_mean(with_memory),
+        "without": _mean([answer.without for answer in answers]),
+        "whole_text": _mean(whole) if whole else None,
     }
+
+
+def _mean(marks: Sequence[dict[str, float]]) -> dict[str, float]:
+    return {name: sum(mark[name] for mark in marks) / len(marks) for name in ("correct", "tokens_right")}
 
 
 def _encode(tokenizer: Any, text: str) -> list[int]:

@@ -95,7 +95,7 @@ def dictionary_table(result: dict[str, Any]) -> str:
 
 
 def needles_table(result: dict[str, Any]) -> str:
-    """Needles as a table: one row a kind, one column a length, the plain model on the right."""
+    """Needles as a table: one row a kind; for each length with the memory and, where it can, with the whole text."""
     title = (
         f"needles, {result['model']} ({result['dtype']}), seed {result['seed']}: answers right / answer tokens right"
     )
@@ -104,17 +104,34 @@ def needles_table(result: dict[str, Any]) -> str:
     entries = result["results"]
     for entry in entries:
         table.add_column(f"{entry['length']:,} tokens", justify="right")
+        if entry["kinds"]["all"]["whole_text"]:
+            table.add_column("in one context", justify="right")
     table.add_column("without memory", justify="right")
     for kind in dict.fromkeys(kind for entry in entries for kind in entry["kinds"]):
-        found = [entry["kinds"].get(kind) for entry in entries]
+        found, cells = [entry["kinds"].get(kind) for entry in entries], []
+        for shares, entry in zip(found, entries, strict=True):
+            cells.append(shares)
+            if entry["kinds"]["all"]["whole_text"]:
+                cells.append(shares and shares["whole_text"])
         plain = [shares["without"] | {"questions": shares["questions"]} for shares in found if shares]
         total = sum(shares["questions"] for shares in plain)
         joint = {
             name: sum(shares[name] * shares["questions"] for shares in plain) / total
             for name in ("correct", "tokens_right")
         }
-        table.add_row(kind, *(_shares(shares) for shares in [*found, joint]))
+        table.add_row(kind, *(_shares(shares) for shares in [*cells, joint]))
     return _render(table) + _note(result)
+
+
+def layers_table(result: dict[str, Any]) -> str:
+    """The best sets of memory layers, one a row."""
+    table = Table(box=box.SIMPLE_HEAD, title=f"memory layers, {result['model']} ({result['dtype']})")
+    for column in ("memory layers", "loss of answers", "answer tokens right"):
+        table.add_column(column, justify="right")
+    for entry in result["results"]:
+        layers = ",".join(map(str, entry["layers"])) or "none"
+        table.add_row(layers, f"{entry['loss']:.2f}", f"{entry['tokens_right']:.0%}")
+    return _render(table)
 
 
 def perplexity_table(result: dict[str, Any]) -> str:
