@@ -93,13 +93,14 @@ class LocalCache(DynamicCache):
         count: int,
         memory: Memory,
         *,
+        skip: int = 0,
         document: str | None = None,
         spans: Sequence[tuple[int, int]] | None = None,
     ) -> Tensor:
-        """Append the oldest ``count`` tokens of a row to a memory, with their source if it is known.
+        """Append the oldest ``count`` tokens of a row, but the first ``skip`` of them, to a memory.
 
         Returns:
-            their slots here, (count,) int64; the caller drops them with ``drop_slots``.
+            the slots here of all ``count``, (count,) int64; the caller drops them with ``drop_slots``.
         """
         assert self.token_ids is not None
         if self.recorder is not None:
@@ -107,11 +108,11 @@ class LocalCache(DynamicCache):
         slots = torch.arange(self.token_ids.shape[1], device=self.token_ids.device)
         if self.mask is not None:
             slots = slots[self.mask[row]]
-        slots = slots[:count]
+        oldest, slots = slots[:count], slots[skip:count]
         keys = {layer: self._take(self.unrotated[layer][row], slots) for layer in memory.layers}
         values = {layer: self._take(self.layers[layer].values[row], slots) for layer in memory.layers}
         memory.append(keys, values, self.token_ids[row, slots], document=document, spans=spans)
-        return slots
+        return oldest
 
     def drop_slots(self, dropped: Sequence[Tensor], inv_freq: Tensor, rotated_layers: Sequence[int]) -> None:
         """Forget slots whose content has moved, and count positions from what is left.

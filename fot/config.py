@@ -39,6 +39,9 @@ class MemoryConfig:
         isolated_windows: windows that go to the memory do not read it first, so that what is stored of a text does
             not depend on what was stored before it: texts can be stored in any order, added and dropped, and reading
             takes time linear in their length. Answers read the memory either way. False is the paper's way.
+        window_overlap: each window of a text that is ingested starts with so many tokens of the window before, which
+            are not stored again. So only a text's first tokens lack local context, at the price of reading
+            ``window_overlap`` in ``local_context`` tokens twice. 0 is LongLLaMA's way.
         align_padding: windows of a padded batch start at each row's first token (``row``: a row gives what it gives
             alone) or at the batch's first column (``batch``: LongLLaMA's ``forward``). ``generate`` always uses
             ``row``.
@@ -56,6 +59,7 @@ class MemoryConfig:
     top_k: int | None = None
     memory_device: str | None = None
     isolated_windows: bool = False
+    window_overlap: int = 0
     align_padding: str = "row"
 
     def __post_init__(self) -> None:
@@ -70,8 +74,10 @@ class MemoryConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1")
-        if self.overflow_keep is not None and self.overflow_keep < 0:
-            raise ValueError(f"overflow_keep is {self.overflow_keep}; it must be at least 0")
+        for name in ("overflow_keep", "window_overlap"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise ValueError(f"{name} is {value}; it must be at least 0")
         for name in ("key_dtype", "value_dtype"):
             dtype = getattr(self, name)
             if dtype is not None and dtype not in VECTOR_DTYPES:
@@ -103,6 +109,11 @@ class MemoryConfig:
             raise ValueError(
                 f"last_context_length is {self.last_context_length}, longer than the window of {window} tokens; "
                 f"use at most {window}"
+            )
+        if self.window_overlap >= window:
+            raise ValueError(
+                f"window_overlap is {self.window_overlap}, but a window has {window} tokens, so that it would hold "
+                "nothing new: use less"
             )
         keep = window // 2 if self.overflow_keep is None else self.overflow_keep
         if keep >= window:

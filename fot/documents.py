@@ -147,12 +147,13 @@ def add_document(
         return 0
     memory.notes[name] = DocumentNote(digest, complete=False)
     bar = progress if progress is not None else tqdm(disable=True)
-    pieces = _rest(text_pieces(io.StringIO(text, newline=""), len(text.encode()), model.tokenizer), stored)
+    context = min(stored, model.memory_config.window_overlap)  # read once more, not stored again
+    pieces = _rest(text_pieces(io.StringIO(text, newline=""), len(text.encode()), model.tokenizer), stored - context)
     first, read = next(pieces, None), 0
     try:
         if first is not None:  # otherwise it was killed just before it could be called complete
-            rest = _estimating(chain([first], pieces), bar, stored, len(text), characters_after)
-            read = ingest_pieces(model, _flushing(rest, memory), memory, name, bar)
+            rest = _estimating(chain([first], pieces), bar, stored - context, len(text), characters_after)
+            read = ingest_pieces(model, _flushing(rest, memory), memory, name, bar, stored=context)
     except OSError:
         raise
     except BaseException:

@@ -18,7 +18,6 @@ from fot.windows import Inputs, store_isolated, store_window
 from memory import Memory
 
 Span = tuple[int, int]
-Window = tuple[list[int], list[Span] | None, float | None]  # ids, their characters, share of the source read by then
 
 # Windows that read no memory go through the layers together, about this many tokens at once.
 ISOLATED_TOKENS = 4096
@@ -39,6 +38,23 @@ class Piece:
     """
 
     ids: list[int]
+    spans: list[Span] | None
+    done: float | None
+
+
+@dataclass
+class Window:
+    """A window of a source.
+
+    Attributes:
+        ids: token ids.
+        skip: how many of them, from the first, the memory holds already.
+        spans: the characters of the others in the source; None for a source that is not text.
+        done: share of the source read with this window, 0..1; None if the source has no known length.
+    """
+
+    ids: list[int]
+    skip: int
     spans: list[Span] | None
     done: float | None
 
@@ -91,30 +107,47 @@ def ingest(
 
 @torch.no_grad()
 def ingest_pieces(
-    model: Any, pieces: Iterator[Piece], memory: Memory, source: str | None, progress: bool | tqdm | None
+    model: Any,
+    pieces: Iterator[Piece],
+    memory: Memory,
+    source: str | None,
+    progress: bool | tqdm | None,
+    *,
+    stored: int = 0,
 ) -> int:
-    """What ``ingest`` does, of a source in pieces. Whenever a piece is asked for, whole windows are stored."""
+    """What ``ingest`` does, of a source in pieces. Whenever a piece is asked for, whole windows are stored.
+
+    Args:
+        stored: first tokens of the pieces that the memory holds already, given for their local context alone.
+    """
     model.check_memory(memory)
     config, count = model.memory_config, 0
     at_once = max(1, ISOLATED_TOKENS // config.window) if config.isolated_windows else 1
     with _bar(source or "ingest", progress) as bar:
-        for group in _groups(_windows(pieces, config.window), at_once):
-            ids = torch.tensor([window[0] for window in group], dtype=torch.int64)
-            model.check_ids(ids)
-            positions = torch.arange(ids.shape[1], device=model.device).expand_as(ids)
-            inputs, spans = Inputs(ids.to(model.device), None, None, positions), [window[1] for window in group]
-            if config.isolated_windows:
-                store_isolated(model, inputs, memory, document=source, spans=spans)
-            else:
-                store_window(model, inputs, Row([], memory), hidden_states=False, document=source, spans=spans[0])
-            count += ids.numel()
-            done = group[-1][2]
+        for group in _groups(_windows(pieces, config.window, config.window_overlap, stored), at_once):
+            _store(model, group, memory, source)
+            new = sum(len(window.ids) - window.skip for window in group)
+            count += new
+            done = group[-1].done
             if done and bar is not progress:
                 bar.total = max(count, round(count / done))
-            bar.update(ids.numel())
-    if count == 0:
+            bar.update(new)
+    if count == stored == 0:
         raise ValueError(f"{source or 'the input'} has no tokens; nothing was stored")
     return count
+
+
+def _store(model: Any, group: list[Window], memory: Memory, source: str | None) -> None:
+    ids = torch.tensor([window.ids for window in group], dtype=torch.int64)
+    model.check_ids(ids)
+    positions = torch.arange(ids.shape[1], device=model.device).expand_as(ids)
+    inputs = Inputs(ids.to(model.device), None, None, positions)
+    skips, spans = [window.skip for window in group], [window.spans for window in group]
+    if model.memory_config.isolated_windows:
+        store_isolated(model, inputs, memory, skips=skips, document=source, spans=spans)
+    else:
+        row = Row([], memory)
+        store_window(model, inputs, row, hidden_states=False, skip=skips[0], document=source, spans=spans[0])
 
 
 def _bar(name: str, progress: bool | tqdm | None) -> AbstractContextManager[tqdm]:
@@ -128,7 +161,7 @@ def _groups(windows: Iterator[Window], size: int) -> Iterator[list[Window]]:
     """Up to ``size`` windows of equal length together."""
     group: list[Window] = []
     for window in windows:
-        if group and len(window[0]) != len(group[0][0]):
+        if group and len(window.ids) != len(group[0].ids):
             yield group
             group = []
         group.append(window)
@@ -139,7 +172,11 @@ def _groups(windows: Iterator[Window], size: int) -> Iterator[list[Window]]:
         yield group
 
 
-def _windows(pieces: Iterator[Piece], window: int) -> Iterator[Window]:
+def _windows(pieces: Iterator[Piece], window: int, overlap: int, skip: int) -> Iterator[Window]:
+    """Windows of ``window`` tokens that begin with the last ``overlap`` tokens of the one before.
+
+    The first ``skip`` tokens of the pieces are stored already.
+    """
     ids: list[int] = []
     spans: list[Span] = []
     done: float | None = None
@@ -151,11 +188,11 @@ def _windows(pieces: Iterator[Piece], window: int) -> Iterator[Window]:
         while len(ids) - start >= window:
             stop = start + window
             share = None if done is None else done * stop / len(ids) if stop < len(ids) else done
-            yield ids[start:stop], spans[start:stop] or None, share
-            start = stop
+            yield Window(ids[start:stop], skip, spans[start + skip : stop] or None, share)
+            start, skip = stop - overlap, overlap
         ids, spans = ids[start:], spans[start:]
-    if ids:
-        yield ids, spans or None, done
+    if len(ids) > skip:
+        yield Window(ids, skip, spans[skip:] or None, done)
 
 
 def id_pieces(model: Any, ids: Tensor | Iterable[int]) -> Iterator[Piece]:

@@ -167,6 +167,7 @@ def store_window(
     row: Row,
     *,
     hidden_states: bool,
+    skip: int = 0,
     document: str | None = None,
     spans: Sequence[tuple[int, int]] | None = None,
 ) -> Tensor | None:
@@ -180,19 +181,20 @@ def store_window(
         row: what is read, and what is written to.
         hidden_states: run all layers and return their last hidden states (1, T, hidden_size). Otherwise nothing
             above the keys and values of the last memory layer is computed.
+        skip: first tokens that are stored already.
         document: name of the text, for the memory.
-        spans: the characters of each token in it.
+        spans: the characters in it of each token that is stored.
     """
     config, hidden = model.memory_config, None
     local = LocalCache([row.memories])
     if hidden_states:
         hidden = run_window(model, inputs, local, {}).last_hidden_state
     if config.isolated_windows:
-        store_isolated(model, inputs, row.own, document=document, spans=[spans])
+        store_isolated(model, inputs, row.own, skips=[skip], document=document, spans=[spans])
     elif config.layers:
         if hidden is None:
             fill_window(model, inputs, local)
-        local.move(0, inputs.length, row.own, document=document, spans=spans)
+        local.move(0, inputs.length, row.own, skip=skip, document=document, spans=spans)
     return hidden
 
 
@@ -201,6 +203,7 @@ def store_isolated(
     inputs: Inputs,
     memory: Memory,
     *,
+    skips: Sequence[int],
     document: str | None = None,
     spans: Sequence[Sequence[tuple[int, int]] | None],
 ) -> None:
@@ -210,15 +213,16 @@ def store_isolated(
         model: a ``FoTForCausalLM``.
         inputs: a window a row, in the order of the text, no padding.
         memory: what is written to.
+        skips: for each window, first tokens that are stored already.
         document: name of the text.
-        spans: for each window, the characters of each token in the text; None where they are not known.
+        spans: for each window, the characters in the text of each token that is stored; None where they are not known.
     """
     if not model.memory_config.layers:
         return
     local = LocalCache([[]] * inputs.batch_size)
     fill_window(model, inputs, local)
-    for row, characters in enumerate(spans):
-        local.move(row, inputs.length, memory, document=document, spans=characters)
+    for row, (skip, characters) in enumerate(zip(skips, spans, strict=True)):
+        local.move(row, inputs.length, memory, skip=skip, document=document, spans=characters)
 
 
 def fill_window(model: Any, inputs: Inputs, local: LocalCache) -> None:

@@ -1,5 +1,6 @@
 """Files as documents: what is found, what is read of it, and reading that was interrupted."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -182,9 +183,13 @@ def test_flushing_on_the_way_changes_nothing(model: Any, tmp_path: Path) -> None
 
 
 @pytest.mark.usefixtures("small_pieces")
+@pytest.mark.parametrize("overlap", [0, 5])
 @pytest.mark.parametrize("stop", [1, 7, 23, 10_000])
-def test_interrupted_documents_go_on(model: Any, stop: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_documents_go_on(
+    model: Any, stop: int, overlap: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Interrupted (stop windows on), or killed before the last note was written, as a rerun of ``append`` meets it."""
+    fot.attach_memory(model, replace(model.memory_config, window_overlap=overlap))
     wanted = model.new_memory()
     model.ingest(TEXT, wanted, source="a")
     left, append = [stop], Memory.append
@@ -206,7 +211,7 @@ def test_interrupted_documents_go_on(model: Any, stop: int, tmp_path: Path, monk
             memory.flush()
     monkeypatch.undo()
     part = Memory.open(tmp_path / "m")
-    assert len(part) == min(stop * WINDOW, len(wanted))
+    assert len(part) == min(overlap + stop * (WINDOW - overlap), len(wanted))
     assert not part.notes["a"].complete
     with Memory.open(tmp_path / "m", "a") as memory:
         assert add_document(model, memory, "a", TEXT) == len(wanted) - len(part)

@@ -212,3 +212,46 @@ def test_a_prompt_reads_the_memory_though_its_stored_windows_are_isolated(make_m
     with_memory = model(ids, memory=memory).logits
     without = model(ids).logits
     assert (with_memory - without).abs().amax(-1).min() > 1e-4  # stored windows included: their logits read it
+
+
+@pytest.mark.parametrize("isolated", [False, True])
+@pytest.mark.parametrize("length", [WINDOW // 2, WINDOW, WINDOW + 1, 3 * WINDOW, 5 * WINDOW + 3])
+def test_overlapping_windows_store_each_token_once(make_model: ModelMaker, isolated: bool, length: int) -> None:
+    overlap = 5
+    model = make_model(isolated_windows=isolated, window_overlap=overlap)
+    ids = torch.randint(3, 300, (length,), generator=torch.Generator().manual_seed(1))
+    memory = model.new_memory()
+    assert model.ingest(ids, memory) == length
+    assert memory.token_ids().tolist() == ids.tolist()
+    if isolated:  # each token's keys are those it has in its window, the overlap being local context alone
+        plain = make_model(isolated_windows=True)
+        for number, start in enumerate(range(0, length, WINDOW - overlap)):
+            window = ids[start : start + WINDOW]
+            one, skip = plain.new_memory(), overlap if number else 0
+            plain.ingest(window, one)
+            for layer in memory.layers:
+                mine = memory[layer].keys()[:, start + skip : start + len(window)]
+                torch.testing.assert_close(mine, one[layer].keys()[:, skip:], atol=1e-5, rtol=1e-4)
+
+
+def test_overlap_gives_window_starts_their_context(make_model: ModelMaker) -> None:
+    """Keys at a window's start depend on the tokens before it, as they do not without an overlap."""
+    for overlap, depends in ((0, False), (6, True)):
+        model = make_model(isolated_windows=True, window_overlap=overlap)
+        ids = torch.arange(3, 3 + 2 * WINDOW)
+        changed = ids.clone()
+        stored = WINDOW  # the first token that the second window adds
+        changed[stored - 1] = 250
+        keys = []
+        for tokens in (ids, changed):
+            memory = model.new_memory()
+            model.ingest(tokens, memory)
+            keys.append(memory[3].keys()[:, stored])
+        assert torch.equal(*keys) is not depends
+
+
+def test_overlap_must_leave_room(make_model: ModelMaker) -> None:
+    with pytest.raises(ValueError, match="window_overlap is 16"):
+        make_model(window_overlap=WINDOW)
+    with pytest.raises(ValueError, match="window_overlap is -1"):
+        make_model(window_overlap=-1)
