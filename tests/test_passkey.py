@@ -87,8 +87,31 @@ def test_every_token_is_read_once(
     for entry in found["results"]:
         assert entry["length"] in (400, 500)
         for trial in entry["trials"]:
-            assert trial["ingest_tokens"] == entry["length"] - 8
             assert {"depth", "key", "answer", "correct"} <= set(trial)
+        assert entry["trials"][0]["ingest_tokens"] == entry["length"] - 8
+        assert entry["trials"][-1]["ingest_tokens"] < entry["length"] - 8  # the beginning is there already
+
+
+@pytest.mark.parametrize("settings", [{}, {"isolated_windows": True}, {"isolated_windows": True, "window_overlap": 5}])
+def test_shared_beginnings_change_nothing(
+    make_model: ModelMaker, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch, settings: Any
+) -> None:
+    model = make_model(**settings)
+    model.tokenizer = tokenizer
+    memories: list[Any] = []
+    monkeypatch.setattr(passkey, "_answer", lambda model, ids, memory: memories.append(memory) or "")
+    prompts = sorted(passkey.make_prompts(tokenizer, 600, 4, seed=3), key=lambda prompt: prompt.common)
+    beginning = passkey.Beginning(model.new_memory())
+    for prompt in prompts:
+        shared = passkey.answer_from_memory(model, prompt, beginning=beginning)
+        alone = passkey.answer_from_memory(model, prompt)
+        assert shared.ingest_tokens <= alone.ingest_tokens == 600 - 8
+        one, other = memories[-2:]
+        assert one.token_ids().tolist() == other.token_ids().tolist() == prompt.ids[: 600 - 8]
+        for layer in one.layers:
+            torch.testing.assert_close(one[layer].keys(), other[layer].keys(), atol=1e-4, rtol=1e-4)
+    assert shared.ingest_tokens < alone.ingest_tokens
+    assert 0 < beginning.tokens <= prompts[-1].common
 
 
 def test_run_on_a_real_if_tiny_model(model: Any) -> None:

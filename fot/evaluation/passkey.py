@@ -4,6 +4,7 @@ Wording after Mohtashami and Jaggi, *Landmark Attention* (arXiv 2305.16300), as 
 are exact in tokens; key and depth are drawn from the seed.
 """
 
+import functools
 import random
 import re
 import time
@@ -15,7 +16,9 @@ import torch
 
 from fot.evaluation.answers import greedy_answer
 from fot.evaluation.machine import peak_rss_bytes
+from fot.ingest import id_pieces, ingest_pieces
 from fot.model import FoTForCausalLM, attach_memory, detach_memory
+from memory import Memory
 
 TASK = (
     "There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. "
@@ -37,11 +40,13 @@ class Prompt:
         ids: exactly as many token ids as were asked for.
         key: the hidden number.
         depth: share of the filler that lies before it, 0..1.
+        common: first ids that all prompts of this length have in common: those before the number.
     """
 
     ids: list[int]
     key: int
     depth: float
+    common: int = 0
 
 
 @dataclass(frozen=True)
@@ -55,7 +60,8 @@ class Trial:
         answer: what the model wrote.
         correct: whether the answer is the key, and not the start of a longer number.
         seconds: from the prompt to the last answered token.
-        ingest_tokens: tokens read into the memory.
+        ingest_tokens: tokens read into the memory for this prompt; what it has in common with one before is not
+            read again.
         ingest_seconds: time that took.
         memory_bytes: size of the memory.
     """
@@ -93,7 +99,7 @@ def make_prompt(tokenizer: Any, length: int, rng: random.Random) -> Prompt:
     filler = (unit * (room // len(unit) + 1))[:room]
     before = rng.randint(0, room)
     ids = head + filler[:before] + needle + filler[: room - before] + question
-    return Prompt(ids, key, before / room if room else 0.0)
+    return Prompt(ids, key, before / room if room else 0.0, common=len(head) + before)
 
 
 def make_prompts(tokenizer: Any, length: int, trials: int, seed: int) -> list[Prompt]:
@@ -102,24 +108,58 @@ def make_prompts(tokenizer: Any, length: int, trials: int, seed: int) -> list[Pr
     return [make_prompt(tokenizer, length, rng) for _ in range(trials)]
 
 
+@dataclass
+class Beginning:
+    """What prompts of one length have in common, read once: whole windows of it, as far as one has needed them."""
+
+    memory: Memory
+    tokens: int = 0
+
+
 @torch.no_grad()
-def answer_from_memory(model: Any, prompt: Prompt, progress: Any = False) -> Trial:
-    """Read all but the last window into a memory, then answer from it."""
+def answer_from_memory(model: Any, prompt: Prompt, progress: Any = False, beginning: Beginning | None = None) -> Trial:
+    """Read all but the last window into a memory, then answer from it.
+
+    Args:
+        model: with ``tokenizer``.
+        prompt: what to read and answer.
+        progress: a tqdm bar that is moved by each token read, or False.
+        beginning: of prompts whose common part ended no later; goes as far as this one's, then. The memory is the same
+            as without: what it held before a text tells nothing of what comes.
+    """
     start = time.perf_counter()
-    memory = model.new_memory()
     stored = len(prompt.ids) - model.memory_config.local_length(len(prompt.ids))
-    if stored:
-        model.ingest(prompt.ids[:stored], memory, progress=progress)
+    memory, done, read = model.new_memory(), 0, 0
+    if beginning is not None:
+        window, new = model.memory_config.window, model.memory_config.window - model.memory_config.window_overlap
+        common = min(prompt.common, stored)
+        read = beginning.tokens
+        beginning.tokens = max(read, window + (common - window) // new * new if common >= window else 0)
+        _read(model, prompt.ids[: beginning.tokens], beginning.memory, read, progress)
+        memory, done = beginning.memory.clone(), beginning.tokens
+    _read(model, prompt.ids[:stored], memory, done, progress)
     ingested = time.perf_counter()
     answer = _answer(model, prompt.ids[stored:], memory=memory)
     return _trial(
         prompt,
         answer,
         time.perf_counter() - start,
-        ingest_tokens=stored,
+        ingest_tokens=stored - read,
         ingest_seconds=ingested - start,
         memory_bytes=sum(memory.nbytes().values()),
     )
+
+
+def _read(model: Any, ids: list[int], memory: Memory, done: int, progress: Any) -> None:
+    """Go on reading into a memory that holds the first ``done`` tokens, whole windows."""
+    context = min(done, model.memory_config.window_overlap)
+    if len(ids) > done:
+        ingest_pieces(model, id_pieces(model, ids[done - context :]), memory, None, progress, stored=context)
+
+
+def _remembering(model: Any, progress: Any) -> Callable[[Prompt], Trial]:
+    beginning = Beginning(model.new_memory())
+    return lambda prompt: answer_from_memory(model, prompt, progress, beginning)
 
 
 @torch.no_grad()
@@ -162,9 +202,10 @@ def run(
     peaks: dict[str, dict[int, int]] = {"results": {}, "baseline": {}}
     interrupted = False
 
-    def go_through(part: str, answer: Callable[[Prompt], Trial]) -> None:
+    def go_through(part: str, new_length: Callable[[], Callable[[Prompt], Trial]]) -> None:
         for length in lengths:
-            for prompt in prompts[length]:
+            answer = new_length()
+            for prompt in sorted(prompts[length], key=lambda prompt: prompt.common):
                 trial = answer(prompt)
                 done[part].append(trial)
                 peaks[part][length] = peak_rss_bytes()
@@ -176,10 +217,10 @@ def run(
     try:
         if with_memory:
             bar = False if progress is None else progress
-            go_through("results", lambda prompt: answer_from_memory(model, prompt, bar))
+            go_through("results", lambda: _remembering(model, bar))
         if baseline:
             plain = detach_memory(model)
-            go_through("baseline", lambda prompt: answer_plainly(plain, prompt))
+            go_through("baseline", lambda: functools.partial(answer_plainly, plain))
     except KeyboardInterrupt:
         interrupted = True
     finally:
