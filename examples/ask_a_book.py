@@ -3,7 +3,7 @@
     python examples/ask_a_book.py emma.txt "Who is the vicar of Highbury?" "Who lives at Hartfield?"
 
 The memory is kept in emma.memory: the second run opens it and answers at once, and ``fot ask``, ``fot chat`` and
-``fot inspect`` take it, too. Interrupted, reading goes on next time where it was. For books to ask, see fetch_novels.py.
+``fot inspect`` take it, too. Interrupted, reading goes on next time where it was. fetch_novels.py has some books.
 """
 
 import argparse

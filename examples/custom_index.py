@@ -42,9 +42,7 @@ class HeavyBlocks:
         best = (queries @ self.means.mT).topk(min(self.num_blocks, self.means.shape[1])).indices  # (G, T, blocks)
         inside = torch.arange(BLOCK, device=best.device)
         newest = torch.arange(self.means.shape[1] * BLOCK, len(self.keys), device=best.device)
-        slots = torch.cat(
-            [(best.unsqueeze(-1) * BLOCK + inside).flatten(2), newest.expand(*best.shape[:2], -1)], dim=2
-        )
+        slots = torch.cat([(best.unsqueeze(-1) * BLOCK + inside).flatten(2), newest.expand(*best.shape[:2], -1)], dim=2)
         scores = torch.einsum("gtd,gtnd->gtn", queries, self.keys.gather(slots, torch.float32))
         scores, order = scores.topk(min(k, slots.shape[2]))
         missing = (0, k - order.shape[2])

@@ -246,6 +246,8 @@ def _prompt_ids(model: Any, prompt: str | Tensor, chat: bool) -> Tensor:
     if model.tokenizer is None:
         raise ValueError("a prompt of text needs model.tokenizer: load the model with FoTForCausalLM.from_pretrained")
     if chat:
+        if not getattr(model.tokenizer, "chat_template", None):
+            raise ValueError("this model's tokenizer has no chat template: leave chat (--chat) out")
         message = [{"role": "user", "content": prompt}]
         text = model.tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
         return model.tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids

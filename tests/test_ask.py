@@ -132,7 +132,7 @@ def test_ask_command(folder: Path, capsys: pytest.CaptureFixture) -> None:
 
 def test_chat_command(folder: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
-    turns: Iterator[str] = iter(["Who is it?", "", "Where?"])
+    turns: Iterator[str] = iter(["Who is it?", "", "x" * 100, "Where?"])
 
     def typed(prompt: str) -> str:
         try:
@@ -142,8 +142,35 @@ def test_chat_command(folder: Path, capsys: pytest.CaptureFixture, monkeypatch: 
 
     monkeypatch.setattr(builtins, "input", typed)
     assert main(["chat", str(folder), *OPTIONS]) == 0
-    assert capsys.readouterr().out.count("text.txt") >= 2
+    shown = capsys.readouterr()
+    assert shown.out.count("text.txt") >= 2
+    assert shown.err.count("first token after") == 2
+    assert "more than the window of 64" in shown.err
     assert {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
+
+
+def test_texts_and_names_are_shown_as_they_are(
+    model: Any, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """Brackets are no markup, and what would steer the terminal does not reach it."""
+    odd = model.new_memory()
+    model.ingest("if a[/b]: [red]c\x1b[31m", odd, "[bold]odd\x1b\udcff.txt")
+    odd.metadata = {"model": str(tmp_path / "model"), "memory": model.memory_config.to_dict()}
+    odd.save(tmp_path / "odd")
+    for command in (["ask", str(tmp_path / "odd"), "Who?", *OPTIONS], ["memory", "info", str(tmp_path / "odd")]):
+        assert main(command) == 0
+        shown = capsys.readouterr().out
+        assert "[bold]odd\ufffd\ufffd.txt" in shown
+        assert "\x1b" not in shown
+        assert command[0] != "ask" or "a[/b]: [red]c\ufffd[31m" in shown
+
+
+def test_an_empty_memory(model: Any, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    empty = model.new_memory()
+    empty.metadata = {"model": str(tmp_path / "model"), "memory": model.memory_config.to_dict()}
+    empty.save(tmp_path / "empty")
+    assert main(["ask", str(tmp_path / "empty"), "Who?", *OPTIONS]) == 0
+    assert "nothing in memory" in capsys.readouterr().out
 
 
 def test_command_errors(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

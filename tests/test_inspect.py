@@ -78,7 +78,7 @@ def test_options_choose_what_is_shown(inspect: Callable[..., int], capsys: pytes
         (["--layer", "2"], "layer 2 is not among those traced: choose one of 1, 3"),
         (["--head", "9"], "head 9 is not among those traced"),
         (["--html", "/nowhere/out.html"], "/nowhere is not a folder"),
-        (["--chat"], "chat"),
+        (["--chat"], "this model's tokenizer has no chat template"),
     ],
 )
 def test_bad_input(
@@ -108,6 +108,16 @@ def test_table_shows_the_strongest_hits() -> None:
     query = int(np.flatnonzero(trace.found.chose)[0])
     best = trace.found.share[query].max()
     assert f"{best:.1%}" in next(line for line in shown.splitlines() if "Mr" in line)
+
+
+def test_table_fits_a_narrow_terminal() -> None:
+    """Numbers and positions stand whole in 80 columns."""
+    trace = demo_trace(200_000)
+    console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(hits_table(trace, top=2))
+    hits = re.findall(r"\d+\.\d% +\d\.\d\d +\d+\.\d% +\d+\.\d +\w+\.txt, ([\d,]+) *\n", console.export_text())
+    assert len(hits) == 2 * sum(token.is_generated for token in trace.tokens)
+    assert {int(hit.replace(",", "")) for hit in hits} <= set(trace.found.slot.flatten().tolist())
 
 
 @pytest.mark.parametrize("text", ["plain words", "zwölf Boxkämpfer 🦊🦊", "line\nline", " two  spaces ", ""])

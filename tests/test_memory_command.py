@@ -1,6 +1,7 @@
 """``fot memory``, as a user runs it."""
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,23 @@ def test_ctrl_c_leaves_a_memory_that_append_continues(
     part, whole = Memory.open(place / "m"), Memory.open(place / "whole")
     assert part.token_ids().tolist() == whole.token_ids().tolist()
     assert part.documents() == whole.documents()
+
+
+def test_ctrl_c_says_what_goes_on_with_the_same_files(
+    place: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def interrupting(self: Memory, *args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    (place / "code").rename(place / "my code")
+    arguments = ["memory", "build", "m m", "my code", "--include", "*.py", "*.md", "--exclude", "b*"]
+    monkeypatch.setattr(Memory, "append", interrupting)
+    assert main([*arguments, "--model", str(checkpoint), *OPTIONS]) == 130
+    command = capsys.readouterr().err.split("go on with: fot ")[1].splitlines()[0]
+    monkeypatch.undo()
+    monkeypatch.chdir(place)
+    assert main([*shlex.split(command), "--dtype", "float32"]) == 0
+    assert list(Memory.open(place / "m m").documents()) == ["my code/a.py"]
 
 
 def test_drop_compact_verify(built: Path, capsys: pytest.CaptureFixture) -> None:

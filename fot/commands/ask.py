@@ -58,19 +58,25 @@ def _chat(args: argparse.Namespace) -> int:
         except EOFError:
             print()
             return 0
-        if text.strip():
+        if not text.strip():
+            continue
+        try:
             _turn(args, conversation, text)
+        except ValueError as error:  # too long a turn, for instance: the conversation is as it was before
+            print(f"fot: {error}", file=sys.stderr)
 
 
 def _turn(args: argparse.Namespace, conversation: Any, text: str) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from fot.inspection.texts import printable
+
     answer = conversation.say(
         text,
         max_new_tokens=args.max_new_tokens,
         num_passages=args.passages,
-        on_text=lambda part: print(part, end="", flush=True),
+        on_text=lambda part: print(printable(part), end="", flush=True),
     )
     print("\n")
     table = Table(box=None, header_style="bold", pad_edge=False)
@@ -79,8 +85,9 @@ def _turn(args: argparse.Namespace, conversation: Any, text: str) -> None:
     table.add_column("position", justify="right")
     table.add_column("passage", ratio=1)
     for passage in answer.passages:
-        table.add_row(f"{passage.share:.1%}", passage.document, f"{passage.start:,}", passage.text)
-    Console(highlight=False, soft_wrap=False).print(table)
+        table.add_row(f"{passage.share:.1%}", printable(passage.document), f"{passage.start:,}", passage.text)
+    # Texts and names may hold what rich takes for markup.
+    Console(highlight=False, soft_wrap=False).print(table if answer.passages else "nothing in memory", markup=False)
     rest = answer.answer_tokens - 1
     rate = f", then {rest / (answer.seconds - answer.first_token_seconds):.1f} tokens a second" if rest > 0 else ""
     print(

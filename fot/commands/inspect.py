@@ -40,16 +40,18 @@ def _inspect(args: argparse.Namespace) -> int:
     from fot.inspection.page import write_page
     from fot.inspection.plot import position_plot
     from fot.inspection.table import hits_table
+    from fot.inspection.texts import printable
     from fot.trace import trace
 
     kept = max(args.top, KEPT_HITS)
     trace_ = trace(model, args.prompt, memory, max_new_tokens=args.max_new_tokens, top=kept, chat=args.chat)
     table = hits_table(trace_, layer=args.layer, head=args.head, top=args.top, prompt=args.prompt_tokens)
     console = Console(highlight=False)
-    console.print(trace_.text.strip(), markup=False)
+    console.print(printable(trace_.text.strip()), markup=False)
     console.print(table)
     for passage in trace_.passages(5):
-        console.print(f"{passage.share:6.1%}  {passage.document} {passage.start:,}: {passage.text}", markup=False)
+        name = printable(passage.document)
+        console.print(f"{passage.share:6.1%}  {name} {passage.start:,}: {passage.text}", markup=False)
     if args.html:
         write_page(args.html, trace_, title=args.prompt, model=args.model)
     if args.json:

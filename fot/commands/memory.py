@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -103,13 +104,20 @@ def _read(args: argparse.Namespace, model: Any, memory: Any, found: Any) -> int:
         print(f"{read:,} tokens read" + (f"; {same:,} documents were there already" if same else ""))
     except KeyboardInterrupt:
         memory.flush()
-        print(f"interrupted; go on with: fot memory append {args.memory} {' '.join(map(str, args.files))}",
-              file=sys.stderr)  # fmt: skip
+        print(f"interrupted; go on with: {_to_go_on(args)}", file=sys.stderr)
         status = 130
     print(f"{args.memory}: {len(memory.documents()):,} documents, {memory.describe()}")
     if found.left_out:
         print(f"left out: {describe_left_out(found)}")
     return status
+
+
+def _to_go_on(args: argparse.Namespace) -> str:
+    """The command that reads the rest of what was asked for."""
+    parts = ["fot", "memory", "append", args.memory, *args.files]
+    for option, globs in (("--include", args.include), ("--exclude", args.exclude)):
+        parts += [option, *globs] if globs else []
+    return shlex.join(map(str, parts))
 
 
 def _info(args: argparse.Namespace) -> int:
@@ -194,6 +202,8 @@ def _print(described: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from fot.inspection.texts import printable
+
     table = Table(box=box.SIMPLE_HEAD, show_header=False)
     rows = {
         "tokens": f"{described['tokens']:,}",
@@ -212,7 +222,9 @@ def _print(described: dict[str, Any]) -> None:
     documents.add_column("document", overflow="fold")
     documents.add_column("tokens", justify="right")
     for document in described["documents"]:
-        documents.add_row(document["name"], f"{document['tokens']:,}" + ("" if document["complete"] else ", not all"))
+        documents.add_row(
+            printable(document["name"]), f"{document['tokens']:,}" + ("" if document["complete"] else ", not all")
+        )
     console = Console()
-    console.print(table)
+    console.print(table, markup=False)
     console.print(documents, markup=False)

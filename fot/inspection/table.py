@@ -10,7 +10,7 @@ from rich.text import Text
 
 from fot.inspection.passages import make_passage
 from fot.inspection.result import Trace
-from fot.inspection.texts import one_line
+from fot.inspection.texts import one_line, printable
 
 # Tokens shown on either side of a hit.
 CONTEXT = 4
@@ -42,14 +42,14 @@ def hits_table(
         ValueError: a layer or head that the trace does not have.
     """
     layers, heads = _chosen("layer", layer, trace.layers), _chosen("head", head, range(trace.found.local.shape[2]))
-    table = Table(box=box.SIMPLE_HEAD, title_justify="left")
+    # No padding beside the box's own spaces, and no column cut short: it must fit 80 characters.
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=0)
     table.add_column("token", overflow="fold", min_width=8)
-    table.add_column("on memory", justify="right")
+    table.add_column("on\nmemory", justify="right", no_wrap=True)
     table.add_column("retrieved, in its context", overflow="fold", ratio=1)
-    for name in ("kNN", "focus", "attention", "layer.head"):
-        table.add_column(name, justify="right")
-    table.add_column("document", overflow="fold", min_width=10)
-    table.add_column("position", justify="right")
+    for name in ("kNN", "focus", "attention", "layer.\nhead"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("document, position", overflow="fold", min_width=10)
     for query, position in enumerate(trace.found.positions.tolist()):
         chooses = position + 1 < len(trace.tokens) and trace.tokens[position + 1].is_generated
         if chooses:
@@ -107,7 +107,6 @@ def _add_rows(table: Table, trace: Trace, query: int, verb: str, place: int, row
             f"{found.focus_score[at]:.2f}",
             f"{found.share[at]:.1%}",
             f"{trace.layers[row.layer]}.{row.head}",
-            Text(passage.document),
-            f"{slot:,}",
+            Text(f"{printable(passage.document)}, {slot:,}"),
             end_section=number == len(rows) - 1,
         )

@@ -3,6 +3,11 @@
 from collections.abc import Sequence
 from typing import Any
 
+# What commands a terminal, such as the escape character, and surrogates, which no terminal can show.
+UNPRINTABLE = {
+    code: "\ufffd" for code in (*range(32), *range(127, 160), *range(0xD800, 0xE000)) if not chr(code).isspace()
+}
+
 
 def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
     """The text of each token, such that together they are the text of all.
@@ -28,8 +33,13 @@ def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
 
 
 def one_line(text: str) -> str:
-    """The same on one line: each run of white space becomes a space."""
-    return " ".join(text.split())
+    """The same on one line, printable: each run of white space becomes a space."""
+    return " ".join(printable(text).split())
+
+
+def printable(text: str) -> str:
+    """The same as it may go to a terminal: a text or a file name of others must not steer it."""
+    return text.translate(UNPRINTABLE)
 
 
 def _decode(tokenizer: Any, ids: Sequence[int]) -> str:
