@@ -89,7 +89,13 @@ class Conversation:
 
     @torch.no_grad()
     def say(
-        self, text: str, *, max_new_tokens: int = 128, num_passages: int = 5, on_text: OnText | None = None
+        self,
+        text: str,
+        *,
+        max_new_tokens: int = 128,
+        num_passages: int = 5,
+        on_text: OnText | None = None,
+        stop: Callable[[], bool] = lambda: False,
     ) -> Answer:
         """The model's answer to the next turn.
 
@@ -98,6 +104,7 @@ class Conversation:
             max_new_tokens: longest answer.
             num_passages: passages listed.
             on_text: called with each piece of the answer as it comes.
+            stop: asked after each token whether the answer should end there; the conversation can go on.
 
         Raises:
             ValueError: an empty turn, or one that is longer than the window.
@@ -114,6 +121,7 @@ class Conversation:
                 max_new_tokens=max_new_tokens,
                 do_sample=False,
                 streamer=streamer,
+                stopping_criteria=[lambda ids, scores, **_: torch.full(ids.shape[:1], stop(), device=ids.device)],
                 pad_token_id=self._end_tokens()[0],
                 eos_token_id=self._end_tokens(),
                 **({} if self._templated else {"stop_strings": [PLAIN_STOP], "tokenizer": self.model.tokenizer}),

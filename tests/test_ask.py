@@ -2,6 +2,7 @@
 
 import builtins
 import copy
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -179,3 +180,39 @@ def test_command_errors(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     assert "more than the window of 64" in capsys.readouterr().err
     assert ask_for(str(tmp_path / "nothing"), "Who?") == 2
     assert "nothing" in capsys.readouterr().err
+
+
+def test_a_stopped_answer_leaves_the_conversation_whole(model: Any, memory: Any, templated: bool) -> None:
+    pieces: list[str] = []
+    chat = Conversation(model, memory)
+    answer = chat.say("Who?", max_new_tokens=20, on_text=pieces.append, stop=lambda: len(chat.messages) == 0)
+    assert answer.answer_tokens == 1
+    again = Conversation(model, memory)
+    again.say("Who?", max_new_tokens=1)
+    one, other = (talk.say("So?", max_new_tokens=5) for talk in (chat, again))
+    assert one.text == other.text
+    assert chat._ids == again._ids
+
+
+def test_ctrl_c_ends_an_answer_and_not_the_chat(
+    folder: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    turns = iter(["Who is it?", "Where?"])
+    monkeypatch.setattr(builtins, "input", lambda prompt: next(turns, None) or exec("raise EOFError"))
+    said, say = [], Conversation.say
+
+    def interrupted(self: Conversation, text: str, **options: Any) -> Any:
+        if not said:
+            signal.raise_signal(signal.SIGINT)
+        said.append(say(self, text, **options))
+        return said[-1]
+
+    monkeypatch.setattr(Conversation, "say", interrupted)
+    assert main(["chat", str(folder), *OPTIONS]) == 0
+    assert said[0].answer_tokens == 1
+    assert len(said) == 2
+
+
+def test_other_windows_than_the_memorys(folder: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main(["ask", str(folder), "Who?", *OPTIONS, "--local-context", "32"]) == 2
+    assert "windows of 64 tokens: leave --local-context out" in capsys.readouterr().err

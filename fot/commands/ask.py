@@ -1,7 +1,10 @@
 """``fot ask`` and ``fot chat``."""
 
 import argparse
+import signal
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +54,7 @@ def _chat(args: argparse.Namespace) -> int:
 
     memory, model = open_memory(args)
     conversation = Conversation(model, memory, use_chat_template=False if args.plain else None)
-    print(f"{memory.describe()}\nAsk, or leave with Ctrl-D.", file=sys.stderr)
+    print(f"{memory.describe()}\nAsk, or leave with Ctrl-D. Ctrl-C ends an answer.", file=sys.stderr)
     while True:
         try:
             text = input("> ")
@@ -61,12 +64,24 @@ def _chat(args: argparse.Namespace) -> int:
         if not text.strip():
             continue
         try:
-            _turn(args, conversation, text)
+            with _interruptible() as interrupted:
+                _turn(args, conversation, text, stop=interrupted)
         except ValueError as error:  # too long a turn, for instance: the conversation is as it was before
             print(f"fot: {error}", file=sys.stderr)
 
 
-def _turn(args: argparse.Namespace, conversation: Any, text: str) -> None:
+@contextmanager
+def _interruptible() -> Iterator[Callable[[], bool]]:
+    """Within, Ctrl-C does nothing but make the function given return True."""
+    pressed: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: pressed.append(number))
+    try:
+        yield lambda: bool(pressed)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _turn(args: argparse.Namespace, conversation: Any, text: str, **options: Any) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -77,6 +92,7 @@ def _turn(args: argparse.Namespace, conversation: Any, text: str) -> None:
         max_new_tokens=args.max_new_tokens,
         num_passages=args.passages,
         on_text=lambda part: print(printable(part), end="", flush=True),
+        **options,
     )
     print("\n")
     table = Table(box=None, header_style="bold", pad_edge=False)

@@ -58,7 +58,9 @@ def open_memory(args: argparse.Namespace, mode: str = "r") -> tuple[Any, Any]:
         if args.model is None:
             raise ValueError(f"{args.memory} does not say which model made it: add --model")
         saved = memory.metadata.get("memory", {})
-        MemoryConfig.from_dict(saved)  # names a setting that this version does not know
+        window = MemoryConfig.from_dict(saved).local_context  # names a setting that this version does not know
+        if None not in (window, args.local_context) and window != args.local_context:
+            raise ValueError(f"{args.memory} was made with windows of {window} tokens: leave --local-context out")
         model = load(args, saved=saved)
         model.check_memory(memory)
     except BaseException:
