@@ -13,12 +13,12 @@ from accelerate.utils import gather_object, set_seed
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from fot.allocator import keep_freed_memory
 from fot.loss import token_losses
 from training.batches import Batch
 from training.checkpoints import list_checkpoints, load_checkpoint, save_checkpoint
 from training.crossbatch import Crossbatch, enable_crossbatch
 from training.log import Log, summary_writer
-from training.machine import keep_freed_memory
 from training.recipe import Recipe
 from training.results import write_result
 from training.schedule import Rows, choose_contexts

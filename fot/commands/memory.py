@@ -21,8 +21,8 @@ def add(commands: Any) -> None:
                              "memory: text, Markdown, source code, PDF, HTML; folders with all they hold.")  # fmt: skip
     build.add_argument("memory", type=Path, metavar="OUT", help="folder to be made")
     _add_document_options(build)
-    build.add_argument("--model", default="smollm2-135m", metavar="NAME",
-                       help="alias, folder, GGUF file or hub id (default: smollm2-135m)")  # fmt: skip
+    build.add_argument("--model", default="smollm2-135m-fot", metavar="NAME",
+                       help="alias, folder, GGUF file or hub id (default: smollm2-135m-fot)")  # fmt: skip
     build.set_defaults(command=_build)
     append = kinds.add_parser("append", help="add documents; those that are there already cost nothing",
                               description="Add documents. What was interrupted goes on where it was.")  # fmt: skip

@@ -10,8 +10,8 @@ from typing import Any
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", nargs="?", default="smollm2-135m",
-                        help="alias, folder, GGUF file or hub id (default: smollm2-135m)")  # fmt: skip
+    parser.add_argument("model", nargs="?", default="smollm2-135m-fot",
+                        help="alias, folder, GGUF file or hub id (default: smollm2-135m-fot)")  # fmt: skip
     add_memory_options(parser)
 
 
@@ -35,8 +35,10 @@ def load(args: argparse.Namespace, *, tokenizer: bool = True, saved: Mapping[str
     """
     quiet()
     from fot import FoTForCausalLM
+    from fot.allocator import keep_freed_memory
 
     device = find_device(args)
+    keep_freed_memory(device.type)
     settings = dict(saved or {}) | memory_settings(args)
     model: Any = FoTForCausalLM.from_pretrained(args.model, dtype=find_dtype(args), **settings)
     if tokenizer and model.tokenizer is None:
