@@ -1,6 +1,6 @@
 """What crossbatch adds to a training step: wall time and peak memory with it and without, on the same tokens.
 
-And, on a CPU, what it saves to keep freed memory (``fot.allocator``): the step with crossbatch once more without that.
+And, on a CPU, what keeping freed memory saves (``training.allocator``): the step with crossbatch, once more without it.
 
     python benchmarks/training_step.py smollm2-135m lanes=6 windows=2 memory.local_context=512 --json OUT.json
 
@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from fot.allocator import keep_freed_memory
 from fot.evaluation.machine import default_dtype, describe_machine, find_device, peak_rss_bytes
 from fot.evaluation.report import write_json
+from training.allocator import keep_freed_memory
 from training.batches import Batch
 from training.crossbatch import disable_crossbatch, enable_crossbatch
 from training.recipe import Recipe, load_recipe

@@ -7,12 +7,12 @@ import sys
 
 import pytest
 
-from fot.allocator import keep_freed_memory
+from training.allocator import keep_freed_memory
 
 # Resident bytes that stay after an array of 128 MiB is freed, in a fresh process.
 FREED = """
 import sys, numpy, psutil
-from fot.allocator import keep_freed_memory
+from training.allocator import keep_freed_memory
 if sys.argv[1] == "kept":
     assert keep_freed_memory("cpu")
 before = psutil.Process().memory_info().rss

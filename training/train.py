@@ -13,8 +13,8 @@ from accelerate.utils import gather_object, set_seed
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from fot.allocator import keep_freed_memory
 from fot.loss import token_losses
+from training.allocator import keep_freed_memory
 from training.batches import Batch
 from training.checkpoints import list_checkpoints, load_checkpoint, save_checkpoint
 from training.crossbatch import Crossbatch, enable_crossbatch

@@ -35,10 +35,8 @@ def load(args: argparse.Namespace, *, tokenizer: bool = True, saved: Mapping[str
     """
     quiet()
     from fot import FoTForCausalLM
-    from fot.allocator import keep_freed_memory
 
     device = find_device(args)
-    keep_freed_memory(device.type)
     settings = dict(saved or {}) | memory_settings(args)
     model: Any = FoTForCausalLM.from_pretrained(args.model, dtype=find_dtype(args), **settings)
     if tokenizer and model.tokenizer is None:

@@ -1,4 +1,4 @@
-"""What long work on a CPU asks of the memory allocator."""
+"""What training on a CPU asks of the memory allocator."""
 
 import ctypes
 
@@ -11,12 +11,13 @@ _TOP_PAD = 256 * 2**20  # bytes that the heap grows by at least
 def keep_freed_memory(device_type: str) -> bool:
     """Let the allocator keep what is freed, for the next step, instead of giving it back to the kernel.
 
-    A step of training or a window of ingest on a CPU frees and allocates the same activations, hundreds of megabytes,
-    again and again, and each time the kernel must find and clear their pages. With this, the process keeps its peak
-    of memory to its end. Only glibc's allocator has these settings. ``benchmarks/training_step.py`` measures it.
+    A step on a CPU frees and allocates the same activations, hundreds of megabytes, again and again, and each time the
+    kernel must find and clear their pages. With this, the process keeps its peak of memory to its end, and more where
+    sizes vary: for training, not for memories that come and go. Only glibc's allocator has these settings.
+    ``benchmarks/training_step.py`` measures it.
 
     Args:
-        device_type: what the work is done on, ``cpu`` or ``cuda``.
+        device_type: what is trained on, ``cpu`` or ``cuda``.
 
     Returns:
         whether anything was changed: on a CPU, with glibc.
