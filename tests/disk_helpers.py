@@ -27,6 +27,15 @@ def append(store: Memory, count: int, seed: int = 0, document: str | None = "a")
     store.append({n: keys + n for n in LAYERS}, {n: values - n for n in LAYERS}, ids, document=document, spans=spans)
 
 
+def save_two(path: Path) -> Path:
+    """A folder with documents a and b, of 30 and 20 tokens."""
+    store = make()
+    append(store, 30, document="a")
+    append(store, 20, 50, document="b")
+    store.save(path)
+    return path
+
+
 def assert_same(found: Memory, wanted: Memory) -> None:
     assert found.token_ids().tolist() == wanted.token_ids().tolist()
     assert found.documents() == {name: count for name, count in wanted.documents().items() if count}

@@ -3,7 +3,7 @@
 import builtins
 import copy
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -131,17 +131,22 @@ def test_ask_command(folder: Path, capsys: pytest.CaptureFixture) -> None:
     assert "first token after" in shown.err
 
 
-def test_chat_command(folder: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
-    turns: Iterator[str] = iter(["Who is it?", "", "x" * 100, "Where?"])
+def type_in(monkeypatch: pytest.MonkeyPatch, *turns: str) -> None:
+    """What is typed at the prompt of ``fot chat``, and then Ctrl-D."""
+    left = iter(turns)
 
     def typed(prompt: str) -> str:
         try:
-            return next(turns)
+            return next(left)
         except StopIteration:
             raise EOFError from None
 
     monkeypatch.setattr(builtins, "input", typed)
+
+
+def test_chat_command(folder: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    type_in(monkeypatch, "Who is it?", "", "x" * 100, "Where?")
     assert main(["chat", str(folder), *OPTIONS]) == 0
     shown = capsys.readouterr()
     assert shown.out.count("text.txt") >= 2
@@ -197,8 +202,7 @@ def test_a_stopped_answer_leaves_the_conversation_whole(model: Any, memory: Any,
 def test_ctrl_c_ends_an_answer_and_not_the_chat(
     folder: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    turns = iter(["Who is it?", "Where?"])
-    monkeypatch.setattr(builtins, "input", lambda prompt: next(turns, None) or exec("raise EOFError"))
+    type_in(monkeypatch, "Who is it?", "Where?")
     said, say = [], Conversation.say
 
     def interrupted(self: Conversation, text: str, **options: Any) -> Any:

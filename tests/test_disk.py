@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from disk_helpers import HEADS, LAYERS, ROOT, append, assert_same, forge, make, vectors
+from disk_helpers import HEADS, LAYERS, ROOT, append, assert_same, forge, make, save_two, vectors
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -27,11 +27,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
-    store = make()
-    append(store, 30, document="a")
-    append(store, 20, 50, document="b")
-    store.save(tmp_path / "m")
-    return tmp_path / "m"
+    return save_two(tmp_path / "m")
 
 
 @pytest.mark.parametrize("dtype", memory.vectors.VECTOR_DTYPES)

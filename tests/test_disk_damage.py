@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from disk_helpers import append, forge, make
+from disk_helpers import forge, make, save_two
 
 from memory import Memory
 from memory.disk import verify
@@ -14,11 +14,7 @@ from memory.disk import verify
 
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
-    store = make()
-    append(store, 30, document="a")
-    append(store, 20, 50, document="b")
-    store.save(tmp_path / "m")
-    return tmp_path / "m"
+    return save_two(tmp_path / "m")
 
 
 def cut(path: Path) -> None:

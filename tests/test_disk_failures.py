@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from disk_helpers import HEADS, LAYERS, ROOT, append, assert_same, make, vectors
+from disk_helpers import HEADS, LAYERS, ROOT, append, assert_same, make, save_two, vectors
 
 import memory.disk
 import memory.parts
@@ -24,11 +24,7 @@ from memory.disk import verify
 
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
-    store = make()
-    append(store, 30, document="a")
-    append(store, 20, 50, document="b")
-    store.save(tmp_path / "m")
-    return tmp_path / "m"
+    return save_two(tmp_path / "m")
 
 
 def grow(path: Path) -> None:

@@ -5,7 +5,16 @@ import json
 from pathlib import Path
 from typing import Any
 
-from fot.commands.options import add_memory_options, check_writable, load, positive, positive_list
+from fot.commands.options import (
+    about,
+    add_memory_options,
+    add_outcome_options,
+    check_writable,
+    finish,
+    load,
+    positive,
+    positive_list,
+)
 
 
 def add(commands: Any) -> None:
@@ -26,8 +35,7 @@ def _add_dictionary(kinds: Any) -> None:
     parser.add_argument("--lengths", type=positive_list, default=[16_000, 256_000, 1_000_000], metavar="N,N,...",
                         help="tokens of records (default: 16000,256000,1000000)")  # fmt: skip
     parser.add_argument("--windows", type=positive, default=4, help="windows of questions (default: 4)")
-    parser.add_argument("--seed", type=int, default=0, help="draws dictionary and questions (default: 0)")
-    parser.add_argument("--json", type=Path, metavar="OUT", help="write the results")
+    add_outcome_options(parser, seed="draws dictionary and questions", result="write the results")
     parser.set_defaults(command=_eval_dictionary)
 
 
@@ -44,8 +52,7 @@ def _add_needles(kinds: Any) -> None:
                         help="tokens of text and facts (default: 4096,16384,65536)")  # fmt: skip
     parser.add_argument("--needles", type=positive, default=8, help="facts in each text (default: 8)")
     parser.add_argument("--trials", type=positive, default=4, help="texts of each length (default: 4)")
-    parser.add_argument("--seed", type=int, default=0, help="draws facts, texts and depths (default: 0)")
-    parser.add_argument("--json", type=Path, metavar="OUT", help="write all results, answer by answer")
+    add_outcome_options(parser, seed="draws facts, texts and depths", result="write all results, answer by answer")
     parser.set_defaults(command=_eval_needles)
 
 
@@ -84,8 +91,7 @@ def _add_distraction(kinds: Any) -> None:
     parser.add_argument("--contexts", type=positive_list, default=[1, 2, 4, 8, 16, 32, 64, 128], metavar="N,N,...",
                         help="windows in memory (default: 1,2,4,...,128)")  # fmt: skip
     parser.add_argument("--trials", type=positive, default=8, help="windows that read them (default: 8)")
-    parser.add_argument("--seed", type=int, default=0, help="draws windows (default: 0)")
-    parser.add_argument("--json", type=Path, metavar="OUT", help="write the results, layer by layer")
+    add_outcome_options(parser, seed="draws windows", result="write the results, layer by layer")
     parser.add_argument("--plot", type=Path, metavar="OUT.png", help="draw the shares by number of contexts")
     parser.set_defaults(command=_eval_distraction)
 
@@ -102,8 +108,7 @@ def _add_layers(kinds: Any) -> None:
     parser.add_argument("--count", type=positive, default=4, metavar="N", help="largest set of layers (default: 4)")
     parser.add_argument("--windows", type=positive, default=2, help="windows of text in memory (default: 2)")
     parser.add_argument("--trials", type=positive, default=4, help="texts (default: 4)")
-    parser.add_argument("--seed", type=int, default=0, help="draws facts and texts (default: 0)")
-    parser.add_argument("--json", type=Path, metavar="OUT", help="write the results")
+    add_outcome_options(parser, seed="draws facts and texts", result="write the results")
     parser.set_defaults(command=_eval_layers)
 
 
@@ -113,16 +118,12 @@ def _eval_dictionary(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from fot.evaluation import dictionary
-    from fot.evaluation.machine import describe_machine
-    from fot.evaluation.report import dictionary_table, write_json
+    from fot.evaluation.report import dictionary_table
 
     with tqdm(total=sum(args.lengths), unit="tok", desc="dictionary", disable=None) as bar:
         found = dictionary.run(model, args.lengths, windows=args.windows, seed=args.seed, progress=bar)
-    result = {"model": args.model, "seed": args.seed, "machine": describe_machine(), "results": found}
-    print(dictionary_table(result))
-    if args.json:
-        write_json(args.json, result)
-    return 0
+    result = {**about(model, args.model), "seed": args.seed, "results": found, "interrupted": False}
+    return finish(dictionary_table(result), result, args.json)
 
 
 def _eval_needles(args: argparse.Namespace) -> int:
@@ -143,8 +144,8 @@ def _eval_needles(args: argparse.Namespace) -> int:
                 f"{length} tokens, depth {answer.depth:.2f}: {answer.expected}, got {answer.answer!r}"
             ),
         )  # fmt: skip
-    result = {**_about(model, args.model), "trials": args.trials, "seed": args.seed, "files": _names(args), **found}
-    return _finish(needles_table(result), result, args.json)
+    result = {**about(model, args.model), "trials": args.trials, "seed": args.seed, "files": _names(args), **found}
+    return finish(needles_table(result), result, args.json)
 
 
 def _eval_perplexity(args: argparse.Namespace) -> int:
@@ -154,7 +155,7 @@ def _eval_perplexity(args: argparse.Namespace) -> int:
     from fot.evaluation.texts import read_texts
 
     texts = dict(zip(_names(args), read_texts(args.files, model.tokenizer), strict=True))
-    models = [_about(model, args.model) | _perplexity(model, texts, args)]
+    models = [about(model, args.model) | _perplexity(model, texts, args)]
     settings = model.memory_config
     if args.base and not models[0]["interrupted"]:
         from fot import attach_memory
@@ -163,10 +164,10 @@ def _eval_perplexity(args: argparse.Namespace) -> int:
         base = attach_memory(load(args), settings)
         if read_texts(args.files, base.tokenizer) != list(texts.values()):
             raise ValueError(f"{args.base} has another tokenizer: perplexities of other tokens cannot be compared")
-        models.append(_about(base, args.base) | _perplexity(base, texts, args))
+        models.append(about(base, args.base) | _perplexity(base, texts, args))
     result = {"with_memory": args.with_memory, "window": settings.window, "models": models}
     result["interrupted"] = any(entry["interrupted"] for entry in models)
-    return _finish(perplexity_table(result), result, args.json)
+    return finish(perplexity_table(result), result, args.json)
 
 
 def _perplexity(model: Any, texts: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
@@ -188,14 +189,15 @@ def _eval_distraction(args: argparse.Namespace) -> int:
     for name in args.models:
         args.model = name
         model = load(args, tokenizer=args.task is None)
-        models.append(_about(model, name) | _distraction(model, args))
+        models.append(about(model, name) | _distraction(model, args))
         if models[-1]["interrupted"]:
             break
     result = {"what": args.task or "texts", "contexts": args.contexts, "trials": args.trials, "seed": args.seed,
               "models": models, "interrupted": models[-1]["interrupted"]}  # fmt: skip
+    status = finish(distraction_table(result), result, args.json)
     if args.plot:
         distraction_plot(args.plot, result)
-    return _finish(distraction_table(result), result, args.json)
+    return status
 
 
 def _distraction(model: Any, args: argparse.Namespace) -> dict[str, Any]:
@@ -230,31 +232,9 @@ def _eval_layers(args: argparse.Namespace) -> int:
         found = layers.run(
             model, texts, count=args.count, windows=args.windows, trials=args.trials, seed=args.seed, progress=bar
         )
-    result = {**_about(model, args.model), "trials": args.trials, "seed": args.seed, "files": _names(args),
+    result = {**about(model, args.model), "trials": args.trials, "seed": args.seed, "files": _names(args),
               "results": [asdict(choice) for choice in found], "interrupted": False}  # fmt: skip
-    return _finish(layers_table(result), result, args.json)
-
-
-def _about(model: Any, name: str) -> dict[str, Any]:
-    """What was measured, and where."""
-    from fot.evaluation.machine import describe_machine
-
-    config = model.memory_config
-    return {
-        "model": name,
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "memory": {field: getattr(config, field) for field in config.__dataclass_fields__},
-        "machine": describe_machine(),
-    }
-
-
-def _finish(table: str, result: dict[str, Any], path: Path | None) -> int:
-    from fot.evaluation.report import write_json
-
-    print(table)
-    if path:
-        write_json(path, result)
-    return 130 if result["interrupted"] else 0
+    return finish(layers_table(result), result, args.json)
 
 
 def _names(args: argparse.Namespace) -> list[str]:

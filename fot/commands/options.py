@@ -69,6 +69,12 @@ def open_memory(args: argparse.Namespace, mode: str = "r") -> tuple[Any, Any]:
     return memory, model
 
 
+def add_outcome_options(parser: argparse.ArgumentParser, *, seed: str, result: str) -> None:
+    """``--seed`` and ``--json`` of a measurement, with what they do."""
+    parser.add_argument("--seed", type=int, default=0, help=f"{seed} (default: 0)")
+    parser.add_argument("--json", type=Path, metavar="OUT", help=result)
+
+
 def memory_settings(args: argparse.Namespace) -> dict[str, Any]:
     """Options that were given, as settings of ``MemoryConfig``."""
     names = ("mem_layers", "local_context", "index", "top_k")
@@ -129,3 +135,26 @@ def integers(text: str) -> list[int]:
         return json.loads(f"[{text}]")
     except json.JSONDecodeError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers such as 8,16,24") from None
+
+
+def about(model: Any, name: str) -> dict[str, Any]:
+    """What was measured, and where."""
+    from fot.evaluation.machine import describe_machine
+
+    config = model.memory_config
+    return {
+        "model": name,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "memory": {field: getattr(config, field) for field in config.__dataclass_fields__},
+        "machine": describe_machine(),
+    }
+
+
+def finish(table: str, result: dict[str, Any], path: Path | None) -> int:
+    """Print a result, write it to ``--json``, and say by the exit status whether it was interrupted."""
+    from fot.evaluation.report import write_json
+
+    print(table)
+    if path:
+        write_json(path, result)
+    return 130 if result["interrupted"] else 0

@@ -4,7 +4,16 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from fot.commands.options import add_model_options, check_writable, load, positive, positive_list
+from fot.commands.options import (
+    about,
+    add_model_options,
+    add_outcome_options,
+    check_writable,
+    finish,
+    load,
+    positive,
+    positive_list,
+)
 
 
 def add(commands: Any) -> None:
@@ -17,10 +26,9 @@ def add(commands: Any) -> None:
     parser.add_argument("--lengths", type=positive_list, default=[1024, 2048, 4096], metavar="N,N,...",
                         help="prompt lengths in tokens (default: 1024,2048,4096)")  # fmt: skip
     parser.add_argument("--trials", type=positive, default=4, help="prompts of each length (default: 4)")
-    parser.add_argument("--seed", type=int, default=0, help="draws keys and depths (default: 0)")
     parser.add_argument("--no-memory", action="store_true", help="test the plain model alone")
     parser.add_argument("--no-baseline", action="store_true", help="do not test the plain model beside it")
-    parser.add_argument("--json", type=Path, metavar="OUT", help="write all results, trial by trial")
+    add_outcome_options(parser, seed="draws keys and depths", result="write all results, trial by trial")
     parser.add_argument("--plot", type=Path, metavar="OUT.png", help="draw accuracy by length and depth")
     parser.set_defaults(command=_passkey)
 
@@ -33,10 +41,9 @@ def _passkey(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from fot.evaluation import passkey
-    from fot.evaluation.report import passkey_plot, passkey_table, write_json
+    from fot.evaluation.report import passkey_plot, passkey_table
 
     parts = (not args.no_memory) + (not args.no_baseline)
-    config = model.memory_config
     with tqdm(total=parts * args.trials * sum(args.lengths), unit="tok", desc="passkey", disable=None) as bar:
         log = bar.write if args.verbose else lambda line: None
         found = passkey.run(
@@ -51,20 +58,8 @@ def _passkey(args: argparse.Namespace) -> int:
             ),
             progress=bar,
         )
-    from fot.evaluation.machine import describe_machine
-
-    result = {
-        "model": args.model,
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "memory": {name: getattr(config, name) for name in config.__dataclass_fields__},
-        "trials": args.trials,
-        "seed": args.seed,
-        "machine": describe_machine(),
-        **found,
-    }
-    print(passkey_table(result))
-    if args.json:
-        write_json(args.json, result)
+    result = {**about(model, args.model), "trials": args.trials, "seed": args.seed, **found}
+    status = finish(passkey_table(result), result, args.json)
     if args.plot:
         passkey_plot(args.plot, result)
-    return 130 if found["interrupted"] else 0
+    return status
