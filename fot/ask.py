@@ -16,6 +16,7 @@ import torch
 from transformers import TextStreamer
 
 from fot.cache import FoTCache
+from fot.compat import CACHE
 from fot.trace import Passage, record
 from memory import Memory
 
@@ -117,13 +118,13 @@ class Conversation:
             output = self.model.generate(
                 prompt,
                 attention_mask=torch.ones_like(prompt),
-                past_key_values=self._cache,
                 max_new_tokens=max_new_tokens,
                 do_sample=False,
                 streamer=streamer,
                 stopping_criteria=[lambda ids, scores, **_: torch.full(ids.shape[:1], stop(), device=ids.device)],
                 pad_token_id=self._end_tokens()[0],
                 eos_token_id=self._end_tokens(),
+                **{CACHE: self._cache},
                 **({} if self._templated else {"stop_strings": [PLAIN_STOP], "tokenizer": self.model.tokenizer}),
             )
         self._ids = output[0].tolist()

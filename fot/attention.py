@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from fot.cache import LocalCache
+from fot.compat import given_cache
 from fot.config import MemoryConfig
 from memory import Memory, attend, merge
 
@@ -34,18 +35,13 @@ def make_memory_layer(attention: Any, config: MemoryConfig) -> None:
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | None = None,
-        past_key_values: Any = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        if isinstance(past_key_values, LocalCache):
-            return memory_attention(self, hidden_states, position_embeddings, past_key_values, config), None
+        local = given_cache(kwargs)
+        if isinstance(local, LocalCache):
+            return memory_attention(self, hidden_states, position_embeddings, local, config), None
         return type(self).forward(
-            self,
-            hidden_states,
-            position_embeddings=position_embeddings,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            **kwargs,
+            self, hidden_states, position_embeddings=position_embeddings, attention_mask=attention_mask, **kwargs
         )
 
     bound = types.MethodType(forward, attention)
@@ -79,7 +75,7 @@ def memory_attention(
     layer = module.layer_idx
     local.stage(layer, keys)
     if config.mem_positionals:
-        queries, keys = apply_rotary_pos_emb(queries, keys, *position_embeddings)
+        queries, keys = rotate(queries, keys, position_embeddings)
     keys, values = local.update(keys, values, layer)  # (B, G, S, D)
     parts = [attend_local(queries, keys, values, local.mask, scale=module.scaling)]
     if any(len(memory) for row in local.memories for memory in row):
@@ -93,15 +89,25 @@ def memory_attention(
 def project_queries(module: Any, hidden_states: Tensor) -> Tensor:
     """Unrotated queries (B, H, T, D), normalised where the model does so (Qwen3)."""
     queries = module.q_proj(hidden_states).unflatten(-1, (-1, module.head_dim))
-    return (module.q_norm(queries) if hasattr(module, "q_norm") else queries).transpose(1, 2)
+    return _normalised(module, "q_norm", queries).transpose(1, 2)
 
 
 def project_keys_values(module: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
     """Unrotated keys (B, G, T, D), normalised where the model does so (Qwen3), and values, likewise."""
     keys = module.k_proj(hidden_states).unflatten(-1, (-1, module.head_dim))
-    keys = module.k_norm(keys) if hasattr(module, "k_norm") else keys
     values = module.v_proj(hidden_states).unflatten(-1, (-1, module.head_dim))
-    return keys.transpose(1, 2), values.transpose(1, 2)
+    return _normalised(module, "k_norm", keys).transpose(1, 2), values.transpose(1, 2)
+
+
+def rotate(queries: Tensor, keys: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Queries (B, H, T, D) and keys (B, G, T, D) turned by their positions, in the dtypes they had."""
+    turned = apply_rotary_pos_emb(queries, keys, *position_embeddings)
+    return turned[0].to(queries.dtype), turned[1].to(keys.dtype)
+
+
+def _normalised(module: Any, name: str, heads: Tensor) -> Tensor:
+    # Under autocast projections come in bfloat16, and norms with float32 weights leave float32, as rotations do.
+    return getattr(module, name)(heads).to(heads.dtype) if hasattr(module, name) else heads
 
 
 def attend_local(

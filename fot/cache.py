@@ -279,6 +279,11 @@ class FoTCache(Cache):
         """False: what has moved to the memory cannot be taken back token by token."""
         return False
 
+    @property
+    def is_linear(self) -> list[bool]:
+        """Not linear attention: ``generate`` feeds only what ``get_seq_length`` does not count (transformers 5.24)."""
+        return [False]
+
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row i becomes what row ``beam_idx[i]`` was."""
         order = beam_idx.tolist()

@@ -13,6 +13,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from fot.attention import make_memory_layer
 from fot.cache import FoTCache
+from fot.compat import CACHE, given_cache
 from fot.config import CONFIG_KEY, MemoryConfig
 from fot.fingerprint import tokenizer_fingerprint, weights_fingerprint
 from fot.ingest import ingest
@@ -146,6 +147,7 @@ class FoTForCausalLM:
         memory: Memory | Sequence[Memory] | None = None,
         last_context_length: int | None = None,
         return_dict: bool | None = None,
+        cache: FoTCache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | tuple:
         """Logits, and a loss, of an input of any length.
@@ -157,7 +159,7 @@ class FoTForCausalLM:
             attention_mask: (B, T) or, with a cache, (B, tokens so far + T); 0 at padding. A single new token is
                 taken to be real.
             position_ids: (B, T); None counts the tokens of each row.
-            past_key_values: the ``FoTCache`` of an earlier call.
+            past_key_values: the ``FoTCache`` of an earlier call, as transformers called it up to 5.23.
             inputs_embeds: (B, T, hidden_size) instead of ``input_ids``.
             labels: (B, T), -100 where no loss is wanted. The loss is taken in chunks, over every label.
             use_cache: return a cache to go on with.
@@ -166,12 +168,13 @@ class FoTForCausalLM:
             memory: read by every row (or a list, one a row), besides what this input itself moves to memory.
             last_context_length: overrides the setting of this name.
             return_dict: False for a tuple.
+            cache: the ``FoTCache`` of an earlier call.
             kwargs: passed to the decoder (``output_hidden_states=True``, ...) if the input fits one window.
 
         Raises:
             ValueError: inputs that do not go together, or a memory made by other weights.
         """
-        cache = self._open_cache(past_key_values, memory)
+        cache = self._open_cache(past_key_values if cache is None else cache, memory)
         cache.watch(self.recorder)
         inputs = Inputs.make(input_ids, inputs_embeds, attention_mask, position_ids, cache)
         if not cache.rows:
@@ -193,7 +196,7 @@ class FoTForCausalLM:
         result = CausalLMOutputWithPast(
             loss=loss,
             logits=self.lm_head(hidden),
-            past_key_values=cache if use_cache else None,
+            **{CACHE: cache if use_cache else None},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
@@ -224,7 +227,8 @@ class FoTForCausalLM:
             self.check_ids(ids)
         if update_memory and memory is None:
             raise ValueError("update_memory=True needs a memory to update: pass memory=model.new_memory()")
-        cache = kwargs.pop("past_key_values", None)
+        cache = given_cache(kwargs)
+        kwargs = {name: value for name, value in kwargs.items() if name not in (CACHE, "past_key_values")}
         wants_cache = kwargs.get("use_cache", True) is not False
         if cache is None and wants_cache:
             cache = FoTCache(self._given(memory), "row", write=update_memory)
@@ -232,7 +236,7 @@ class FoTForCausalLM:
             if update_memory or cache is not None:
                 raise ValueError("memory= cannot be joined with use_cache=False and update_memory, nor with a cache")
             kwargs["memory"] = memory
-        result = super().generate(inputs, *args, past_key_values=cache, **kwargs)  # type: ignore[misc]
+        result = super().generate(inputs, *args, **{CACHE: cache}, **kwargs)  # type: ignore[misc]
         if update_memory:
             cache.flush()
         return result
@@ -329,7 +333,7 @@ class FoTForCausalLM:
             return FoTCache(self._given(memory), self.memory_config.align_padding)
         if not isinstance(cache, FoTCache):
             raise ValueError(
-                f"past_key_values is a {type(cache).__name__}; a model with memory goes on from the FoTCache that it "
+                f"{CACHE} is a {type(cache).__name__}; a model with memory goes on from the FoTCache that it "
                 "returned, or from None"
             )
         if memory is not None:

@@ -11,6 +11,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from fot.attention import project_keys_values
 from fot.cache import UNKNOWN_TOKEN, FoTCache, LocalCache, Row
+from fot.compat import CACHE
 from memory import Memory
 
 
@@ -157,7 +158,7 @@ def run_window(model: Any, inputs: Inputs, local: LocalCache, options: dict[str,
     given = {"input_ids": inputs.ids} if inputs.embeds is None else {"inputs_embeds": inputs.embeds}
     mask = None if local.mask is None else local.mask.long()
     return model.model(
-        **given, attention_mask=mask, position_ids=positions, past_key_values=local, use_cache=True, **options
+        **given, attention_mask=mask, position_ids=positions, use_cache=True, **{CACHE: local}, **options
     )
 
 
@@ -235,14 +236,14 @@ def fill_window(model: Any, inputs: Inputs, local: LocalCache) -> None:
         config=model.config,
         inputs_embeds=hidden,
         attention_mask=None,
-        past_key_values=None,
         position_ids=positions,
+        **{CACHE: None},
     )
     last = model.memory_config.layers[-1]
     for number, layer in enumerate(decoder.layers[:last]):
         cache = local if number in model.memory_config.layers else None
         hidden = layer(
-            hidden, attention_mask=mask, position_ids=positions, past_key_values=cache, position_embeddings=rotary
+            hidden, attention_mask=mask, position_ids=positions, position_embeddings=rotary, **{CACHE: cache}
         )
     layer = decoder.layers[last]
     weight = layer.self_attn.k_proj.weight

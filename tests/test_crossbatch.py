@@ -254,3 +254,17 @@ def test_result_is_a_plain_checkpoint(trained: Any, make_plain: ModelMaker) -> N
     assert list(model.state_dict()) == list(make_plain().state_dict())
     copied = copy.deepcopy(model.state_dict())
     assert fot.attach_memory(make_plain()).load_state_dict(copied).missing_keys == []
+
+
+def test_bfloat16_autocast(family: str, make_plain: ModelMaker, ids: Draw) -> None:
+    """Norms of queries and keys leave float32 behind, the rest bfloat16: one attention takes both."""
+    model = make_plain(family)
+    crossbatch = cb.enable_crossbatch(model, MemoryConfig(mem_layers=(1, 3), local_context=WINDOW))
+    crossbatch.contexts = contexts([], [0])
+    exact = model(ids(WINDOW, rows=2), use_cache=False).logits
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rounded = model(ids(WINDOW, rows=2), use_cache=False).logits
+    rounded.float().sum().backward()
+    difference = (rounded.float() - exact).norm() / exact.norm()
+    assert 0 < difference < 0.05  # bfloat16 has 8 bits; the same layers, not others
+    assert all(torch.isfinite(parameter.grad).all() for parameter in model.parameters() if parameter.grad is not None)

@@ -2,6 +2,7 @@
 
 import random
 import tracemalloc
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,54 +24,84 @@ from fot.evaluation.dictionary_data import (
 from training.tasks import Task
 
 
-def split_entries(ids: list[int], window: int) -> list[list[int]]:
-    """The records and questions of whole windows, whose ends must be padding."""
-    entries = []
+def split_entries(ids: list[int], window: int) -> list[list[list[int]]]:
+    """The records or questions of each whole window, behind which must be padding."""
+    found = []
     for first in range(0, len(ids), window):
         part = ids[first : first + window]
-        used = window // RECORD * RECORD
+        used = next(
+            (i for i in range(0, window // RECORD * RECORD, RECORD) if part[i] == PAD), window // RECORD * RECORD
+        )
         assert part[used:] == [PAD] * (window - used)
-        entries += [part[i : i + RECORD] for i in range(0, used, RECORD)]
-    return entries
+        found.append([part[i : i + RECORD] for i in range(0, used, RECORD)])
+    return found
 
 
-@pytest.mark.parametrize("settings", [{}, {"last_records": 10}, {"windows": 3, "window": 64}, {"window": 250}])
-def test_dictionary_documents(settings: dict[str, int]) -> None:
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"windows": 3, "window": 64}, {"window": 250}, {"fewest_records": 2, "windows": 3}, {"similar": 0.5}],
+)
+def test_dictionary_documents(settings: dict[str, Any]) -> None:
     task = DictionaryTask(**settings)
     protocol: Task = task
     fit = task.window // RECORD
+    most = fit * (task.windows - 1)
+    counts = set()
     for seed in range(50):
         ids, weights = protocol.document(random.Random(seed))
         assert len(ids) == len(weights) == task.windows * task.window + 1
         assert ids.pop() == PAD
         assert weights.pop() == 0.0
         assert 0 <= min(ids) <= max(ids) < VOCABULARY
-        entries = split_entries(ids, task.window)
-        count = fit * (task.windows - 1) + task.last_records
-        assert [entry[0] for entry in entries] == [KEY] * count + [QUESTION] * (len(entries) - count)
-        assert all(entry[5] == VALUE for entry in entries)
-        known = {tuple(entry[1:5]): entry[6:] for entry in entries[:count]}
-        assert len(known) == count
-        for entry in entries[count:]:
+        *records, questions = split_entries(ids, task.window)
+        entries = [entry for window in records for entry in window]
+        assert {entry[0] for entry in entries} == {KEY}
+        assert {entry[0] for entry in questions} == {QUESTION}
+        assert all(entry[5] == VALUE for entry in entries + questions)
+        assert len(entries) == most
+        known = {tuple(entry[1:5]): entry[6:] for entry in entries}
+        assert len({tuple(entry) for entry in entries}) == len(known)
+        counts.add(len(known))
+        assert len(questions) == len({tuple(entry[1:5]) for entry in questions}) == min(fit, len(known))
+        for entry in questions:
             assert known[tuple(entry[1:5])] == entry[6:]
         counted = [ids[place] for place, weight in enumerate(weights) if weight]
-        assert counted == [token for entry in entries[count:] for token in entry[6:]]
-        assert set(weights) == {0.0, 1.0}
+        assert counted == [token for entry in questions for token in entry[6:]]
+        assert set(weights) == {0.0, fit / len(questions)}
+    if task.fewest_records is None:
+        assert counts == {most}
+    else:
+        assert min(counts) < most / 4 < most / 2 < max(counts) <= most
+        assert min(counts) >= task.fewest_records
     assert task.document(random.Random(7)) == task.document(random.Random(7))
     assert task.document(random.Random(7)) != task.document(random.Random(8))
 
 
+def test_similar_keys_differ_in_one_symbol() -> None:
+    def neighbours(similar: float) -> float:
+        records, _ = split_entries(DictionaryTask(similar=similar).document(random.Random(0))[0][:-1], 256)
+        keys = np.array([entry[1:5] for entry in records])
+        differ = (keys[:, None] != keys[None]).sum(-1)
+        return float((differ == 1).any(1).mean())
+
+    assert neighbours(0.0) == 0.0
+    assert neighbours(1.0) == 1.0
+    assert 0.4 < neighbours(0.5) < 1.0
+
+
 def test_a_dictionary_record_is_asked_for_once_while_there_are_enough() -> None:
     ids, _ = DictionaryTask().document(random.Random(0))
-    questions = split_entries(ids[:-1], 256)[25:]
+    questions = split_entries(ids[:-1], 256)[-1]
     assert len({tuple(entry[1:5]) for entry in questions}) == 25
 
 
 def test_dictionary_settings_are_refused() -> None:
     with pytest.raises(ValueError, match="at least 2"):
         DictionaryTask(windows=1)
-    with pytest.raises(ValueError, match="last_records=25"):
-        DictionaryTask(last_records=25)
+    with pytest.raises(ValueError, match="fewest_records=26"):
+        DictionaryTask(fewest_records=26)
+    with pytest.raises(ValueError, match=r"similar=1\.5"):
+        DictionaryTask(similar=1.5)
     with pytest.raises(ValueError, match="whole windows"):
         DictionaryTable.of_tokens(1000, seed=0)
     with pytest.raises(ValueError, match="distinct keys"):

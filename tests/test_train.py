@@ -125,10 +125,12 @@ def test_lora_adapter_loads_with_peft(tmp_path: Path, recipe: Path) -> None:
 
 def test_adafactor_and_accumulation(recipe: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    settings = ["optimizer=adafactor", "accumulation=2", "lr_schedule=cosine", "warmup_steps=2", "checkpointing=true"]
+    settings = ["optimizer=adafactor", "accumulation=2", "lr_schedule=cosine", "warmup_steps=2", "checkpointing=true",
+                "steps=20", "lanes=8", "learning_rate=0.3"]  # fmt: skip
     assert main(["train", str(recipe), *settings, "--out", str(out)]) == 0
     found = [loss for _, loss in losses(out)]
-    assert found[-1] < found[0]
+    # to ln(60): which symbols are values is learnt, which value goes with a key is not, so soon
+    assert sum(found[-4:]) / 4 < found[0] - 0.02
 
 
 def test_max_hours_ends_with_a_checkpoint_and_a_result(recipe: Path, tmp_path: Path) -> None:
@@ -251,6 +253,8 @@ def test_shipped_recipes_are_valid(path: Path) -> None:
     ("override", "message"),
     [
         ("steps=0", "steps is 0"),
+        ("steps=many", "steps is 'many'; it must be a whole number"),
+        ("clip=much", "clip is 'much'; it must be a number"),
         ("nonsense=1", "unknown entry 'nonsense'"),
         ("contexts.kind=maybe", "kind is 'maybe'"),
         ("trainable=some", "trainable is 'some'"),

@@ -19,9 +19,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from fot.attention import project_keys_values, project_queries
+from fot.attention import project_keys_values, project_queries, rotate
 from fot.config import MemoryConfig
 from memory import attend, merge
 from memory.softmax import fused_backward, fused_backward_fits
@@ -105,7 +104,7 @@ def crossbatch_layer(
     keys, values = project_keys_values(module, hidden_states)  # (R, G, T, D)
     rotated = keys
     if crossbatch.config.mem_positionals:
-        queries, rotated = apply_rotary_pos_emb(queries, keys, *position_embeddings)
+        queries, rotated = rotate(queries, keys, position_embeddings)
     contexts = crossbatch.contexts
     if contexts is None or not any(len(rows) for rows in contexts.rows):
         candidates = (keys[:0], values[:0])

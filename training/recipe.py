@@ -76,6 +76,7 @@ class Recipe:
     tensorboard: bool = False
 
     def __post_init__(self) -> None:
+        self._check_numbers()
         object.__setattr__(self, "betas", tuple(self.betas))
         for name, least in (("lanes", 1), ("windows", 1), ("accumulation", 1), ("steps", 1), ("log_every", 1),
                             ("save_every", 1), ("warmup_steps", 0), ("eval_every", 0)):  # fmt: skip
@@ -96,6 +97,18 @@ class Recipe:
             raise ValueError("recipe: neither sources nor tasks are given, so there is nothing to train on")
         self.schedule()
         self.memory_config()
+
+    def _check_numbers(self) -> None:
+        """Numbers must be numbers; to YAML, 2e-5 without a point is a text, and here the number that was meant."""
+        for entry in fields(self):
+            value = getattr(self, entry.name)
+            if entry.type is float and not isinstance(value, bool):
+                try:
+                    object.__setattr__(self, entry.name, float(value))
+                except (TypeError, ValueError):
+                    raise ValueError(f"recipe: {entry.name} is {value!r}; it must be a number") from None
+            elif entry.type in (int, float) and (isinstance(value, bool) or not isinstance(value, int)):
+                raise ValueError(f"recipe: {entry.name} is {value!r}; it must be a whole number")
 
     def schedule(self) -> ContextSchedule:
         """``contexts``, checked."""

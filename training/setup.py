@@ -31,13 +31,14 @@ EVALUATION_SEED = "evaluation"
 def build_model(recipe: Recipe) -> tuple[Any, MemoryConfig, Any]:
     """The plain model to train, in float32 masters; its resolved memory settings; its tokenizer or None.
 
-    A recipe whose ``model`` is a dictionary starts a new Llama model of these settings from random weights.
+    A recipe whose ``model`` is a dictionary starts a new model of these settings from random weights: of the family
+    ``model_type``, Llama without one.
     """
     if isinstance(recipe.model, dict):
-        from transformers import LlamaConfig, LlamaForCausalLM
+        from transformers import AutoConfig, AutoModelForCausalLM
 
-        config = LlamaConfig(**recipe.model)
-        model = LlamaForCausalLM(config)
+        config = AutoConfig.for_model(**({"model_type": "llama"} | recipe.model))
+        model = AutoModelForCausalLM.from_config(config)
         return model, _resolve(recipe, config), None
     loaded: Any = load_model(recipe.model, dtype=torch.float32)
     tokenizer = loaded.tokenizer

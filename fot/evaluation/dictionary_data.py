@@ -35,53 +35,77 @@ Array = NDArray[np.int64]
 class DictionaryTask:
     """Training documents: records with distinct random keys, then questions about them; a ``training.tasks.Task``.
 
-    All windows but the last hold records. The last one holds questions, as in evaluation: then every answer has to
-    come from the memory, which is what is to be learnt. ``last_records`` puts records before its questions, which ask
-    for them as often as for others: a window that can be answered locally in part shows whether local attention still
-    works. A record is asked for again only when there are more questions than records.
+    All windows but the last hold records. The last one holds questions, as in evaluation, so that every answer has to
+    come from the memory. No record is asked for twice.
+
+    Full windows alone teach a new model nothing for a long time: of 25 records, attention that cannot tell them apart
+    gives the right one 4 %. ``fewest_records`` lets the number of different records vary, evenly on a log scale,
+    so that there are documents from which the next step can be learnt at every stage. They repeat their records until
+    the windows are full.
 
     Attributes:
         windows: of a document, at least 2.
         window: tokens of each.
-        last_records: records that open the last window.
+        fewest_records: different ones in a document; the most is what its windows hold. None: always the most.
+        similar: share of records whose key is an earlier one's with one of its four symbols changed. In a dictionary
+            of millions there are such for every key.
         name: in logs.
     """
 
     windows: int = 2
     window: int = 256
-    last_records: int = 0
+    fewest_records: int | None = None
+    similar: float = 0.0
     name: str = "dictionary"
 
     def __post_init__(self) -> None:
         if self.windows < 2:
             raise ValueError(f"windows={self.windows}: records and questions take at least 2")
-        if not 0 <= self.last_records < self.window // RECORD:
-            raise ValueError(
-                f"last_records={self.last_records} in a window of {self.window} tokens leaves no room for a question: "
-                f"records and questions take {RECORD} tokens each"
-            )
+        most = _fit(self.window) * (self.windows - 1)
+        if self.fewest_records is not None and not 1 <= self.fewest_records <= most:
+            raise ValueError(f"fewest_records={self.fewest_records}: these windows hold 1 to {most} records")
+        if not 0 <= self.similar <= 1:
+            raise ValueError(f"similar={self.similar} is a share of the records: choose 0 to 1")
 
     def document(self, rng: random.Random) -> tuple[list[int], list[float]]:
-        """windows * window + 1 token ids, and weights: 1 for the values of questions, else 0.
+        """windows * window + 1 token ids, and weights: of the values of questions, else 0.
 
-        The last token is padding: it makes the tokens before it, which have targets, whole windows.
+        The weights of a document add up to what a full window of questions has, one a token, however many it has.
+        Padding ends windows; the last token makes the tokens before it, which have targets, whole windows.
         """
-        fit = self.window // RECORD
-        count = fit * (self.windows - 1) + self.last_records
-        keys = [_symbols(key) for key in rng.sample(range(ALL_KEYS), count)]
+        fit = _fit(self.window)
+        count = most = fit * (self.windows - 1)
+        if self.fewest_records is not None:
+            count = round(self.fewest_records * (most / self.fewest_records) ** rng.random())
+        keys = self._keys(rng, count)
         values = [_symbols(rng.randrange(ALL_KEYS)) for _ in range(count)]
-        asked: list[int] = []
-        while len(asked) < fit - self.last_records:
-            asked += rng.sample(range(count), min(count, fit - self.last_records - len(asked)))
-        entries = [[KEY, *keys[i], VALUE, *values[i]] for i in range(count)]
-        entries += [[QUESTION, *keys[i], VALUE, *values[i]] for i in asked]
-        padding = [PAD] * (self.window % RECORD)
+        records = [[KEY, *keys[i], VALUE, *values[i]] for i in range(count)]
+        told = [i for _ in range(0, most, count) for i in rng.sample(range(count), count)][:most]
+        asked = rng.sample(range(count), min(count, fit))
+        questions = [[QUESTION, *keys[i], VALUE, *values[i]] for i in asked]
+        windows = [[records[i] for i in told[first : first + fit]] for first in range(0, most, fit)] + [questions]
         ids: list[int] = []
-        for first in range(0, len(entries), fit):
-            ids += [token for entry in entries[first : first + fit] for token in entry] + padding
-        before = len(ids) - self.window + self.last_records * RECORD  # where the questions begin
-        weights = [0.0] * before + _answer_weights(fit - self.last_records) + [0.0] * len(padding)
+        for entries in windows:
+            filled = [token for entry in entries for token in entry]
+            ids += filled + [PAD] * (self.window - len(filled))
+        weights = [0.0] * (len(ids) - self.window) + [fit / len(asked) * w for w in _answer_weights(len(asked))]
+        weights += [0.0] * (len(ids) - len(weights))
         return [*ids, PAD], [*weights, 0.0]
+
+    def _keys(self, rng: random.Random, count: int) -> list[list[int]]:
+        """Distinct keys, the share ``similar`` of them made from others."""
+        taken: set[tuple[int, ...]] = set()
+        keys: list[list[int]] = []
+        while len(keys) < count:
+            key = _symbols(rng.randrange(ALL_KEYS))
+            if keys and rng.random() < self.similar:
+                place, symbol = rng.randrange(PART), rng.randrange(SYMBOLS)
+                key = list(rng.choice(keys))
+                key[place] = FIRST_SYMBOL + symbol
+            if tuple(key) not in taken:
+                taken.add(tuple(key))
+                keys.append(key)
+        return keys
 
 
 @dataclass(frozen=True)

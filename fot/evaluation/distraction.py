@@ -13,9 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from fot.attention import attend_local, project_keys_values, project_queries
+from fot.attention import attend_local, project_keys_values, project_queries, rotate
 from fot.evaluation.dictionary_data import DictionaryTask
 from memory import Memory
 
@@ -191,7 +190,7 @@ def _layer_scores(
     keys, values = project_keys_values(module, hidden)  # (1, G, T, D)
     heads = keys.shape[1]
     if config.mem_positionals:
-        queries, keys = apply_rotary_pos_emb(queries, keys, *position_embeddings)
+        queries, keys = rotate(queries, keys, position_embeddings)
     own = attend_local(queries, keys, values, None, scale=module.scaling)[1][0]  # (H, T)
     folded = queries[0].reshape(heads, -1, queries.shape[-1])  # query heads of a KV head behind one another
     lses = [memory[module.layer_idx].attend(folded, scale=module.scaling)[1].reshape(own.shape) for memory in memories]
