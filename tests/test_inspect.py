@@ -77,6 +77,7 @@ def test_options_choose_what_is_shown(inspect: Callable[..., int], capsys: pytes
     [
         (["--layer", "2"], "layer 2 is not among those traced: choose one of 1, 3"),
         (["--head", "9"], "head 9 is not among those traced"),
+        (["--plot", "x.nope"], "pictures of that kind cannot be drawn"),
         (["--html", "/nowhere/out.html"], "/nowhere is not a folder"),
         (["--chat"], "this model's tokenizer has no chat template"),
     ],

@@ -9,6 +9,7 @@ from fot.commands.options import (
     about,
     add_memory_options,
     add_outcome_options,
+    check_plot,
     check_writable,
     finish,
     load,
@@ -30,7 +31,12 @@ def _add_dictionary(kinds: Any) -> None:
         help="dictionary lookup, by size of the dictionary",
         description="Accuracy of answers about records read into the memory, for a model trained on such records.",
     )
-    parser.add_argument("model", help="folder of a model trained by the recipe dictionary")
+    parser.add_argument(
+        "model",
+        nargs="?",
+        default="dictionary-fot",
+        help="alias or folder of a model trained by the dictionary recipes (default: dictionary-fot)",
+    )
     add_memory_options(parser)
     parser.add_argument("--lengths", type=positive_list, default=[16_000, 256_000, 1_000_000], metavar="N,N,...",
                         help="tokens of records (default: 16000,256000,1000000)")  # fmt: skip
@@ -122,7 +128,7 @@ def _eval_dictionary(args: argparse.Namespace) -> int:
 
     with tqdm(total=sum(args.lengths), unit="tok", desc="dictionary", disable=None) as bar:
         found = dictionary.run(model, args.lengths, windows=args.windows, seed=args.seed, progress=bar)
-    result = {**about(model, args.model), "seed": args.seed, "results": found, "interrupted": False}
+    result = {**about(model, args.model), "seed": args.seed, **found}
     return finish(dictionary_table(result), result, args.json)
 
 
@@ -182,7 +188,8 @@ def _perplexity(model: Any, texts: dict[str, Any], args: argparse.Namespace) -> 
 
 
 def _eval_distraction(args: argparse.Namespace) -> int:
-    check_writable(args.json, args.plot)
+    check_writable(args.json)
+    check_plot(args.plot)
     from fot.evaluation.report import distraction_plot, distraction_table
 
     models = []

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from fot.commands.options import add_memory_options, check_writable, open_memory, positive
+from fot.commands.options import add_memory_options, check_plot, check_writable, open_memory, positive
 
 # Hits recorded of each token, layer and head, for page, JSON and passages; --top may ask for more.
 KEPT_HITS = 32
@@ -33,16 +33,19 @@ def add(commands: Any) -> None:
 
 
 def _inspect(args: argparse.Namespace) -> int:
-    check_writable(args.html, args.json, args.plot)
+    check_writable(args.html, args.json)
+    check_plot(args.plot)
     memory, model = open_memory(args)
     from rich.console import Console
 
     from fot.inspection.page import write_page
     from fot.inspection.plot import position_plot
-    from fot.inspection.table import hits_table
+    from fot.inspection.table import check_choice, hits_table
     from fot.inspection.texts import printable
     from fot.trace import trace
 
+    check_choice("layer", args.layer, model.memory_config.layers)
+    check_choice("head", args.head, range(model.config.num_attention_heads))
     kept = max(args.top, KEPT_HITS)
     trace_ = trace(model, args.prompt, memory, max_new_tokens=args.max_new_tokens, top=kept, chat=args.chat)
     table = hits_table(trace_, layer=args.layer, head=args.head, top=args.top, prompt=args.prompt_tokens)

@@ -119,6 +119,19 @@ def check_writable(*paths: Path | None) -> None:
             raise OSError(f"{folder} is read-only, so {path.name} cannot be written there; choose another place")
 
 
+def check_plot(path: Path | None) -> None:
+    """Raise before the work, not after, if a picture could not be drawn."""
+    if path is None:
+        return
+    check_writable(path)
+    try:
+        from matplotlib.backend_bases import FigureCanvasBase
+    except ImportError as error:
+        raise ImportError("--plot needs matplotlib: pip install 'fot[plot]'") from error
+    if path.suffix.lstrip(".") not in FigureCanvasBase.filetypes:
+        raise ValueError(f"--plot {path}: pictures of that kind cannot be drawn; end the name in .png, .svg or .pdf")
+
+
 def positive(text: str) -> int:
     number = int(text) if text.strip().lstrip("-").isdigit() else 0
     if number < 1:

@@ -8,6 +8,7 @@ from fot.commands.options import (
     about,
     add_model_options,
     add_outcome_options,
+    check_plot,
     check_writable,
     finish,
     load,
@@ -36,7 +37,8 @@ def add(commands: Any) -> None:
 def _passkey(args: argparse.Namespace) -> int:
     if args.no_memory and args.no_baseline:
         raise ValueError("--no-memory and --no-baseline leave nothing to test: drop one of them")
-    check_writable(args.json, args.plot)
+    check_writable(args.json)
+    check_plot(args.plot)
     model = load(args)
     from tqdm import tqdm
 

@@ -14,7 +14,7 @@ from fot.evaluation.machine import peak_rss_bytes
 @torch.no_grad()
 def run(
     model: Any, lengths: Sequence[int], *, windows: int = 4, seed: int = 0, progress: Any = False
-) -> list[dict[str, Any]]:
+) -> dict[str, Any]:
     """Accuracy by size of the dictionary.
 
     Args:
@@ -25,8 +25,9 @@ def run(
         progress: a tqdm bar that is moved by each token read, or False.
 
     Returns:
-        one entry a length: ``length``, ``accuracy`` of answer tokens, ``exact`` share of whole answers, ``answers``,
-        ``seconds``, ``memory_bytes``, ``peak_rss_bytes``.
+        ``{"results": [...], "interrupted": bool}``, one entry a length: ``length``, ``accuracy`` of answer tokens,
+        ``exact`` share of whole answers, ``answers``, ``seconds``, ``memory_bytes``, ``peak_rss_bytes``. Ctrl-C ends
+        the run and keeps the finished lengths.
 
     Raises:
         ValueError: a model with another vocabulary, or a length that is no whole number of windows.
@@ -34,28 +35,33 @@ def run(
     window = model.memory_config.window
     if model.config.vocab_size < VOCABULARY:
         raise ValueError(f"the model has {model.config.vocab_size} tokens, the dictionary task {VOCABULARY}")
-    found = []
-    for length in lengths:
-        start = time.perf_counter()
-        table = DictionaryTable.of_tokens(length, seed, window)
-        memory = model.new_memory()
-        for chunk in record_chunks(table, window):
-            model.ingest(chunk, memory, progress=progress)
-        rng = np.random.default_rng(seed)
-        right = [_marks(model, memory, table, rng, window) for _ in range(windows)]
-        answers = torch.cat(right)  # (answers, 4)
-        found.append(
-            {
-                "length": length,
-                "accuracy": float(answers.float().mean()),
-                "exact": float(answers.all(1).float().mean()),
-                "answers": len(answers),
-                "seconds": time.perf_counter() - start,
-                "memory_bytes": sum(memory.nbytes().values()),
-                "peak_rss_bytes": peak_rss_bytes(),
-            }
-        )
-    return found
+    tables = [DictionaryTable.of_tokens(length, seed, window) for length in lengths]
+    found: list[dict[str, Any]] = []
+    interrupted = False
+    try:
+        for length, table in zip(lengths, tables, strict=True):
+            found.append({"length": length} | _measure(model, table, windows, seed, progress))
+    except KeyboardInterrupt:
+        interrupted = True
+    return {"results": found, "interrupted": interrupted}
+
+
+def _measure(model: Any, table: DictionaryTable, windows: int, seed: int, progress: Any) -> dict[str, Any]:
+    """One dictionary, read and asked about."""
+    start = time.perf_counter()
+    window, memory = model.memory_config.window, model.new_memory()
+    for chunk in record_chunks(table, window):
+        model.ingest(chunk, memory, progress=progress)
+    rng = np.random.default_rng(seed)
+    answers = torch.cat([_marks(model, memory, table, rng, window) for _ in range(windows)])  # (answers, 4)
+    return {
+        "accuracy": float(answers.float().mean()),
+        "exact": float(answers.all(1).float().mean()),
+        "answers": len(answers),
+        "seconds": time.perf_counter() - start,
+        "memory_bytes": sum(memory.nbytes().values()),
+        "peak_rss_bytes": peak_rss_bytes(),
+    }
 
 
 def _marks(model: Any, memory: Any, table: DictionaryTable, rng: np.random.Generator, window: int) -> torch.Tensor:

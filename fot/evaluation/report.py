@@ -91,7 +91,7 @@ def dictionary_table(result: dict[str, Any]) -> str:
             f"{entry['memory_bytes'] / 1e6:,.0f}",
             f"{entry['peak_rss_bytes'] / 1e6:,.0f}",
         )
-    return _render(table)
+    return _render(table) + _note(result)
 
 
 def needles_table(result: dict[str, Any]) -> str:

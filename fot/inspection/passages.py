@@ -28,7 +28,7 @@ class Passage:
         start: first slot in its memory.
         stop: past-the-end slot.
         span: characters in the document, None if not known.
-        share: of the attention mass on all memory, 0..1.
+        share: of the attention mass on all memory, 0..1; ``Trace.passages`` says how they are ordered.
         text: one line of text: the passage with some tokens on either side.
         marked: where in ``text`` the passage itself begins and ends.
     """
@@ -48,27 +48,29 @@ def document_name(document: str | None, *, own: bool) -> str:
 
 
 def find_passages(
-    slots: np.ndarray, documents: np.ndarray, masses: np.ndarray, count: int
+    slots: np.ndarray, documents: np.ndarray, masses: np.ndarray, weights: np.ndarray, count: int
 ) -> list[tuple[int, int, float]]:
-    """The ``count`` runs of nearby slots of one document with most mass: (first, past-the-end slot, mass), most first.
+    """The ``count`` runs of nearby slots of one document with most weight: (first, past-the-end slot, mass), in order.
 
     Args:
         slots: (n,) int64, ascending and distinct.
         documents: (n,) number of each slot's document.
         masses: (n,).
+        weights: (n,), what decides about the order.
         count: runs wanted.
     """
     taken = np.zeros(len(slots), dtype=bool)
-    found = []
-    for seed in np.argsort(-masses, kind="stable"):
+    found: list[tuple[float, tuple[int, int, float]]] = []
+    for seed in np.argsort(-weights, kind="stable"):
         if taken[seed]:
             continue
         low, high = _grow(slots, documents, taken, int(seed))
         taken[low : high + 1] = True
-        found.append((int(slots[low]), int(slots[high]) + 1, float(masses[low : high + 1].sum())))
+        run = slice(low, high + 1)
+        found.append((float(weights[run].sum()), (int(slots[low]), int(slots[high]) + 1, float(masses[run].sum()))))
         if len(found) >= 8 * count:  # a later seed weighs less than any of these; few such add up to more
             break
-    return sorted(found, key=lambda run: -run[2])[:count]
+    return [run for _, run in sorted(found, key=lambda entry: -entry[0])[:count]]
 
 
 def make_passage(

@@ -130,17 +130,19 @@ class Trace:
         return {name: mass / total for name, mass in sorted(sums.items(), key=lambda item: -item[1])}
 
     def passages(self, count: int = 5) -> list[Passage]:
-        """What carried most attention mass while the answer was generated, adjacent hits merged, most first.
+        """What carried attention mass for tokens of the answer in particular, adjacent hits merged, most first.
 
-        Shares are of the mass on all memory, over all layers and heads; only the hits kept count.
+        Shares are of the mass on all memory, over all layers and heads; only the hits kept count. What is hit at every
+        token (an attention sink, such as the first token of a book) says nothing about this answer. So the order is by
+        mass times ``log((1 + tokens) / tokens that hit the slot)``, as rare words count in text retrieval.
         """
-        slots, masses = self._hit_masses()
+        slots, masses, weights = self._hit_masses()
         documents = np.zeros_like(slots)
         for number, memory in enumerate(self.memories):
             mine = slots // MEMORY_STRIDE == number
             documents[mine] = run_of(memory.document_runs(), slots[mine] % MEMORY_STRIDE)
         passages = []
-        for start, stop, mass in find_passages(slots, documents, masses, count):
+        for start, stop, mass in find_passages(slots, documents, masses, weights, count):
             number, start = divmod(start, MEMORY_STRIDE)
             stop %= MEMORY_STRIDE
             passages.append(
@@ -196,15 +198,19 @@ class Trace:
         }
         write_bytes(Path(path), json.dumps(content).encode())
 
-    def _hit_masses(self) -> tuple[np.ndarray, np.ndarray]:
-        """Slots hit while tokens were chosen, ascending, as number * MEMORY_STRIDE + slot; their shares of the mass."""
+    def _hit_masses(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Slots hit while tokens were chosen, ascending, as number * MEMORY_STRIDE + slot; their shares of the mass;
+        and their weights, see ``passages``."""
         found, chose = self.found, self.found.chose
         hit = found.memory[chose] >= 0
         slots = (found.memory[chose] * MEMORY_STRIDE + found.slot[chose])[hit]
         distinct, place = np.unique(slots, return_inverse=True)
-        masses = np.bincount(place, weights=found.share[chose][hit], minlength=len(distinct))
-        total = float((1.0 - found.local[chose].astype(np.float64)).sum())
-        return distinct, masses / total if total else masses
+        total = float((1.0 - found.local[chose].astype(np.float64)).sum()) or 1.0
+        masses = np.bincount(place, weights=found.share[chose][hit] / total, minlength=len(distinct)).astype(np.float64)
+        token = np.nonzero(hit)[0]
+        pairs = np.unique(place * len(hit) + token)  # a slot and a token that hit it, each once
+        tokens = np.bincount(pairs // max(1, len(hit)), minlength=len(distinct))
+        return distinct, masses, masses * np.log((1 + len(hit)) / np.maximum(tokens, 1))
 
     @cached_property
     def _places(self) -> dict[tuple[int, int], dict[str, Any]]:

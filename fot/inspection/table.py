@@ -59,13 +59,16 @@ def hits_table(
     return table
 
 
+def check_choice(what: str, one: int | None, all_: Sequence[int]) -> None:
+    """Raise ValueError if ``one`` layer or head is wanted and not there."""
+    if one is not None and one not in all_:
+        raise ValueError(f"{what} {one} is not among those traced: choose one of {', '.join(map(str, all_))}")
+
+
 def _chosen(what: str, one: int | None, all_: Sequence[int]) -> list[int]:
     """Places of the wanted layers or heads."""
-    if one is None:
-        return list(range(len(all_)))
-    if one not in all_:
-        raise ValueError(f"{what} {one} is not among those traced: choose one of {', '.join(map(str, all_))}")
-    return [list(all_).index(one)]
+    check_choice(what, one, all_)
+    return list(range(len(all_))) if one is None else [list(all_).index(one)]
 
 
 def _strongest(trace: Trace, query: int, layers: list[int], heads: list[int], top: int) -> list[Row]:
