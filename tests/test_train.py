@@ -108,6 +108,23 @@ def test_memory_adapter_holds_what_was_trained_and_loads_over_its_base(tmp_path:
     assert tuned.fingerprint() != plain.fingerprint()
 
 
+def test_strength_leaves_the_result_between_start_and_trained(tmp_path: Path, recipe: Path) -> None:
+    base, whole, part = tmp_path / "base", tmp_path / "whole", tmp_path / "part"
+    assert main(["train", str(recipe), "steps=1", "--out", str(base)]) == 0
+    settings = [str(recipe), f"model={base / 'model'}", "trainable=memory", "steps=4"]
+    assert main(["train", *settings, "--out", str(whole)]) == 0
+    assert main(["train", *settings, "strength=0.75", "steps=2", "--out", str(part)]) == 0
+    assert main(["train", *settings, "strength=0.75", "--out", str(part), "--resume"]) == 0
+    start = load_file(base / "model" / "model.safetensors")
+    full, found = (load_file(out / "adapter" / "adapter.safetensors") for out in (whole, part))
+    assert losses(part) == losses(whole)
+    for name, tensor in found.items():
+        expected = start[name] + 0.75 * (full[name].float() - start[name])
+        torch.testing.assert_close(tensor.float(), expected, atol=2e-3, rtol=1e-2)  # stored in bfloat16
+    assert any((found[name] != full[name]).any() for name in found)
+    assert json.loads((part / "adapter" / "recipe.json").read_text())["strength"] == 0.75
+
+
 def test_lora_adapter_loads_with_peft(tmp_path: Path, recipe: Path) -> None:
     base, out = tmp_path / "base", tmp_path / "out"
     assert main(["train", str(recipe), "steps=1", "--out", str(base)]) == 0
@@ -260,6 +277,8 @@ def test_shipped_recipes_are_valid(path: Path) -> None:
         ("trainable=some", "trainable is 'some'"),
         ("memory.mem_layers=[9]", "memory layer 9 is out of range"),
         ("tasks=[]", "nothing to train on"),
+        ("strength=1.5", "strength is 1.5"),
+        ("strength=0.5", "needs weights to start with"),
         ("noequals", "not of the form key=value"),
     ],
 )

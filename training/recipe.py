@@ -28,6 +28,9 @@ class Recipe:
         contexts: settings of ``ContextSchedule``.
         trainable: ``all`` parameters, the attention of ``memory`` layers, or ``lora`` adapters.
         lora: settings of ``peft.LoraConfig`` for ``lora``.
+        strength: the result's weights lie so far from those it started with towards the trained ones (Wortsman et al.,
+            arXiv 2109.01903): a little less than 1 keeps more of what the model could do, and most of what it learnt.
+            The log's figures are of the trained weights.
         optimizer: ``adamw`` or ``adafactor``.
         learning_rate: its highest value.
         lr_schedule: ``constant``, ``cosine`` (to a hundredth) or ``inverse_sqrt``, after the warm-up.
@@ -57,6 +60,7 @@ class Recipe:
     contexts: dict[str, Any] = field(default_factory=dict)
     trainable: Literal["all", "memory", "lora"] = "all"
     lora: dict[str, Any] = field(default_factory=dict)
+    strength: float = 1.0
     optimizer: Literal["adamw", "adafactor"] = "adamw"
     learning_rate: float = 2e-5
     lr_schedule: Literal["constant", "cosine", "inverse_sqrt"] = "constant"
@@ -93,6 +97,12 @@ class Recipe:
                 raise ValueError(f"recipe: {name} is {getattr(self, name)!r}; choose one of {', '.join(allowed)}")
         if not self.learning_rate > 0:
             raise ValueError(f"recipe: learning_rate is {self.learning_rate}; it must be above 0")
+        if not 0 < self.strength <= 1:
+            raise ValueError(f"recipe: strength is {self.strength}; it must be above 0 and at most 1")
+        if self.strength < 1 and (self.trainable == "lora" or isinstance(self.model, dict)):
+            raise ValueError(
+                "recipe: strength below 1 needs weights to start with, and no lora: lower lora_alpha there"
+            )
         if not self.sources and not self.tasks:
             raise ValueError("recipe: neither sources nor tasks are given, so there is nothing to train on")
         self.schedule()

@@ -99,6 +99,7 @@ def train(recipe: Recipe, out: Path, *, resume: bool = False, max_hours: float |
     _prepare_folder(out, recipe, resume, accelerator)
     model, config, tokenizer = build_model(recipe)
     trained = choose_trainable(model, recipe, config)
+    start = {name: tensor.detach().clone() for name, tensor in trained.items()} if recipe.strength < 1 else {}
     crossbatch = enable_crossbatch(model, config)
     if recipe.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -147,6 +148,8 @@ def train(recipe: Recipe, out: Path, *, resume: bool = False, max_hours: float |
             if last:
                 break
     parameters = whole_parameters(model)
+    for name, tensor in start.items():  # in place: tied parameters are one tensor
+        parameters[name].copy_(tensor.cpu().lerp(parameters[name], recipe.strength))
     if accelerator.is_main_process:
         write_result(out, recipe, model, tokenizer, config, parameters, list(trained), line)
     accelerator.wait_for_everyone()

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from fot.compat import CACHE
 from fot.evaluation.answers import greedy_answer
 from fot.model import attach_memory, detach_memory
 from memory import Memory
@@ -249,7 +250,8 @@ def _read_whole(model: Any, haystack: Haystack) -> Callable[[Needle], dict[str, 
         return lambda needle: None
     config = model.memory_config
     plain: Any = detach_memory(model)
-    cache = plain(torch.tensor([haystack.ids], device=plain.device), use_cache=True, logits_to_keep=1).past_key_values
+    read = plain(torch.tensor([haystack.ids], device=plain.device), use_cache=True, logits_to_keep=1)
+    cache = getattr(read, CACHE)
     attach_memory(model, config)
 
     def marks(needle: Needle) -> dict[str, float]:
@@ -257,7 +259,7 @@ def _read_whole(model: Any, haystack: Haystack) -> Callable[[Needle], dict[str, 
         prompt = prompt[len(_bos(model.tokenizer)) :]  # the text goes on
         ids = torch.tensor([prompt + target[:-1]], device=model.device)
         plain: Any = detach_memory(model)
-        logits = plain(ids, past_key_values=copy.deepcopy(cache), logits_to_keep=len(target)).logits[0]
+        logits = plain(ids, logits_to_keep=len(target), **{CACHE: copy.deepcopy(cache)}).logits[0]
         attach_memory(model, config)
         right = (logits.argmax(-1).cpu() == torch.tensor(target)).float()
         return {"correct": float(right.all()), "tokens_right": float(right.mean())}
