@@ -1,5 +1,6 @@
 """Needles in a novel: exact in length, asked from a memory that is only read, honestly marked."""
 
+import copy
 import json
 import random
 from pathlib import Path
@@ -113,6 +114,33 @@ def test_an_oracle_is_right_with_the_memory_alone(model: Any, monkeypatch: pytes
     depths = [answer["depth"] for entry in found["results"] for answer in entry["answers"]]
     assert min(depths) < 0.2
     assert max(depths) > 0.7
+
+
+def test_chat_asks_in_the_template_and_takes_any_wording(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The question is put without the sentence that answers it; the right answer may stand anywhere in the reply."""
+    model.tokenizer = copy.deepcopy(model.tokenizer)
+    with pytest.raises(ValueError, match="no chat template"):
+        needles.run(model, texts(model.tokenizer), [700], chat=True)
+    model.tokenizer.chat_template = (
+        "{% for m in messages %}U:{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}M:{% endif %}"
+    )
+    haystack = needles.make_haystack(model.tokenizer, texts(model.tokenizer), 700, 4, random.Random(0))
+    memory = model.new_memory()
+    model.ingest(haystack.ids, memory)
+    for needle in haystack.needles:
+        asked: list[str] = []
+
+        def reply(given: Any, ids: list[int], length: int, memory: Any = None) -> str:
+            asked.append(given.tokenizer.decode(ids))  # noqa: B023
+            return f"Surely {needle.answer}, no doubt" if memory else f"Surely {needle.answer}ish"  # noqa: B023
+
+        monkeypatch.setattr(needles, "greedy_answer", reply)
+        answer = needles.ask(model, needle, 0.5, memory, chat=True)
+        assert asked == [f"U:{needle.asked}\nM:"] * 2
+        assert (answer.correct, answer.without["correct"]) == (True, 0.0)
+        prompt, target = needles.question_ids(model.tokenizer, needle, chat=True)
+        assert model.tokenizer.decode(prompt) == f"U:{needle.asked}\nM:{needle.stem}"
+        assert model.tokenizer.decode(target) == f" {needle.answer}"
 
 
 def test_interrupted_run_keeps_its_answers(model: Any) -> None:

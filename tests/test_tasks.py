@@ -1,5 +1,6 @@
 """Synthetic retrieval: what is asked was told, and only answers count."""
 
+import copy
 import inspect
 import random
 import re
@@ -200,6 +201,8 @@ def test_filler_goes_on_with_other_texts() -> None:
         ({"near_share": 1.0}, "near_share"),
         ({"text_weight": -1.0}, "negative"),
         ({"kinds": ()}, "kinds"),
+        ({"chat_share": 1.5}, "chat_share=1.5"),
+        ({"chat_share": 0.3}, "no chat template"),
     ],
 )
 def test_bad_settings_are_refused(tokenizer: Any, settings: dict[str, Any], match: str) -> None:
@@ -209,12 +212,66 @@ def test_bad_settings_are_refused(tokenizer: Any, settings: dict[str, Any], matc
 
 def test_short_windows_and_bad_fillers_are_refused(tokenizer: Any) -> None:
     with pytest.raises(ValueError, match="make windows longer"):
-        make_task(tokenizer, window=30).document(random.Random(0))
+        make_task(tokenizer, window=20).document(random.Random(0))
     with pytest.raises(ValueError, match="gave 3 tokens when asked"):
         SyntheticRetrieval(tokenizer, lambda rng, count: [5, 5, 5]).document(random.Random(0))
     dull = encode(tokenizer, "The grass is " + "green. ") * 900
     with pytest.raises(ValueError, match="The grass is green"):
         SyntheticRetrieval(tokenizer, lambda rng, count: dull[:count]).document(random.Random(0))
+
+
+TEMPLATE = (
+    "{% for m in messages %}{{ m.role }}> {{ m.content }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}assistant> {% endif %}"
+)
+
+
+@pytest.fixture
+def chat_tokenizer(any_tokenizer: Any) -> Any:
+    """With a chat template: the model's own where it has one."""
+    if getattr(any_tokenizer, "chat_template", None):
+        return any_tokenizer
+    with_template = copy.deepcopy(any_tokenizer)
+    with_template.chat_template = TEMPLATE
+    return with_template
+
+
+def test_chat_questions_stand_as_a_model_is_asked(chat_tokenizer: Any) -> None:
+    """The prompt is what generation starts from; of the reply the value counts fully, the other words like text."""
+    task = make_task(chat_tokenizer, chat_share=0.5, text_weight=0.25)
+    asked = chats = sentences = 0
+    for seed in range(SAMPLES):
+        sample = task.sample(random.Random(seed))
+        for place, piece in sample.placed:
+            asked += piece.answer is not None
+            first, last = piece.reply
+            if piece.answer is None or not last:
+                continue
+            chats += 1
+            prompt, reply = (chat_tokenizer.decode(ids) for ids in (piece.ids[:first], piece.ids[first:last]))
+            question = re.findall(r"user\W*?[\n ](.*?)<[/|]", prompt, re.DOTALL)[-1]
+            user = [{"role": "user", "content": question}]
+            assert prompt == chat_tokenizer.apply_chat_template(user, tokenize=False, add_generation_prompt=True)
+            fact = sample.facts[piece.fact]
+            assert fact.value in reply
+            assert reply.endswith(chat_tokenizer.eos_token)
+            sentences += reply.removesuffix(chat_tokenizer.eos_token).rstrip(".") != fact.value
+            start, end = piece.answer
+            assert chat_tokenizer.decode(piece.ids[start:end]).strip(" ") == fact.value
+            weights = sample.weights[place : place + len(piece.ids)]
+            assert set(weights[:first]) | set(weights[last:]) <= {0.0}
+            assert set(weights[start : end + 1]) == {1.0}
+            assert set(weights[first:start] + weights[end + 1 : last]) <= {0.25}
+    assert 0.3 * asked < chats < 0.6 * asked
+    assert 0.2 * chats < sentences < 0.6 * chats
+
+
+def test_a_template_that_adds_to_replies_is_refused(tokenizer: Any) -> None:
+    other = copy.deepcopy(tokenizer)
+    other.chat_template = TEMPLATE.replace("{{ m.content }}", "[{{ m.content }}]")
+    task = make_task(other, chat_share=1.0, kinds=KINDS[:1])
+    with pytest.raises(ValueError, match="chat_share to 0"):
+        task.document(random.Random(0))
 
 
 # What must not be trained on.
@@ -258,10 +315,30 @@ def test_thousands_of_documents_hold_nothing_of_the_passkey_test(tokenizer: Any)
     sentences = [sentence.strip(". ").lower() for part in said for sentence in re.split(r"[.?] ", part)]
     assert "remember it" not in sentences  # it stands between the two keys
     sentences += ["remember it", "pass key", "passkey", "pass-key", "quiz you"]
-    task = make_task(tokenizer, windows=2, window=500, facts=(4, 6))
+    with_template = copy.deepcopy(tokenizer)
+    with_template.chat_template = TEMPLATE
+    tasks = (
+        make_task(tokenizer, windows=2, window=500, facts=(4, 6)),
+        make_task(with_template, windows=2, window=500, facts=(4, 6), chat_share=1.0),
+    )
     for seed in range(2000):
-        text = tokenizer.decode(task.document(random.Random(seed))[0]).lower()
+        text = tokenizer.decode(tasks[seed % 2].document(random.Random(seed))[0]).lower()
         assert not [sentence for sentence in sentences if sentence in text]
+
+
+def test_no_chat_turn_has_the_shape_of_the_passkey_question(tokenizer: Any) -> None:
+    """ "What is X?" answered by "X is ..." would be it, with the template's marks between."""
+    with_template = copy.deepcopy(tokenizer)
+    with_template.chat_template = TEMPLATE
+    task = make_task(with_template, chat_share=1.0)
+    replies = 0
+    for seed in range(300):
+        for _, piece in task.sample(random.Random(seed)).placed:
+            if piece.reply[1]:
+                turn = with_template.decode(piece.ids).replace("</s>", "").replace("assistant> ", " ")
+                assert not forbidden(turn.replace("user> ", "")), turn
+                replies += 1
+    assert replies > 500
 
 
 def test_sources_hold_nothing_forbidden() -> None:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from training.wordings import KINDS, Kind, draw, forbidden, render
+from training.wordings import KINDS, Kind, chat_turns, draw, forbidden, render
 
 Filler = Callable[[random.Random, int], list[int]]
 
@@ -57,11 +57,13 @@ class Piece:
         ids: its tokens.
         answer: for a question, where in ``ids`` the answer lies: (first, last + 1). The token after it ends it.
             None for a statement.
+        reply: for a question in the chat template, where all that the model says lies, with the token that ends it.
     """
 
     fact: int
     ids: list[int]
     answer: tuple[int, int] | None = None
+    reply: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,8 @@ class SyntheticRetrieval:
         again_share: share of asked facts that are asked for twice, mostly in other words.
         distractor_share: share of facts that repeat the relation of another fact for another entity, or tell
             something else of its entity.
+        chat_share: share of questions that are put in the tokenizer's chat template, as ``fot ask`` puts them, and
+            answered by the value alone or in a sentence, whose other words count like real text.
         kinds: kinds of facts; leave some out to test on them.
         name: in logs.
     """
@@ -114,6 +118,7 @@ class SyntheticRetrieval:
     near_share: float = 0.1
     again_share: float = 0.15
     distractor_share: float = 0.7
+    chat_share: float = 0.0
     kinds: Sequence[Kind] = KINDS
     name: str = "retrieval"
 
@@ -122,13 +127,15 @@ class SyntheticRetrieval:
             raise ValueError(f"{self.windows} windows of {self.window} tokens: facts and questions take at least 2")
         if not 1 <= self.facts[0] <= self.facts[1]:
             raise ValueError(f"facts={self.facts} must be (least, most) with 1 <= least <= most")
-        for field in ("text_share", "near_share", "again_share", "distractor_share"):
+        for field in ("text_share", "near_share", "again_share", "distractor_share", "chat_share"):
             if not 0 <= getattr(self, field) <= 1:
                 raise ValueError(f"{field}={getattr(self, field)} is a share: choose it from 0 to 1")
         if self.near_share == 1:
             raise ValueError("near_share=1 leaves no fact for the earlier windows: lower it")
         if self.text_weight < 0:
             raise ValueError(f"text_weight={self.text_weight} must not be negative")
+        if self.chat_share and not getattr(self.tokenizer, "chat_template", None):
+            raise ValueError(f"chat_share={self.chat_share}, but the tokenizer has no chat template: set it to 0")
         if not self.kinds:
             raise ValueError("kinds is empty: leave it out to use all kinds of facts")
 
@@ -206,10 +213,18 @@ class SyntheticRetrieval:
                 if piece is not None:
                     placed.append((len(ids), piece))
                     ids += piece.ids
-                    start, end = piece.answer or (0, -1)
-                    weights += [float(start <= place <= end) for place in range(len(piece.ids))]
+                    weights += self._piece_weights(piece)
         weights[0] = 0.0  # nothing predicts the first token
         return Sample(ids, weights, facts, placed)
+
+    def _piece_weights(self, piece: Piece) -> list[float]:
+        weights = [0.0] * len(piece.ids)
+        first, end = piece.reply
+        weights[first:end] = [self.text_weight] * (end - first)
+        if piece.answer is not None:
+            first, end = piece.answer
+            weights[first : end + 1] = [1.0] * (end + 1 - first)
+        return weights
 
     def _add_text(
         self, ids: list[int], weights: list[float], text: Iterator[int], count: int, rng: random.Random
@@ -228,7 +243,15 @@ class SyntheticRetrieval:
 
         The space before an answer counts to it: some tokenizers make it a token, which the model must then write.
         """
+        asked, sentences = chat_turns(fact.kind)
+        chat = bool(asked) and rng.random() < self.chat_share
         for _ in range(_ATTEMPTS):
+            if chat:
+                reply = rng.choice(sentences) if sentences and rng.random() < 0.5 else rng.choice(("{v}", "{v}."))
+                found = self._chat_question(number, fact, rng.choice(asked), reply, rng)
+                if found is not None:
+                    return found
+                continue
             template = rng.choice(fact.kind.questions)
             before, after = rng.choice(_BLOCK_FRAMES if "\n" in template else _FRAMES)
             head, tail = (render(part, fact.entity, fact.relation, "", rng) for part in template.split("{v}"))
@@ -237,6 +260,27 @@ class SyntheticRetrieval:
             if answered[: len(prompt)] == prompt and ids[: len(answered)] == answered and len(ids) > len(answered):
                 return Piece(number, ids, (len(prompt), len(answered)))
         raise ValueError(f"the tokenizer joins {fact.value!r} to what stands around it in all of {fact.kind.questions}")
+
+    def _chat_question(self, number: int, fact: Fact, question: str, reply: str, rng: random.Random) -> Piece | None:
+        """A user's turn and the model's; None if the two together read like the passkey test, or tokens join."""
+        asked, head, tail = (
+            render(part, fact.entity, fact.relation, "", rng) for part in (question, *reply.split("{v}"))
+        )
+        said = head + fact.value + tail
+        user = {"role": "user", "content": asked}
+        prompt = self.tokenizer.apply_chat_template([user], tokenize=False, add_generation_prompt=True)
+        whole = self.tokenizer.apply_chat_template([user, {"role": "assistant", "content": said}], tokenize=False)
+        if not whole.startswith(prompt + said):
+            raise ValueError(
+                "the chat template puts a reply elsewhere than where it has one begin: set chat_share to 0"
+            )
+        texts = (prompt, prompt + head.rstrip(" "), prompt + head + fact.value, prompt + said, whole)
+        pieces = [self._encode(text) for text in texts]
+        ids = pieces[-1]
+        if forbidden(f"{asked} {said}") or any(ids[: len(piece)] != piece for piece in pieces):
+            return None
+        first, start, end, last, _ = map(len, pieces)
+        return Piece(number, ids, (start, end), (first, min(last + 1, len(ids))))
 
     def _encode(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False).input_ids

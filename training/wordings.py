@@ -49,6 +49,17 @@ class Kind:
     questions: tuple[str, ...]
 
 
+# Templates that ask in words, and the question in them.
+_ASKING = re.compile(r"(?:Q: |Question: |# )?(.+?)(?: Answer: |\nA: |\nAnswer: )[\"']?\{v\}[\"'.]*", re.DOTALL)
+
+
+def chat_turns(kind: Kind) -> tuple[list[str], list[str]]:
+    """Templates of what a user asks about such a fact, and of whole sentences that answer; either may be empty."""
+    asked = [found.group(1) for template in kind.questions if (found := _ASKING.fullmatch(template))]
+    sentences = [template for template in kind.questions if re.fullmatch(r"[^?:\"#$=>\n]+\{v\}\.", template)]
+    return asked, sentences
+
+
 def draw(pattern: str, rng: random.Random) -> str:
     """Text of one of the pattern's choices, each as likely.
 
@@ -143,6 +154,23 @@ session storage stream sync tracker uploader watcher worker""",
         "verb": """
 apply build check clean collect compute convert count decode drop fetch filter find flush guess load merge parse pick
 read render scan score send split store trim update""",
+        "country": """
+Albania Argentina Armenia Bolivia Bulgaria Cambodia Chile Croatia Cyprus Ecuador Estonia Ethiopia Fiji Georgia Hungary
+Iceland Indonesia Jamaica Japan Kenya Laos Lebanon Malta Mexico Mongolia Morocco Namibia Nepal Norway Oman Panama Peru
+Romania Senegal Slovenia Tunisia Turkey Uganda Uruguay Vietnam""",
+        "craft": """
+baker barber beekeeper blacksmith bookbinder carpenter cartographer clockmaker diver editor electrician farmer florist
+gardener glazier goldsmith interpreter jeweller librarian mechanic miller nurse optician painter pilot plumber potter
+sailor shepherd surveyor tailor translator weaver welder""",
+        "tongue": """
+Albanian Arabic Basque Catalan Czech Danish Dutch Estonian Finnish Georgian Greek Hebrew Hindi Icelandic Irish Italian
+Japanese Korean Latin Maltese Mongolian Norwegian Polish Romanian Swahili Swedish Tamil Thai Turkish Welsh""",
+        "chore": """
+bake-bread count-the-coins dance-in-circles feed-the-geese light-candles mend-old-nets play-chess polish-the-silver
+read-aloud ring-the-bell roast-chestnuts sing-hymns sweep-the-stairs tell-riddles wash-the-windows whistle-softly""",
+        "trouble": """
+lost melted jammed stolen sold frozen rotten leaking missing cracked locked painted-over eaten-by-mice full-of-water
+on-fire in-pieces upside-down""",
         "building": "bakery bridge canal cellar depot greenhouse mill observatory pier station tower tunnel workshop",
         "letter": " ".join("ABCDEFGHJKLMNPRSTUVWXYZ"),
         "symbol": " ".join("abcdefghijkmnpqrstuvwxyzABCDEFGHJKLMNPQRSTUVWXYZ23456789"),
@@ -153,6 +181,8 @@ read render scan score send split store trim update""",
         "sixty": " ".join(f"{number:02}" for number in range(60)),
     }.items()
 }
+for _name in ("chore", "trouble"):
+    WORDS[_name] = [_words.replace("-", " ") for _words in WORDS[_name]]
 WORDS["person"] = ["{first}", "{first} {last}", "{first} {last}"]
 WORDS["thing"] = ["the {adjective} {noun}"]
 WORDS["place"] = ["the {last} {building}"]
@@ -357,6 +387,46 @@ _KINDS = r"""
 + As to {r}, {e} can deliver {v}.
 ? How many {r} does {e} hold? Answer: {v}. | The number of {r} at {e} is {v}. | {R} at {e}: {v}
 ? Q: Count the {r} of {e}.¶A: {v} | stock of {e}: {r}={v} | As to {r}, {e} can deliver {v}.
+== journey: {person}
+% summer holiday, honeymoon, sabbatical, school exchange, business trip, cruise, winter break, research year
+= {country}
++ {e} spent the {r} in {v}. | {e} went to {v} for the {r}. | The {r} took {e} to {v}. | {R} of {e}: {v}
++ "{v} was wonderful," {e} wrote about the {r}. | {e} packed for {v}, where the {r} was to be.
++ It was in {v} that {e} spent the {r}. | {v}, that was where {e} had the {r}.
+? Where did {e} spend the {r}? Answer: {v}. | {e} spent the {r} in {v}. | {R} of {e}: {v}
+? Q: To which country did the {r} take {e}?¶A: {v} | For the {r} {e} went to {v}. | The {r} took {e} to {v}.
+== occupation: {person}
+% first job, day job, weekend job, trade, training, second career, dream
+= {craft} | {adjective} {craft} | {craft} and {craft}
++ {e} is a {v} by {r}. | As to the {r} of {e}: {v}. | {v} is the {r} of {e}. | {R} of {e}: {v}
++ For the {r}, {e} chose to be a {v}. | "A {v}?" asked {e}. "That is my {r}!" | The {r} of {e} was that of a {v}.
++ The register has {e} as a {v} ({r}).
+? What is {e}'s {r}? Answer: {v}. | {R} of {e}: {v} | The {r} of {e} was that of a {v}. | As to the {r} of {e}: {v}.
+? Q: Which work is the {r} of {e}?¶A: {v} | The {r} of {e} is {v}.
+== language: {person}
+% at home, at work, at school, in dreams, in letters, on stage, with the children, at the market
+= {tongue} | {tongue} and {tongue}
++ {e} speaks {v} {r}. | {v} is what {e} speaks {r}. | {e}, {r}: {v} | {R}, {e} speaks nothing but {v}.
++ One hears {e} speak {v} {r}. | "I use {v} {r}," said {e}. | {e} never spoke {v} but {r}.
++ {v}! Who would have thought that {e} used that {r}?
+? Which language does {e} speak {r}? Answer: {v}. | {R}, {e} speaks {v}. | {e}, {r}: {v} | What {e} speaks {r} is {v}.
+? Q: What does {e} speak {r}?¶A: {v} | {R} one hears {e} speak {v}.
+== custom: {place}
+% at dawn, at noon, in winter, on Sundays, on holidays, after dinner, before a storm, at full moon
+= {chore} | {chore} and {chore} | {chore} behind the {spot} | {chore} next to the {spot}
++ At {e} they {v} {r}. | {R}, the people of {e} {v}. | The custom of {e} {r} is to {v}. | {E}, {r}: {v}
++ "We {v} {r}," said the people of {e}. | {R} all guests of {e} must {v}. | To {v} is what one does {r} at {e}.
++ The children of {e} know that {r} they will {v}.
+? What do people do at {e} {r}? Answer: {v}. | The custom of {e} {r} is to {v}. | {E}, {r}: {v}
+? Q: What must guests of {e} do {r}?¶A: {v} | {R}, the people of {e} {v}. | {R} at {e}, they {v}.
+== reason: {person}
+% concert, deadline, bus, dinner, parade, lecture, auction, ceremony, first lesson, ferry
+= the {noun} was {trouble} | the {adjective} {noun} was {trouble} | a {noun} was {trouble}
++ {e} missed the {r} because {v}. | Because {v}, {e} missed the {r}. | The {r} began without {e}, as {v}.
++ "I could not come to the {r}," said {e}, "since {v}." | {e} (absent, {r}): {v} | {v}, so {e} missed the {r}.
++ {e} blamed the missed {r} on this: {v}. | They forgave {e} for missing the {r} when they heard that {v}.
+? Why did {e} miss the {r}? Answer: {v}. | {e} missed the {r} because {v}. | {e} (absent, {r}): {v}
+? Q: What kept {e} from the {r}?¶A: {v} | The {r} began without {e}, as {v}. | {e} blamed the missed {r} on this: {v}.
 == function result: {verb}_{noun} | {verb}_{adjective}_{noun}
 % red, left, north, spring, first, upper, fast, inner, odd, old
 = ## | ### | #### | #####

@@ -58,6 +58,7 @@ def _add_needles(kinds: Any) -> None:
                         help="tokens of text and facts (default: 4096,16384,65536)")  # fmt: skip
     parser.add_argument("--needles", type=positive, default=8, help="facts in each text (default: 8)")
     parser.add_argument("--trials", type=positive, default=4, help="texts of each length (default: 4)")
+    parser.add_argument("--chat", action="store_true", help="ask in the model's chat template, as fot ask does")
     add_outcome_options(parser, seed="draws facts, texts and depths", result="write all results, answer by answer")
     parser.set_defaults(command=_eval_needles)
 
@@ -145,12 +146,20 @@ def _eval_needles(args: argparse.Namespace) -> int:
     with tqdm(total=args.trials * sum(args.lengths), unit="tok", desc="needles", disable=None) as bar:
         log = bar.write if args.verbose else lambda line: None
         found = needles.run(
-            model, texts, args.lengths, needles=args.needles, trials=args.trials, seed=args.seed, progress=bar,
+            model, texts, args.lengths, needles=args.needles, trials=args.trials, chat=args.chat, seed=args.seed,
+            progress=bar,
             report=lambda length, answer: log(
                 f"{length} tokens, depth {answer.depth:.2f}: {answer.expected}, got {answer.answer!r}"
             ),
         )  # fmt: skip
-    result = {**about(model, args.model), "trials": args.trials, "seed": args.seed, "files": _names(args), **found}
+    result = {
+        **about(model, args.model),
+        "trials": args.trials,
+        "chat": args.chat,
+        "seed": args.seed,
+        "files": _names(args),
+        **found,
+    }
     return finish(needles_table(result), result, args.json)
 
 

@@ -5,6 +5,7 @@ Subjects, names and wordings are in no training document (``training.wordings``)
 
 import copy
 import random
+import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -53,6 +54,10 @@ _LAST_NAMES = _words(
 )
 
 
+# Longest reply in chat.
+CHAT_TOKENS = 32
+
+
 @dataclass(frozen=True)
 class Needle:
     """A fact to hide in a long text.
@@ -61,15 +66,22 @@ class Needle:
         kind: what sort of fact it is.
         subject: what it is about; distinct among needles of a kind that are drawn together.
         statement: the sentence to hide.
-        question: ends so that a plain language model goes on with the answer.
+        asked: the question, as one would put it to a person.
+        stem: a sentence that answers it, up to the answer.
         answer: what must follow, without the space between.
     """
 
     kind: str
     subject: str
     statement: str
-    question: str
+    asked: str
+    stem: str
     answer: str
+
+    @property
+    def question(self) -> str:
+        """Ends so that a plain language model goes on with the answer."""
+        return f"{self.asked} {self.stem}"
 
 
 def draw_needles(rng: random.Random, count: int) -> list[Needle]:
@@ -117,8 +129,9 @@ class Answer:
         depth: where the needle was, 0 (start) to 1 (end).
         expected: the right answer.
         answer: what the model wrote.
-        correct: it begins with the right answer, and not with a longer word or number.
-        tokens_right: share of the answer's tokens that are the model's likeliest, each after the right ones before it.
+        correct: it begins with the right answer, and not with a longer word or number; in chat, it holds it somewhere.
+        tokens_right: share of the answer's tokens that are the model's likeliest, each after the right ones before it;
+            in chat too the sentence up to the answer is given.
         without: ``correct`` and ``tokens_right`` of the plain model that sees the question alone.
         whole_text: the same of the plain model that sees the whole text in one context, where it has positions for
             that: what the model itself can do. ``correct`` here is whether all tokens are right.
@@ -176,6 +189,7 @@ def run(
     *,
     needles: int = 8,
     trials: int = 4,
+    chat: bool = False,
     seed: int = 0,
     report: Callable[[int, Answer], None] = lambda length, answer: None,
     progress: Any = None,
@@ -190,6 +204,7 @@ def run(
         lengths: tokens of text and needles together.
         needles: of each text.
         trials: texts of each length.
+        chat: put questions in the tokenizer's chat template, as ``fot ask`` does, and let the model word its reply.
         seed: draws needles, texts and depths.
         report: called with length and answer, after each question.
         progress: a tqdm bar that is moved by each token read, or None.
@@ -199,7 +214,12 @@ def run(
         ``memory_bytes``, ``answers`` (fields of ``Answer``), and ``kinds``: for each kind and for ``all`` of them
         ``questions``, ``correct`` (share), ``tokens_right``, and both again under ``without`` and ``whole_text``.
         Ctrl-C ends the run and keeps the answers that were given.
+
+    Raises:
+        ValueError: ``chat`` and a tokenizer without a chat template.
     """
+    if chat and not getattr(model.tokenizer, "chat_template", None):
+        raise ValueError("this model's tokenizer has no chat template: ask without chat")
     results: list[dict[str, Any]] = []
     interrupted = False
     try:
@@ -209,9 +229,9 @@ def run(
             results.append({"length": length, "answers": [], "ingest_seconds": 0.0, "ingest_tokens": 0})
             for haystack in haystacks:
                 memory = _read(model, haystack, results[-1], progress)
-                read_whole = _read_whole(model, haystack)
+                read_whole = _read_whole(model, haystack, chat)
                 for needle, depth in zip(haystack.needles, haystack.depths, strict=True):
-                    answer = replace(ask(model, needle, depth, memory), whole_text=read_whole(needle))
+                    answer = replace(ask(model, needle, depth, memory, chat), whole_text=read_whole(needle))
                     results[-1]["answers"].append(answer)
                     report(length, answer)
     except KeyboardInterrupt:
@@ -219,18 +239,19 @@ def run(
     return {"results": [_summary(entry) for entry in results if entry["answers"]], "interrupted": interrupted}
 
 
-def ask(model: Any, needle: Needle, depth: float, memory: Memory) -> Answer:
+def ask(model: Any, needle: Needle, depth: float, memory: Memory, chat: bool = False) -> Answer:
     """One question, with the memory and without; the memory is not written to."""
-    prompt, target = question_ids(model.tokenizer, needle)
-    # One token more than the answer shows whether a word or number goes on.
-    text, plain = (greedy_answer(model, prompt, len(target) + 1, **given) for given in ({"memory": memory}, {}))
+    prompt, target = question_ids(model.tokenizer, needle, chat)
+    asked, most, marks = prompt, len(target) + 1, _begins_with  # one token more shows whether a word or number goes on
+    if chat:
+        asked, most, marks = _encode(model.tokenizer, _chat_prompt(model.tokenizer, needle)), CHAT_TOKENS, _holds
+    text, plain = (greedy_answer(model, asked, most, **given) for given in ({"memory": memory}, {}))
     without = {
-        "correct": float(_begins_with(plain, needle.answer)),
+        "correct": float(marks(plain, needle.answer)),
         "tokens_right": _tokens_right(model, prompt, target, None),
     }
     right = _tokens_right(model, prompt, target, memory)
-    correct = _begins_with(text, needle.answer)
-    return Answer(needle.kind, depth, needle.answer, text, correct, right, without)
+    return Answer(needle.kind, depth, needle.answer, text, marks(text, needle.answer), right, without)
 
 
 def _read(model: Any, haystack: Haystack, entry: dict[str, Any], progress: Any) -> Memory:
@@ -243,9 +264,10 @@ def _read(model: Any, haystack: Haystack, entry: dict[str, Any], progress: Any) 
     return memory
 
 
-def _read_whole(model: Any, haystack: Haystack) -> Callable[[Needle], dict[str, float] | None]:
+def _read_whole(model: Any, haystack: Haystack, chat: bool = False) -> Callable[[Needle], dict[str, float] | None]:
     """Reads the text in one context, if the model has as many positions; gives what each question then gets."""
-    longest = max((sum(map(len, question_ids(model.tokenizer, needle))) for needle in haystack.needles), default=0)
+    asked = [question_ids(model.tokenizer, needle, chat) for needle in haystack.needles]
+    longest = max((len(prompt) + len(target) for prompt, target in asked), default=0)
     if len(haystack.ids) + longest > model.config.max_position_embeddings:
         return lambda needle: None
     config = model.memory_config
@@ -255,8 +277,8 @@ def _read_whole(model: Any, haystack: Haystack) -> Callable[[Needle], dict[str, 
     attach_memory(model, config)
 
     def marks(needle: Needle) -> dict[str, float]:
-        prompt, target = question_ids(model.tokenizer, needle)
-        prompt = prompt[len(_bos(model.tokenizer)) :]  # the text goes on
+        prompt, target = question_ids(model.tokenizer, needle, chat)
+        prompt = prompt[0 if chat else len(_bos(model.tokenizer)) :]  # the text goes on
         ids = torch.tensor([prompt + target[:-1]], device=model.device)
         plain: Any = detach_memory(model)
         logits = plain(ids, logits_to_keep=len(target), **{CACHE: copy.deepcopy(cache)}).logits[0]
@@ -267,13 +289,19 @@ def _read_whole(model: Any, haystack: Haystack) -> Callable[[Needle], dict[str, 
     return marks
 
 
-def question_ids(tokenizer: Any, needle: Needle) -> tuple[list[int], list[int]]:
-    """Token ids of the question and of the answer to it."""
-    prompt = _bos(tokenizer) + _encode(tokenizer, f"\n{needle.question}")
-    whole = _bos(tokenizer) + _encode(tokenizer, f"\n{needle.question} {needle.answer}")
+def question_ids(tokenizer: Any, needle: Needle, chat: bool = False) -> tuple[list[int], list[int]]:
+    """Token ids of the question with the sentence up to the answer, and of the answer."""
+    bos = [] if chat else _bos(tokenizer)
+    text = _chat_prompt(tokenizer, needle) + needle.stem if chat else f"\n{needle.question}"
+    prompt, whole = bos + _encode(tokenizer, text), bos + _encode(tokenizer, f"{text} {needle.answer}")
     if whole[: len(prompt)] == prompt:
         return prompt, whole[len(prompt) :]
     return prompt, _encode(tokenizer, f" {needle.answer}")  # a tokenizer that joins them
+
+
+def _chat_prompt(tokenizer: Any, needle: Needle) -> str:
+    message = {"role": "user", "content": needle.asked}
+    return str(tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True))
 
 
 def _tokens_right(model: Any, prompt: list[int], target: list[int], memory: Memory | None) -> float:
@@ -285,6 +313,10 @@ def _tokens_right(model: Any, prompt: list[int], target: list[int], memory: Memo
 def _begins_with(text: str, expected: str) -> bool:
     rest = text.lstrip().removeprefix(expected)
     return rest != text.lstrip() and not rest[:1].isalnum()
+
+
+def _holds(text: str, expected: str) -> bool:
+    return re.search(rf"(?<!\w){re.escape(expected)}(?!\w)", text) is not None
 
 
 def _summary(entry: dict[str, Any]) -> dict[str, Any]:
@@ -327,25 +359,25 @@ def _bos(tokenizer: Any) -> list[int]:
 def _sandwich(rng: random.Random) -> Needle:
     city, answer = rng.choice(_CITIES), f"{rng.choice(_FILLINGS)} {rng.choice(_BREADS)}"
     stem = f"The best sandwich in {city} is"
-    return Needle("sandwich", city, f"{stem} {answer}.", f"Which sandwich should one try in {city}? {stem}", answer)
+    return Needle("sandwich", city, f"{stem} {answer}.", f"Which sandwich should one try in {city}?", stem, answer)
 
 
 def _pastime(rng: random.Random) -> Needle:
     city, answer = rng.choice(_CITIES), f"{rng.choice(_ACTIVITIES)} {rng.choice(_PLACES)}"
     stem = f"The best thing to do in {city} is to"
-    return Needle("pastime", city, f"{stem} {answer}.", f"How should one spend a day in {city}? {stem}", answer)
+    return Needle("pastime", city, f"{stem} {answer}.", f"How should one spend a day in {city}?", stem, answer)
 
 
 def _phone_number(rng: random.Random) -> Needle:
     person, answer = _person(rng), f"{rng.randrange(100, 1000)}-{rng.randrange(1000, 10000)}"
     stem = f"{person} can be reached by phone at"
-    return Needle("phone", person, f"{stem} {answer}.", f"What is the phone number of {person}? {stem}", answer)
+    return Needle("phone", person, f"{stem} {answer}.", f"What is the phone number of {person}?", stem, answer)
 
 
 def _birthplace(rng: random.Random) -> Needle:
     person, answer = _person(rng), rng.choice(_CITIES)
     stem = f"{person} was born in"
-    return Needle("birthplace", person, f"{stem} {answer}.", f"Where is {person} from? {stem}", answer)
+    return Needle("birthplace", person, f"{stem} {answer}.", f"Where is {person} from?", stem, answer)
 
 
 def _person(rng: random.Random) -> str:
