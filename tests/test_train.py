@@ -108,6 +108,57 @@ def test_memory_adapter_holds_what_was_trained_and_loads_over_its_base(tmp_path:
     assert tuned.fingerprint() != plain.fingerprint()
 
 
+def test_best_weights_are_kept_and_may_be_the_result(tmp_path: Path, recipe: Path) -> None:
+    """Trained until it breaks: the best evaluation is an early one."""
+    out = tmp_path / "out"
+    settings = ["train", str(recipe), "learning_rate=0.01", "eval_every=2", "save_every=3", "--out", str(out)]
+    assert main([*settings, "steps=4"]) == 0
+    assert main([*settings, "steps=8", "learning_rate=30", "result=best", "--resume"]) == 0
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    evaluated = {line["step"]: line["eval_answer_accuracy"] for line in log if "eval_answer_accuracy" in line}
+    assert list(evaluated) == [2, 4, 6, 8]
+    kept = json.loads((out / "checkpoints/best/evaluation.json").read_text())
+    assert kept["eval_answer_accuracy"] == max(evaluated.values())
+    assert kept["step"] == min(step for step, accuracy in evaluated.items() if accuracy == max(evaluated.values()))
+    assert kept["step"] < 8
+    best = load_file(out / "checkpoints/best/trained.safetensors")
+    result = LlamaForCausalLM.from_pretrained(out / "model").state_dict()
+    final = load_file(out / "checkpoints/step-0000008/trained.safetensors")
+    for name, tensor in best.items():
+        assert torch.equal(result[name], tensor)
+    assert any(not torch.equal(final[name], tensor) for name, tensor in best.items())
+
+
+def test_best_of_steps_that_will_be_done_again_is_forgotten(tmp_path: Path, recipe: Path) -> None:
+    out = tmp_path / "out"
+    settings = ["train", str(recipe), "eval_every=1", "save_every=4", "--out", str(out)]
+    assert main([*settings, "steps=6"]) == 0
+    whole = json.loads((out / "checkpoints/best/evaluation.json").read_text())
+    shutil.rmtree(out / "checkpoints/step-0000006")
+    (out / "checkpoints/best/evaluation.json").write_text(json.dumps({"eval_answer_accuracy": 2.0, "step": 5}))
+    (out / "checkpoints/.step-0000006.123").mkdir()
+    assert main([*settings, "steps=6", "--resume"]) == 0
+    again = json.loads((out / "checkpoints/best/evaluation.json").read_text())
+    assert again["eval_answer_accuracy"] <= whole["eval_answer_accuracy"]
+    assert not (out / "checkpoints/.step-0000006.123").exists()
+
+
+def test_a_finished_run_resumes_to_the_same_result(tmp_path: Path, recipe: Path, capsys: pytest.CaptureFixture) -> None:
+    """As after a kill between the last checkpoint and the result."""
+    out = tmp_path / "out"
+    assert main(["train", str(recipe), "steps=2", "--out", str(out)]) == 0
+    line = json.loads(capsys.readouterr().out)
+    before = load_file(out / "model" / "model.safetensors")
+    assert (out / "model" / "model.safetensors").stat().st_mode == (out / "model" / "config.json").stat().st_mode
+    shutil.rmtree(out / "model")
+    assert main(["train", str(recipe), "steps=2", "--out", str(out), "--resume"]) == 0
+    again = json.loads(capsys.readouterr().out)
+    assert {key: again[key] for key in line} == line
+    after = load_file(out / "model" / "model.safetensors")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
 def test_strength_leaves_the_result_between_start_and_trained(tmp_path: Path, recipe: Path) -> None:
     base, whole, part = tmp_path / "base", tmp_path / "whole", tmp_path / "part"
     assert main(["train", str(recipe), "steps=1", "--out", str(base)]) == 0
@@ -274,6 +325,7 @@ def test_shipped_recipes_are_valid(path: Path) -> None:
         ("clip=much", "clip is 'much'; it must be a number"),
         ("nonsense=1", "unknown entry 'nonsense'"),
         ("contexts.kind=maybe", "kind is 'maybe'"),
+        ("result=some", "result is 'some'"),
         ("trainable=some", "trainable is 'some'"),
         ("memory.mem_layers=[9]", "memory layer 9 is out of range"),
         ("tasks=[]", "nothing to train on"),

@@ -10,6 +10,9 @@ class Log:
     """Appends lines to ``out/log.jsonl``, and their numbers to ``out/tensorboard``.
 
     What lies past the step that a resumed run starts from is cut off, or hidden by TensorBoard.
+
+    Attributes:
+        last: the last line; empty before the first, and on processes that write nothing.
     """
 
     def __init__(self, out: Path, first_step: int, *, active: bool, tensorboard: bool) -> None:
@@ -26,19 +29,22 @@ class Log:
         self._path = out / "log.jsonl"
         self._active = active
         self._writer: Any = None
+        self.last: dict[str, Any] = {}
         if active and tensorboard:
             self._writer = summary_writer()(str(out / "tensorboard"), purge_step=first_step + 1)
         if active and self._path.exists():
             lines = [line for line in self._path.read_text().splitlines() if line]
             kept = [line for line in lines if json.loads(line)["step"] <= first_step]
             self._path.write_text("".join(f"{line}\n" for line in kept))
+            self.last = json.loads(kept[-1]) if kept else {}
 
     def __call__(self, line: dict[str, Any]) -> None:
         """Append one line, which has a ``step``."""
         if not self._active:
             return
+        self.last = line | {"time": time.time()}
         with open(self._path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(line | {"time": time.time()}) + "\n")
+            file.write(json.dumps(self.last) + "\n")
         if self._writer is not None:
             for name, value in line.items():
                 if name != "step":

@@ -31,6 +31,8 @@ class Recipe:
         strength: the result's weights lie so far from those it started with towards the trained ones (Wortsman et al.,
             arXiv 2109.01903): a little less than 1 keeps more of what the model could do, and most of what it learnt.
             The log's figures are of the trained weights.
+        result: weights of the ``last`` step, or of the ``best`` evaluation: most answers right, or, without tasks, the
+            lowest perplexity.
         optimizer: ``adamw`` or ``adafactor``.
         learning_rate: its highest value.
         lr_schedule: ``constant``, ``cosine`` (to a hundredth) or ``inverse_sqrt``, after the warm-up.
@@ -61,6 +63,7 @@ class Recipe:
     trainable: Literal["all", "memory", "lora"] = "all"
     lora: dict[str, Any] = field(default_factory=dict)
     strength: float = 1.0
+    result: Literal["last", "best"] = "last"
     optimizer: Literal["adamw", "adafactor"] = "adamw"
     learning_rate: float = 2e-5
     lr_schedule: Literal["constant", "cosine", "inverse_sqrt"] = "constant"
@@ -88,6 +91,7 @@ class Recipe:
                 raise ValueError(f"recipe: {name} is {getattr(self, name)}; it must be at least {least}")
         choices = {
             "trainable": ("all", "memory", "lora"),
+            "result": ("last", "best"),
             "optimizer": ("adamw", "adafactor"),
             "lr_schedule": ("constant", "cosine", "inverse_sqrt"),
             "dtype": ("auto", "float32", "bfloat16"),

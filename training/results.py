@@ -12,6 +12,7 @@ from torch import Tensor
 from fot import __version__
 from fot.adapter import AdapterDescription, save_adapter
 from fot.config import CONFIG_KEY, MemoryConfig
+from training.checkpoints import whole_folder
 from training.recipe import Recipe
 from training.setup import PEFT_WRAPPER
 
@@ -48,22 +49,36 @@ def write_result(
         "torch": torch.__version__,
         "python": sys.version.split()[0],
     }
+    final = out / ("model" if recipe.trainable == "all" else "adapter")
+    with whole_folder(final) as folder:
+        _write(folder, recipe, model, tokenizer, config, parameters, trained, made_by)
+        for name in ("recipe.json", "log.jsonl"):
+            if (out / name).exists():
+                shutil.copy(out / name, folder / name)
+        for path in folder.glob("*.safetensors"):  # safetensors makes its files readable by the owner alone
+            shutil.copymode(folder / "recipe.json", path)
+    return final
+
+
+def _write(
+    folder: Path,
+    recipe: Recipe,
+    model: Any,
+    tokenizer: Any,
+    config: MemoryConfig,
+    parameters: dict[str, Tensor],
+    trained: Sequence[str],
+    made_by: dict[str, Any],
+) -> None:
     if recipe.trainable == "all":
-        folder = out / "model"
         setattr(model.config, CONFIG_KEY, recipe.memory_config().to_dict() | {"mem_layers": list(config.layers)})
         model.save_pretrained(folder, state_dict=parameters)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
     elif recipe.trainable == "lora":
-        folder = out / "adapter"
         wrapped = {f"base_model.model.{name}": tensor for name, tensor in parameters.items()}  # as peft names them
         model.__dict__[PEFT_WRAPPER].save_pretrained(folder, state_dict=wrapped)
     else:
-        folder = out / "adapter"
         settings = MemoryConfig.from_dict(recipe.memory_config().to_dict() | {"mem_layers": config.layers})
         changed = {name: parameters[name] for name in trained}
         save_adapter(folder, changed, AdapterDescription(str(recipe.model), settings, made_by))
-    for name in ("recipe.json", "log.jsonl"):
-        if (out / name).exists():
-            shutil.copy(out / name, folder / name)
-    return folder

@@ -2,6 +2,8 @@
 
 import json
 import math
+import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,14 +11,22 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object, set_seed
+from accelerate.utils import broadcast_object_list, gather_object, set_seed
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from fot.loss import token_losses
 from training.allocator import keep_freed_memory
 from training.batches import Batch
-from training.checkpoints import list_checkpoints, load_checkpoint, save_checkpoint
+from training.checkpoints import (
+    list_checkpoints,
+    load_checkpoint,
+    read_best,
+    remove_leftovers,
+    save_best,
+    save_checkpoint,
+    score,
+)
 from training.crossbatch import Crossbatch, enable_crossbatch
 from training.log import Log, summary_writer
 from training.recipe import Recipe
@@ -114,7 +124,7 @@ def train(recipe: Recipe, out: Path, *, resume: bool = False, max_hours: float |
         loader.load_state_dict(data_state)
     log = Log(out, first, active=accelerator.is_main_process, tensorboard=recipe.tensorboard)
     evaluate = _evaluation(recipe, config, tokenizer, step_module, crossbatch, accelerator)
-    line: dict[str, Any] = {}
+    line = log.last
     batches: Iterator[Batch] = iter(loader)
     tokens_done, clock = 0, time.perf_counter()
     with tqdm(total=recipe.steps, initial=first, unit="step", disable=None) as bar:
@@ -133,12 +143,14 @@ def train(recipe: Recipe, out: Path, *, resume: bool = False, max_hours: float |
             out_of_time = max_hours is not None and time.monotonic() - started > max_hours * 3600
             last = step + 1 == recipe.steps or out_of_time
             if last or (recipe.eval_every and (step + 1) % recipe.eval_every == 0):
-                line |= evaluate()
+                found = evaluate()
+                line |= found
+                _keep_if_best(out / "checkpoints", step + 1, found, trained, accelerator)
             if last or (step + 1) % recipe.log_every == 0:
                 log(line)
             if last or (step + 1) % recipe.save_every == 0:
                 state = {"best": best, "data": gather_object([loader.state_dict()]), "recipe": recipe.to_dict()}
-                tensors = {name: whole(parameter.detach()).cpu() for name, parameter in trained.items()}
+                tensors = _whole_tensors(trained)
                 optimizer_state = whole_optimizer_state(optimizer)
                 if accelerator.is_main_process:
                     save_checkpoint(out / "checkpoints", step + 1, tensors, optimizer_state, state)
@@ -148,6 +160,9 @@ def train(recipe: Recipe, out: Path, *, resume: bool = False, max_hours: float |
             if last:
                 break
     parameters = whole_parameters(model)
+    kept = read_best(out / "checkpoints") if recipe.result == "best" else None
+    for name, tensor in (kept.tensors() if kept else {}).items():
+        parameters[name].copy_(tensor)
     for name, tensor in start.items():  # in place: tied parameters are one tensor
         parameters[name].copy_(tensor.cpu().lerp(parameters[name], recipe.strength))
     if accelerator.is_main_process:
@@ -155,6 +170,25 @@ def train(recipe: Recipe, out: Path, *, resume: bool = False, max_hours: float |
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return line
+
+
+def _keep_if_best(
+    folder: Path, step: int, evaluation: dict[str, float], trained: dict[str, Tensor], accelerator: Accelerator
+) -> None:
+    """Keep the weights of an evaluation that came out better than all before it."""
+    kept, found = read_best(folder), score(evaluation)
+    before = None if kept is None else score(kept.evaluation)
+    better = [found is not None and (before is None or found > before)]
+    broadcast_object_list(better)  # one process decides: gathering the weights takes all of them
+    if better[0]:
+        tensors = _whole_tensors(trained)
+        if accelerator.is_main_process:
+            save_best(folder, step, tensors, evaluation)
+        accelerator.wait_for_everyone()
+
+
+def _whole_tensors(trained: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: whole(parameter.detach()).cpu() for name, parameter in trained.items()}
 
 
 def learning_rate_at(recipe: Recipe, step: int) -> float:
@@ -286,6 +320,8 @@ def _prepare_folder(out: Path, recipe: Recipe, resume: bool, accelerator: Accele
         raise ValueError(f"{out} holds no checkpoint to resume from; start without --resume")
     if accelerator.is_main_process:
         out.mkdir(parents=True, exist_ok=True)
+        for folder in (out, out / "checkpoints"):
+            remove_leftovers(folder)
         (out / "recipe.json").write_text(json.dumps(recipe.to_dict(), indent=1) + "\n")
     accelerator.wait_for_everyone()
 
@@ -304,8 +340,12 @@ def _resume(out: Path, trained: dict[str, Tensor], optimizer: Any, accelerator: 
             f"{path} was made by {len(state['data'])} processes, this run has {accelerator.num_processes}: "
             "resume with as many"
         )
+    accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        tqdm.write(f"resuming at step {state['step']} of {path}")
+        kept = read_best(path.parent)
+        if kept is not None and kept.step > state["step"]:
+            shutil.rmtree(kept.path)  # of a future that will come again
+        tqdm.write(f"resuming at step {state['step']} of {path}", file=sys.stderr)
     return state["step"], state["best"], state["data"][accelerator.process_index]
 
 
