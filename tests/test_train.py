@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from transformers import LlamaForCausalLM
 import fot
 from fot.cli import main
 from training.recipe import SHIPPED, Recipe, load_recipe
+from training.setup import describe_data
 from training.train import learning_rate_at
 
 TESTS = Path(__file__).parent
@@ -87,7 +89,25 @@ def test_result_loads_in_plain_transformers_and_with_memory(recipe: Path, tmp_pa
     assert model.memory_config.layers == (1,)
     assert model.memory_config.mem_positionals is False
     assert json.loads((out / "model" / "recipe.json").read_text())["seed"] == 0
-    assert (out / "model" / "log.jsonl").exists()
+    lines = [json.loads(line) for line in (out / "model" / "log.jsonl").read_text().splitlines()]
+    assert {"loss", "answer_accuracy", "tokens_per_second", "d"} <= set(lines[0])
+    assert 1e7 < lines[0]["memory_bytes"] <= lines[1]["memory_bytes"]
+
+
+def test_result_says_what_it_was_trained_on(tmp_path: Path, recipe: Path) -> None:
+    texts, out = tmp_path / "texts", tmp_path / "out"
+    texts.mkdir()
+    for number, name in enumerate(["a.txt", "b.txt", "c.md"], start=1):
+        (texts / name).write_text("x" * number)
+    entry = {"path": str(texts), "pattern": "*.txt"}
+    recipe.write_text(yaml.safe_dump(SMALL | {"steps": 1, "eval_every": 0}))
+    described = describe_data(replace(load_recipe(recipe), sources=[entry], held_out=[{"path": str(texts / "c.md")}]))
+    assert described["sources"][0]["files"] == {"a.txt": 1, "b.txt": 2}
+    assert described["sources"][0]["bytes"] == 3
+    assert described["held_out"][0]["files"] == {str(texts / "c.md"): 3}
+    assert described["tasks"] == SMALL["tasks"]
+    assert main(["train", str(recipe), "--out", str(out)]) == 0
+    assert json.loads((out / "model" / "data.json").read_text())["tasks"] == SMALL["tasks"]
 
 
 def test_memory_adapter_holds_what_was_trained_and_loads_over_its_base(tmp_path: Path, recipe: Path) -> None:

@@ -384,6 +384,20 @@ def find_files(source: DataSource) -> list[Path] | None:
     return None
 
 
+def describe(source: DataSource) -> dict[str, Any]:
+    """What a source was when it was read: its settings, and its files with their sizes in bytes, if it has files."""
+    settings = {entry.name: getattr(source, entry.name) for entry in fields(source)}
+    found = find_files(source)
+    if found is None:
+        return settings
+    folder = Path(source.path).expanduser()
+    names = [str(file.relative_to(folder)) if folder.is_dir() else str(file) for file in found]
+    return settings | {
+        "files": {name: file.stat().st_size for name, file in zip(names, found, strict=True)},
+        "bytes": sum(file.stat().st_size for file in found),
+    }
+
+
 def _hidden(path: Path) -> bool:
     return any(part.startswith(".") for part in path.parts)
 

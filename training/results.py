@@ -52,7 +52,7 @@ def write_result(
     final = out / ("model" if recipe.trainable == "all" else "adapter")
     with whole_folder(final) as folder:
         _write(folder, recipe, model, tokenizer, config, parameters, trained, made_by)
-        for name in ("recipe.json", "log.jsonl"):
+        for name in ("recipe.json", "data.json", "log.jsonl"):
             if (out / name).exists():
                 shutil.copy(out / name, folder / name)
         for path in folder.glob("*.safetensors"):  # safetensors makes its files readable by the owner alone

@@ -3,7 +3,7 @@
 import random
 import re
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from fot.evaluation.dictionary_data import DictionaryTask
 from fot.loading import load_model
 from fot.model import detach_memory
 from training.batches import IGNORED, Batch, DocumentLoader, Span, TaskSource, batch_of
-from training.data import DataSource, read_documents
+from training.data import DataSource, describe, read_documents
 from training.recipe import Recipe
 from training.tasks import SyntheticRetrieval, Task, filler_from
 
@@ -82,6 +82,19 @@ def build_loader(
         rank=rank,
         world_size=world_size,
     )
+
+
+def describe_data(recipe: Recipe) -> dict[str, Any]:
+    """What a run reads: sources, tasks with their filler, held-out texts, each with its files."""
+
+    def all_of(entries: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [describe(data_source(entry)) for entry in entries]
+
+    return {
+        "sources": all_of(recipe.sources),
+        "tasks": [task | ({"filler": all_of(task["filler"])} if "filler" in task else {}) for task in recipe.tasks],
+        "held_out": all_of(recipe.held_out),
+    }
 
 
 def data_source(entry: dict[str, Any]) -> DataSource:

@@ -15,6 +15,7 @@ from accelerate.utils import broadcast_object_list, gather_object, set_seed
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from fot.evaluation.machine import default_dtype, find_device, peak_memory_bytes
 from fot.loss import token_losses
 from training.allocator import keep_freed_memory
 from training.batches import Batch
@@ -36,6 +37,7 @@ from training.setup import (
     build_loader,
     build_model,
     choose_trainable,
+    describe_data,
     evaluation_batches,
     held_out_windows,
     text_batch,
@@ -139,7 +141,8 @@ def train(recipe: Recipe, out: Path, *, resume: bool = False, max_hours: float |
             tokens_done += int(sums["tokens"])
             line = {"step": step + 1, "loss": sums["loss"], "answer_accuracy": accuracy, "d": d,
                     "learning_rate": rate, "gradient_norm": sums["norm"], "tokens": int(sums["tokens"]),
-                    "tokens_per_second": tokens_done / (time.perf_counter() - clock)}  # fmt: skip
+                    "tokens_per_second": tokens_done / (time.perf_counter() - clock),
+                    "memory_bytes": peak_memory_bytes(accelerator.device)}  # fmt: skip
             out_of_time = max_hours is not None and time.monotonic() - started > max_hours * 3600
             last = step + 1 == recipe.steps or out_of_time
             if last or (recipe.eval_every and (step + 1) % recipe.eval_every == 0):
@@ -305,14 +308,13 @@ def _evaluation(
 
 
 def _precision(recipe: Recipe) -> str:
-    from fot.evaluation.machine import default_dtype, find_device
-
     if recipe.dtype == "auto":
         return "bf16" if default_dtype(find_device(None)) == torch.bfloat16 else "no"
     return "bf16" if recipe.dtype == "bfloat16" else "no"
 
 
 def _prepare_folder(out: Path, recipe: Recipe, resume: bool, accelerator: Accelerator) -> None:
+    data = describe_data(recipe)
     found = list_checkpoints(out / "checkpoints")
     if found and not resume:
         raise ValueError(f"{out} holds a run already ({found[-1].name}): add --resume to go on, or give another --out")
@@ -323,6 +325,7 @@ def _prepare_folder(out: Path, recipe: Recipe, resume: bool, accelerator: Accele
         for folder in (out, out / "checkpoints"):
             remove_leftovers(folder)
         (out / "recipe.json").write_text(json.dumps(recipe.to_dict(), indent=1) + "\n")
+        (out / "data.json").write_text(json.dumps(data, indent=1) + "\n")
     accelerator.wait_for_everyone()
 
 

@@ -17,6 +17,11 @@ def peak_rss_bytes() -> int:
     return peak if platform.system() == "Darwin" else peak * 1024  # Linux counts in KiB
 
 
+def peak_memory_bytes(device: torch.device) -> int:
+    """Most memory held at once, in bytes: of the GPU by tensors, or else of the machine by this process."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_rss_bytes()
+
+
 def default_dtype(device: torch.device) -> torch.dtype:
     """The faster of float32 and a 16-bit type on this device.
 
