@@ -88,7 +88,8 @@ def describe_data(recipe: Recipe) -> dict[str, Any]:
     """What a run reads: sources, tasks with their filler, held-out texts, each with its files."""
 
     def all_of(entries: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-        return [describe(data_source(entry)) for entry in entries]
+        # The path as the recipe has it: where {stdlib} lies differs from machine to machine.
+        return [describe(data_source(entry)) | {"path": entry["path"]} for entry in entries]
 
     return {
         "sources": all_of(recipe.sources),
