@@ -15,7 +15,8 @@ import training
 from fot import pretrained
 from fot.evaluation import dictionary_data, needles, passkey
 from training.tasks import Sample, SyntheticRetrieval, Task, draw_facts, filler_from
-from training.wordings import KINDS, WORDS, draw, forbidden, render
+from training.wordings import KINDS, draw, forbidden, render
+from training.words import WORDS
 
 TEXT = (
     "It was a dark evening in the old town, and nobody would have gone out without need. The clerk put down his pen, "
@@ -343,15 +344,16 @@ def test_no_chat_turn_has_the_shape_of_the_passkey_question(tokenizer: Any) -> N
 
 def test_sources_hold_nothing_forbidden() -> None:
     """Templates and word lists; and the sources, but for the lines that say what is forbidden."""
-    words = [word for listed in WORDS.values() for word in listed]
+    listed = [word for some in WORDS.values() for word in some]
     templates = [template for kind in KINDS for template in kind.statements + kind.questions + kind.relations]
-    for text in words + templates:
+    for text in listed + templates:
         assert not forbidden(text), text
         assert not HELD_OUT.search(text), text
     folder = Path(training.__path__[0])
-    kinds = (folder / "wordings.py").read_text().split("WORDS: dict")[1]
+    kinds = (folder / "wordings.py").read_text().split("_KINDS = r")[1]
+    words = (folder / "words.py").read_text()
     assert "grass" not in (folder / "tasks.py").read_text()
-    for source in (kinds, inspect.getsource(dictionary_data)):
+    for source in (kinds, words, inspect.getsource(dictionary_data)):
         assert "passkey" not in source.lower()
         assert not forbidden(source)
 

@@ -128,7 +128,9 @@ def test_memory_adapter_holds_what_was_trained_and_loads_over_its_base(tmp_path:
     assert tuned.fingerprint() != plain.fingerprint()
 
 
-def test_best_weights_are_kept_and_may_be_the_result(tmp_path: Path, recipe: Path) -> None:
+def test_best_weights_are_kept_and_may_be_the_result(
+    tmp_path: Path, recipe: Path, capsys: pytest.CaptureFixture
+) -> None:
     """Trained until it breaks: the best evaluation is an early one."""
     out = tmp_path / "out"
     settings = ["train", str(recipe), "learning_rate=0.01", "eval_every=2", "save_every=3", "--out", str(out)]
@@ -141,6 +143,7 @@ def test_best_weights_are_kept_and_may_be_the_result(tmp_path: Path, recipe: Pat
     assert kept["eval_answer_accuracy"] == max(evaluated.values())
     assert kept["step"] == min(step for step, accuracy in evaluated.items() if accuracy == max(evaluated.values()))
     assert kept["step"] < 8
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["best"] == kept
     best = load_file(out / "checkpoints/best/trained.safetensors")
     result = LlamaForCausalLM.from_pretrained(out / "model").state_dict()
     final = load_file(out / "checkpoints/step-0000008/trained.safetensors")

@@ -51,34 +51,21 @@ def write_result(
     }
     final = out / ("model" if recipe.trainable == "all" else "adapter")
     with whole_folder(final) as folder:
-        _write(folder, recipe, model, tokenizer, config, parameters, trained, made_by)
+        if recipe.trainable == "all":
+            setattr(model.config, CONFIG_KEY, recipe.memory_config().to_dict() | {"mem_layers": list(config.layers)})
+            model.save_pretrained(folder, state_dict=parameters)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(folder)
+        elif recipe.trainable == "lora":
+            wrapped = {f"base_model.model.{name}": tensor for name, tensor in parameters.items()}  # as peft names them
+            model.__dict__[PEFT_WRAPPER].save_pretrained(folder, state_dict=wrapped)
+        else:
+            settings = MemoryConfig.from_dict(recipe.memory_config().to_dict() | {"mem_layers": config.layers})
+            changed = {name: parameters[name] for name in trained}
+            save_adapter(folder, changed, AdapterDescription(str(recipe.model), settings, made_by))
         for name in ("recipe.json", "data.json", "log.jsonl"):
             if (out / name).exists():
                 shutil.copy(out / name, folder / name)
         for path in folder.glob("*.safetensors"):  # safetensors makes its files readable by the owner alone
             shutil.copymode(folder / "recipe.json", path)
     return final
-
-
-def _write(
-    folder: Path,
-    recipe: Recipe,
-    model: Any,
-    tokenizer: Any,
-    config: MemoryConfig,
-    parameters: dict[str, Tensor],
-    trained: Sequence[str],
-    made_by: dict[str, Any],
-) -> None:
-    if recipe.trainable == "all":
-        setattr(model.config, CONFIG_KEY, recipe.memory_config().to_dict() | {"mem_layers": list(config.layers)})
-        model.save_pretrained(folder, state_dict=parameters)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
-    elif recipe.trainable == "lora":
-        wrapped = {f"base_model.model.{name}": tensor for name, tensor in parameters.items()}  # as peft names them
-        model.__dict__[PEFT_WRAPPER].save_pretrained(folder, state_dict=wrapped)
-    else:
-        settings = MemoryConfig.from_dict(recipe.memory_config().to_dict() | {"mem_layers": config.layers})
-        changed = {name: parameters[name] for name in trained}
-        save_adapter(folder, changed, AdapterDescription(str(recipe.model), settings, made_by))

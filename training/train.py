@@ -164,8 +164,10 @@ def train(recipe: Recipe, out: Path, *, resume: bool = False, max_hours: float |
                 break
     parameters = whole_parameters(model)
     kept = read_best(out / "checkpoints") if recipe.result == "best" else None
-    for name, tensor in (kept.tensors() if kept else {}).items():
-        parameters[name].copy_(tensor)
+    if kept is not None:
+        line = line | {"best": kept.evaluation | {"step": kept.step}}
+        for name, tensor in kept.tensors().items():
+            parameters[name].copy_(tensor)
     for name, tensor in start.items():  # in place: tied parameters are one tensor
         parameters[name].copy_(tensor.cpu().lerp(parameters[name], recipe.strength))
     if accelerator.is_main_process:
@@ -343,7 +345,6 @@ def _resume(out: Path, trained: dict[str, Tensor], optimizer: Any, accelerator: 
             f"{path} was made by {len(state['data'])} processes, this run has {accelerator.num_processes}: "
             "resume with as many"
         )
-    accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         kept = read_best(path.parent)
         if kept is not None and kept.step > state["step"]:
