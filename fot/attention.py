@@ -77,7 +77,8 @@ def memory_attention(
     if config.mem_positionals:
         queries, keys = rotate(queries, keys, position_embeddings)
     keys, values = local.update(keys, values, layer)  # (B, G, S, D)
-    parts = [attend_local(queries, keys, values, local.mask, scale=module.scaling)]
+    first, mask = local.unstored()
+    parts = [attend_local(queries, keys[:, :, first:], values[:, :, first:], mask, scale=module.scaling)]
     if any(len(memory) for row in local.memories for memory in row):
         parts.append(attend_memory(queries, local.memories, layer, scale=module.scaling, config=config))
     if local.recorder is not None:

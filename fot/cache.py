@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from fot.windows import Inputs
 
 UNKNOWN_TOKEN = -1  # stored for inputs given as embeddings
+LAST = torch.iinfo(torch.int64).max  # behind every position
 
 
 class LocalCache(DynamicCache):
@@ -32,10 +33,15 @@ class LocalCache(DynamicCache):
         mask: (B, S) bool, False at padding; None while no row has any.
         token_ids: (B, S) int64.
         positions: (B, S) int64, as the caller counts them.
-        base: (B, 1) int64, the position at which each row's window starts.
+        places: (B, S) int64, positions in the window: what keys are rotated by.
+        base: (B, 1) int64, the caller's position less the place of each row's next token.
         counts: tokens of each row, padding not counted.
+        sinks: of each row, first tokens that are in its memory already and stay here as attention sinks.
         recorder: takes note of what memory layers attend to; None for nobody.
+        is_last: whether the tokens that the layers run on are the last of their input: the next is chosen after them.
     """
+
+    is_last = True
 
     def __init__(self, memories: Sequence[Sequence[Memory]], recorder: "Recorder | None" = None) -> None:
         super().__init__()
@@ -50,8 +56,10 @@ class LocalCache(DynamicCache):
         self.mask: Tensor | None = None
         self.token_ids: Tensor | None = None
         self.positions: Tensor | None = None
+        self.places: Tensor | None = None
         self.base: Tensor | None = None
         self.counts = [0] * len(self.memories)
+        self.sinks = [0] * len(self.memories)
 
     def extend(self, token_ids: Tensor, positions: Tensor, mask: Tensor | None) -> Tensor:
         """Take note of T new tokens before the layers run on them.
@@ -64,28 +72,48 @@ class LocalCache(DynamicCache):
         Returns:
             (B, T) positions in the window.
         """
-        starts = positions if mask is None else positions.masked_fill(~mask, torch.iinfo(torch.int64).max)
+        starts = positions if mask is None else positions.masked_fill(~mask, LAST)
         starts = starts.amin(1, keepdim=True)
-        if self.token_ids is None or self.base is None or self.positions is None:
+        if self.token_ids is None or self.base is None or self.positions is None or self.places is None:
             self.token_ids, self.positions, self.base, self.mask = token_ids, positions, starts, mask
+            self.places = places = (positions - starts).clamp(min=0)
         else:
+            if any(count == kept for count, kept in zip(self.counts, self.sinks, strict=True)):
+                # A row whose window was emptied starts a new one here, behind its sinks if it kept any.
+                empty = torch.tensor(self.counts) == torch.tensor(self.sinks)
+                here = self.places if self.mask is None else self.places.masked_fill(~self.mask, -1)
+                begin = starts - (here.amax(1, keepdim=True) + 1)
+                self.base = torch.where(empty.unsqueeze(1).to(starts.device), begin, self.base)
             if self.mask is not None or mask is not None:
                 old = torch.ones_like(self.token_ids, dtype=torch.bool) if self.mask is None else self.mask
                 new = torch.ones_like(token_ids, dtype=torch.bool) if mask is None else mask
                 self.mask = torch.cat([old, new], dim=1)
+            places = (positions - self.base).clamp(min=0)
             self.token_ids = torch.cat([self.token_ids, token_ids], dim=1)
             self.positions = torch.cat([self.positions, positions], dim=1)
-            if 0 in self.counts:  # a row whose window was emptied starts a new one here
-                empty = torch.tensor(self.counts, device=starts.device).unsqueeze(1) == 0
-                self.base = torch.where(empty, starts, self.base)
+            self.places = torch.cat([self.places, places], dim=1)
         added = [token_ids.shape[1]] * len(self.counts) if mask is None else mask.sum(1).tolist()
         self.counts = [count + new for count, new in zip(self.counts, added, strict=True)]
-        return (positions - self.base).clamp(min=0)
+        return places
 
     def stage(self, layer: int, keys: Tensor) -> None:
         """Keep the unrotated keys (B, G, T, D) of a memory layer until they move to the memory."""
         before = self.unrotated.get(layer)
         self.unrotated[layer] = keys if before is None else torch.cat([before, keys], dim=2)
+
+    def unstored(self) -> tuple[int, Tensor | None]:
+        """Which slots memory layers attend to here: sinks they find in the memory, with all else that has moved there.
+
+        Returns:
+            the first slot, and the mask (B, S - first) of the slots from there on, as ``mask``.
+        """
+        fewest = min(self.sinks, default=0)
+        if self.mask is None and fewest == max(self.sinks, default=0):
+            return fewest, None
+        assert self.token_ids is not None
+        mask = torch.ones_like(self.token_ids, dtype=torch.bool) if self.mask is None else self.mask
+        sinks = torch.tensor(self.sinks, device=mask.device).unsqueeze(1)
+        return 0, mask & (mask.cumsum(1) > sinks)
 
     def move(
         self,
@@ -96,79 +124,99 @@ class LocalCache(DynamicCache):
         skip: int = 0,
         document: str | None = None,
         spans: Sequence[tuple[int, int]] | None = None,
-    ) -> Tensor:
-        """Append the oldest ``count`` tokens of a row, but the first ``skip`` of them, to a memory.
+    ) -> None:
+        """Append the oldest ``count`` tokens of a row that are not there yet, but the first ``skip``, to a memory.
 
-        Returns:
-            the slots here of all ``count``, (count,) int64; the caller drops them with ``drop_slots``.
+        They stay here, too, until ``keep_slots`` forgets them.
         """
         assert self.token_ids is not None
         if self.recorder is not None:
             self.recorder.settle()
-        slots = torch.arange(self.token_ids.shape[1], device=self.token_ids.device)
-        if self.mask is not None:
-            slots = slots[self.mask[row]]
-        oldest, slots = slots[:count], slots[skip:count]
+        first = self.sinks[row]
+        slots = self.slots(row)[first + skip : first + count]
         keys = {layer: self._take(self.unrotated[layer][row], slots) for layer in memory.layers}
         values = {layer: self._take(self.layers[layer].values[row], slots) for layer in memory.layers}
         memory.append(keys, values, self.token_ids[row, slots], document=document, spans=spans)
-        return oldest
 
-    def drop_slots(self, dropped: Sequence[Tensor], inv_freq: Tensor, rotated_layers: Sequence[int]) -> None:
-        """Forget slots whose content has moved, and count positions from what is left.
+    def slots(self, row: int) -> Tensor:
+        """Slots of a row's tokens, oldest first."""
+        assert self.token_ids is not None
+        slots = torch.arange(self.token_ids.shape[1], device=self.token_ids.device)
+        return slots if self.mask is None else slots[self.mask[row]]
+
+    def keep_slots(
+        self, kept: Sequence[Tensor], sinks: Sequence[int], inv_freq: Tensor, rotated_layers: Sequence[int]
+    ) -> None:
+        """Forget all other slots, whose content has moved, and close the gap behind the sinks.
+
+        Without its first tokens a window has no attention sink: every later key was made with them in sight, and none
+        can take their part (StreamingLLM, arXiv 2309.17453). So they stay in all layers that have no memory.
 
         Args:
-            dropped: for each row, slots of its oldest tokens.
+            kept: for each row, slots of the tokens to keep, ascending.
+            sinks: for each row, how many of those are its sinks.
             inv_freq: (D / 2,) the model's rotary frequencies.
             rotated_layers: layers whose keys here are rotated.
         """
-        assert self.token_ids is not None
-        assert self.positions is not None
-        assert self.base is not None
-        keep = torch.ones_like(self.token_ids, dtype=torch.bool) if self.mask is None else self.mask.clone()
-        for row, slots in enumerate(dropped):
-            keep[row, slots] = False
-            self.counts[row] -= len(slots)
-        if not any(self.counts):
+        if not any(len(slots) for slots in kept):
             self.clear()
             return
-        moved = torch.tensor(
-            [[len(slots) > 0 and count > 0] for slots, count in zip(dropped, self.counts, strict=True)]
-        )
-        starts = self.positions.masked_fill(~keep, torch.iinfo(torch.int64).max).amin(1, keepdim=True)
-        base = torch.where(moved.to(starts.device), starts, self.base)
-        self._shift_positions(base - self.base, inv_freq, rotated_layers)
-        first = int(keep.any(0).int().argmax())  # leading slots that no row uses any more
-        self.base = base
-        self.token_ids, self.positions = self.token_ids[:, first:], self.positions[:, first:]
-        self.mask = None if bool(keep[:, first:].all()) else keep[:, first:]
-        self.unrotated = {layer: keys[:, :, first:] for layer, keys in self.unrotated.items()}
-        for layer in self.layers:
-            layer.keys, layer.values = layer.keys[:, :, first:], layer.values[:, :, first:]
+        assert self.token_ids is not None
+        assert self.positions is not None
+        assert self.places is not None
+        assert self.base is not None
+        width, device = max(len(slots) for slots in kept), self.token_ids.device
+        where = torch.zeros(len(kept), width, dtype=torch.int64, device=device)
+        mask = torch.zeros(len(kept), width, dtype=torch.bool, device=device)
+        tail = torch.zeros_like(mask)
+        for row, slots in enumerate(kept):
+            start = width - len(slots)
+            where[row, start:] = slots
+            mask[row, start:] = True
+            tail[row, start + sinks[row] :] = True
+        self.counts, self.sinks = [len(slots) for slots in kept], list(sinks)
+        self.mask = None if all(count == width for count in self.counts) else mask
+        self.token_ids, self.positions = self.token_ids.gather(1, where), self.positions.gather(1, where)
+        places = self.places.gather(1, where)
+        begin = places.masked_fill(~tail, LAST).amin(1, keepdim=True)  # the oldest token behind the sinks
+        behind = places.masked_fill(tail | ~mask, -1).amax(1, keepdim=True) + 1  # the first place behind them
+        shift = (begin - behind).masked_fill(begin == LAST, 0)
+        self.base = self.base + shift
+        shift = torch.where(tail, shift, 0)
+        self.places = places - shift
+        self.unrotated = {layer: _pick_slots(keys, where) for layer, keys in self.unrotated.items()}
+        for number, layer in enumerate(self.layers):
+            layer.keys, layer.values = _pick_slots(layer.keys, where), _pick_slots(layer.values, where)
+            if number in rotated_layers:
+                layer.keys = _rotate_back(layer.keys, shift, inv_freq)
 
     def select_rows(self, rows: Tensor) -> None:
         """Row i becomes what row ``rows[i]`` was (beam search); memories are the caller's."""
         super().reorder_cache(rows)
         self.unrotated = {layer: keys.index_select(0, rows.to(keys.device)) for layer, keys in self.unrotated.items()}
-        if self.token_ids is not None and self.positions is not None and self.base is not None:
-            rows = rows.to(self.token_ids.device)
-            self.token_ids, self.positions, self.base = self.token_ids[rows], self.positions[rows], self.base[rows]
-            self.mask = None if self.mask is None else self.mask[rows]
-        self.counts = [self.counts[row] for row in rows.tolist()]
-
-    def _shift_positions(self, shift: Tensor, inv_freq: Tensor, rotated_layers: Sequence[int]) -> None:
-        """Rotate cached keys back by ``shift`` (B, 1) positions: R(p - shift) k = R(-shift) R(p) k."""
-        angle = -shift.float().unsqueeze(-1) * inv_freq.to(shift.device, torch.float32)  # (B, 1, D / 2)
-        angle = torch.cat([angle, angle], dim=-1).unsqueeze(1)  # (B, 1, 1, D)
-        for number in rotated_layers:
-            layer = self.layers[number]
-            here = angle.to(layer.keys.device)
-            keys = layer.keys.float()  # float32: the rotation must not add to bfloat16's rounding
-            layer.keys = (keys * here.cos() + rotate_half(keys) * here.sin()).to(layer.keys.dtype)
+        for name in ("token_ids", "positions", "places", "base", "mask"):
+            tensor = getattr(self, name)
+            setattr(self, name, None if tensor is None else tensor[rows.to(tensor.device)])
+        order = rows.tolist()
+        self.counts, self.sinks = [self.counts[row] for row in order], [self.sinks[row] for row in order]
 
     @staticmethod
     def _take(vectors: Tensor, slots: Tensor) -> Tensor:
         return vectors[:, slots.to(vectors.device)].detach()  # (G, count, D)
+
+
+def _pick_slots(vectors: Tensor, where: Tensor) -> Tensor:
+    """(B, G, S, D), (B, S') -> (B, G, S', D)."""
+    rows = torch.arange(len(where), device=vectors.device).unsqueeze(1)
+    return vectors.transpose(1, 2)[rows, where.to(vectors.device)].transpose(1, 2)
+
+
+def _rotate_back(keys: Tensor, shift: Tensor, inv_freq: Tensor) -> Tensor:
+    """Keys (B, G, S, D) moved back by ``shift`` (B, S) positions: R(p - shift) k = R(-shift) R(p) k."""
+    angle = -shift.float().unsqueeze(-1) * inv_freq.to(shift.device, torch.float32)  # (B, S, D / 2)
+    angle = torch.cat([angle, angle], dim=-1).unsqueeze(1).to(keys.device)  # (B, 1, S, D)
+    turned = keys.float()  # float32: the rotation must not add to bfloat16's rounding
+    return (turned * angle.cos() + rotate_half(turned) * angle.sin()).to(keys.dtype)
 
 
 class Row:
@@ -261,8 +309,9 @@ class FoTCache(Cache):
     def flush(self) -> None:
         """Move what is left in the local window to the rows' own memories."""
         for number, row in enumerate(self.rows):
-            if self.local.counts[number]:
-                self.local.move(number, self.local.counts[number], row.own)
+            count = self.local.counts[number] - self.local.sinks[number]
+            if count:
+                self.local.move(number, count, row.own)
         self.open_window()
 
     def get_seq_length(self, layer_idx: int = 0) -> int:

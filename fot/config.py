@@ -26,8 +26,11 @@ class MemoryConfig:
         last_context_length: tokens of a long prompt that stay in the local window to be answered from; the rest
             goes to the memory. An integer cuts every input so, as LongLLaMA's code does. None: inputs that fit the
             window stay whole, longer ones keep half a window.
-        overflow_keep: tokens that stay local when generation outgrows the window and the older ones move to the
+        overflow_keep: newest tokens that stay local when generation outgrows the window and the older ones move to the
             memory. 0 is LongLLaMA's rule. None: half a window.
+        attention_sinks: first tokens of the window that stay local with them, in all layers that have no memory. They
+            draw the attention that has nothing to look for; without them the model loses its way (StreamingLLM, arXiv
+            2309.17453). None stay with ``overflow_keep=0``, where the next token starts a new window.
         mem_positionals: rotary positions in memory layers (LongLLaMA), or none there (the paper's small models).
         key_dtype: how keys are stored: float32, bfloat16, float16, int8. None: the model's dtype.
         value_dtype: how values are stored, likewise.
@@ -51,6 +54,7 @@ class MemoryConfig:
     local_context: int | None = None
     last_context_length: int | None = None
     overflow_keep: int | None = None
+    attention_sinks: int = 4
     mem_positionals: bool = True
     key_dtype: str | None = None
     value_dtype: str | None = None
@@ -74,7 +78,7 @@ class MemoryConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1")
-        for name in ("overflow_keep", "window_overlap"):
+        for name in ("overflow_keep", "attention_sinks", "window_overlap"):
             value = getattr(self, name)
             if value is not None and value < 0:
                 raise ValueError(f"{name} is {value}; it must be at least 0")
@@ -115,9 +119,13 @@ class MemoryConfig:
                 f"window_overlap is {self.window_overlap}, but a window has {window} tokens, so that it would hold "
                 "nothing new: use less"
             )
-        keep = window // 2 if self.overflow_keep is None else self.overflow_keep
-        if keep >= window:
-            raise ValueError(f"overflow_keep is {keep}; a window of {window} tokens would never empty: use less")
+        most = max(0, window - self.attention_sinks - 1)  # less than half of a window of a few tokens
+        keep = min(window // 2, most) if self.overflow_keep is None else self.overflow_keep
+        if keep and keep + self.attention_sinks >= window:
+            raise ValueError(
+                f"overflow_keep is {keep} and attention_sinks {self.attention_sinks}; a window of {window} tokens "
+                "would never empty: use less"
+            )
         return replace(
             self,
             mem_layers=mem_layers,
@@ -138,6 +146,17 @@ class MemoryConfig:
         """``mem_layers`` of a resolved configuration."""
         assert self.mem_layers is not None, "resolve() comes first"
         return self.mem_layers
+
+    @property
+    def kept_tokens(self) -> int:
+        """``overflow_keep`` of a resolved configuration."""
+        assert self.overflow_keep is not None, "resolve() comes first"
+        return self.overflow_keep
+
+    @property
+    def kept_sinks(self) -> int:
+        """First tokens that stay local when the window overflows."""
+        return self.attention_sinks if self.overflow_keep else 0
 
     def local_length(self, num_tokens: int) -> int:
         """How many of an input's last tokens stay in the local window; those before go to the memory."""

@@ -143,10 +143,14 @@ class Recorder:
             raise ValueError(f"{queries.shape[0]} sequences at once: record one, without beams or several samples")
         assert local.positions is not None
         count = queries.shape[2]
-        kept = torch.arange(count - 1, count) if not self._prompt else torch.arange(count)
+        chose = torch.zeros(count, dtype=torch.bool)
+        chose[-1] = local.is_last
+        kept = torch.arange(count) if self._prompt else chose.nonzero().flatten()
         if local.mask is not None:
             kept = kept[local.mask[0, -count:].cpu()[kept]]
-        kept = kept.to(queries.device)
+        if not len(kept):
+            return
+        chose, kept = chose[kept], kept.to(queries.device)
         nothing = torch.full_like(lses[0], -torch.inf)
         local_lse, memory_lse = lses[0], lses[1] if len(lses) > 1 else nothing
         self._pending[layer].append(
@@ -155,7 +159,7 @@ class Recorder:
                 local_lse[0].detach()[:, kept],
                 memory_lse[0].detach()[:, kept],
                 local.positions[0, -count:].to(queries.device)[kept],
-                kept == count - 1,
+                chose.to(queries.device),
                 scale,
             )
         )

@@ -134,16 +134,17 @@ def extend(model: Any, inputs: Inputs, cache: FoTCache, keep: int, options: dict
 
     Args and returns as ``prefill``.
     """
-    window = model.memory_config.window
     _refuse_checkpointing(model)
-    if inputs.length > window:
+    size = _piece_length(model, cache, inputs.length)
+    if inputs.length > size:
         _refuse_single_window_options(model, options)
     hidden = []
     outputs = None
-    for start in range(0, inputs.length, window):
-        part = slice(start, start + window)
+    for start in range(0, inputs.length, size):
+        part = slice(start, start + size)
         piece = inputs.pick(slice(None), part, None if inputs.mask is None else inputs.mask[:, part])
         _make_room(model, cache, piece.length)
+        cache.local.is_last = start + size >= inputs.length
         outputs = run_window(model, piece, cache.local, options)
         hidden.append(outputs.last_hidden_state)
     assert outputs is not None
@@ -292,18 +293,35 @@ def _local_prefill(
     return outputs
 
 
+def _piece_length(model: Any, cache: FoTCache, num_tokens: int) -> int:
+    """How many of ``num_tokens`` new tokens go through the layers at once: all if they fit beside what is local.
+
+    Otherwise as many as leave room for what is kept when the window overflows, so that none is read without it.
+    """
+    config = model.memory_config
+    if max(cache.local.counts, default=0) + num_tokens <= config.window:
+        return num_tokens
+    return config.window - config.kept_sinks - config.kept_tokens
+
+
 def _make_room(model: Any, cache: FoTCache, num_tokens: int) -> None:
-    """Move the oldest tokens of rows whose window would overflow."""
+    """Move the oldest tokens of rows whose window would overflow; their sinks stay, too."""
     config, local = model.memory_config, cache.local
     if all(count + num_tokens <= config.window for count in local.counts):
         return
-    dropped = []
+    kept, sinks = [], []
     for number, (row, count) in enumerate(zip(cache.rows, local.counts, strict=True)):
-        over = count + num_tokens > config.window
-        moved = count - min(config.overflow_keep, config.window - num_tokens) if over else 0
-        dropped.append(local.move(number, moved, row.own))
+        slots = local.slots(number)
+        if count + num_tokens > config.window:
+            newest = min(config.kept_tokens, count - local.sinks[number])
+            local.move(number, count - local.sinks[number] - newest, row.own)
+            sinks.append(min(config.kept_sinks, count - newest))
+            kept.append(torch.cat([slots[: sinks[-1]], slots[count - newest :]]))
+        else:
+            sinks.append(local.sinks[number])
+            kept.append(slots)
     rotated = [i for i in range(len(local.layers)) if config.mem_positionals or i not in config.layers]
-    local.drop_slots(dropped, model.model.rotary_emb.inv_freq, rotated)
+    local.keep_slots(kept, sinks, model.model.rotary_emb.inv_freq, rotated)
 
 
 def _local_length(model: Any, inputs: Inputs, cache: FoTCache, real: Tensor, last_context_length: int | None) -> int:

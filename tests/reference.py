@@ -26,12 +26,7 @@ def _run(model: Any, ids: Tensor, memory: dict[int, list[tuple[Tensor, Tensor]]]
     for number, layer in enumerate(decoder.layers):
         attention = layer.self_attn
         normed = layer.input_layernorm(hidden)
-        q, k, v = (
-            projection(normed).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
-            for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
-        )
-        if hasattr(attention, "q_norm"):
-            q, k = attention.q_norm(q), attention.k_norm(k)
+        q, k, v = _project(layer, normed)
         rotated_q, rotated_k = q, k
         if number not in memory or model.memory_config.mem_positionals:
             rotated_q, rotated_k = apply_rotary_pos_emb(q, k, *rotary)
@@ -41,6 +36,60 @@ def _run(model: Any, ids: Tensor, memory: dict[int, list[tuple[Tensor, Tensor]]]
         hidden = hidden + attention.o_proj(mixed.transpose(1, 2).flatten(2))
         hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
     return decoder.norm(hidden)
+
+
+def reference_stream(model: Any, ids: Tensor) -> Tensor:
+    """Logits (1, T, V) of tokens fed one by one, past the window; (1, T) ids.
+
+    What is local is the first ``attention_sinks`` tokens and the newest ones, at places 0, 1, ...; the rest has moved
+    to the memory. Memory layers find the sinks there, too, and not in the window.
+    """
+    config, decoder = model.memory_config, model.model
+    kept: list[list[tuple[Tensor, Tensor]]] = [[] for _ in decoder.layers]  # by layer and token
+    local: list[int] = []
+    moved: list[int] = []
+    hiddens = []
+    for token in range(ids.shape[1]):
+        if len(local) == config.window:
+            newest = local[len(local) - config.overflow_keep :]
+            moved += [other for other in local if other not in newest and other not in moved]
+            local = [*(local[: config.attention_sinks] if config.overflow_keep else []), *newest]
+        local.append(token)
+        hidden = decoder.embed_tokens(ids[:, token : token + 1])
+        for number, layer in enumerate(decoder.layers):
+            q, k, v = _project(layer, layer.input_layernorm(hidden))
+            kept[number].append((k, v))
+            in_memory = moved if number in config.layers else []
+            places = [place for place, other in enumerate(local) if other not in in_memory]
+            mixed = _attend(
+                _turn(model, number, q, [len(local) - 1]),
+                _turn(model, number, torch.cat([kept[number][local[place]][0] for place in places], dim=2), places),
+                torch.cat([kept[number][local[place]][1] for place in places], dim=2),
+                [kept[number][other] for other in in_memory],
+            )
+            hidden = hidden + layer.self_attn.o_proj(mixed.transpose(1, 2).flatten(2))
+            hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+        hiddens.append(decoder.norm(hidden))
+    return model.lm_head(torch.cat(hiddens, dim=1))
+
+
+def _project(layer: Any, normed: Tensor) -> list[Tensor]:
+    """Unrotated queries, keys and values (1, heads, T, D)."""
+    attention = layer.self_attn
+    q, k, v = (
+        projection(normed).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+        for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
+    )
+    return [attention.q_norm(q), attention.k_norm(k), v] if hasattr(attention, "q_norm") else [q, k, v]
+
+
+def _turn(model: Any, layer: int, vectors: Tensor, places: list[int]) -> Tensor:
+    """Queries or keys (1, heads, T, D) turned by their places, where the layer does that."""
+    config = model.memory_config
+    if layer in config.layers and not config.mem_positionals:
+        return vectors
+    cos, sin = model.model.rotary_emb(vectors, position_ids=torch.tensor([places]))
+    return apply_rotary_pos_emb(vectors, vectors, cos, sin)[0]
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, memory: list[tuple[Tensor, Tensor]]) -> Tensor:
