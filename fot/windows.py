@@ -113,12 +113,12 @@ def prefill(
     for group in _equal_rows(inputs, cache, columns, stored, first_kept):
         row = group[0]
         real = columns[row][: stored[row]]
-        for start, stop in _window_bounds(model, cache, columns[row], stored[row]):
-            window = inputs.pick(slice(row, row + 1), real[start:stop], None)
+        for begin, start, stop in _window_bounds(model, cache, columns[row], stored[row]):
+            window, skip = inputs.pick(slice(row, row + 1), real[begin:stop], None), start - begin
             wanted = int(real[stop - 1]) >= first_kept
-            hidden = store_window(model, window, cache.rows[row], hidden_states=wanted)
+            hidden = store_window(model, window, cache.rows[row], hidden_states=wanted, skip=skip)
             if hidden is not None:
-                pieces.append((row, real[start:stop], hidden[0]))
+                pieces.append((row, real[start:stop], hidden[0, skip:]))
         if len(group) > 1:
             shared = cache.rows[row].memories
             for member in group:
@@ -340,14 +340,19 @@ def _local_length(model: Any, inputs: Inputs, cache: FoTCache, real: Tensor, las
     return min(len(real), wanted)
 
 
-def _window_bounds(model: Any, cache: FoTCache, real: Tensor, stored: int) -> list[tuple[int, int]]:
-    """Windows over the first ``stored`` tokens of a row, as (start, stop) in its own count."""
+def _window_bounds(model: Any, cache: FoTCache, real: Tensor, stored: int) -> list[tuple[int, int, int]]:
+    """Windows over the first ``stored`` tokens of a row, in its own count: (first token, first new token, end).
+
+    As in ``fot.ingest``, a window starts with the last ``window_overlap`` tokens of the one before.
+    """
     if not stored:
         return []
-    window = model.memory_config.window
+    window, overlap = model.memory_config.window, model.memory_config.window_overlap
     first = window - int(real[0]) % window if cache.align_padding == "batch" else window
-    starts = [0, *range(first, stored, window)]
-    return list(zip(starts, [*starts[1:], stored], strict=True))
+    starts = [0, *range(first, stored, window - overlap)]
+    return [
+        (max(0, start - overlap), start, stop) for start, stop in zip(starts, [*starts[1:], stored], strict=True)
+    ]
 
 
 def _equal_rows(

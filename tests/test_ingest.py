@@ -250,6 +250,22 @@ def test_overlap_gives_window_starts_their_context(make_model: ModelMaker) -> No
         assert torch.equal(*keys) is not depends
 
 
+@pytest.mark.parametrize("isolated", [True, False])
+@torch.no_grad()
+def test_a_prompt_is_stored_as_ingest_stores_it(isolated: bool, make_model: ModelMaker, ids: Draw) -> None:
+    """What of a long prompt goes to the memory overlaps as windows of a text do, whether its logits are wanted or not."""
+    model, tokens = make_model(isolated_windows=isolated, window_overlap=5), ids(4 * WINDOW + 3)
+    for options in ({"logits_to_keep": 1}, {}):
+        own = model(tokens, **options).past_key_values.rows[0].own
+        expected = model.new_memory()
+        model.ingest(tokens[:, : len(own)], expected)
+        assert len(own) == 4 * WINDOW + 3 - WINDOW // 2
+        assert own.token_ids().tolist() == expected.token_ids().tolist()
+        for layer in own.layers:
+            torch.testing.assert_close(own[layer].keys(), expected[layer].keys())
+            torch.testing.assert_close(own[layer].values(), expected[layer].values())
+
+
 def test_overlap_must_leave_room(make_model: ModelMaker) -> None:
     with pytest.raises(ValueError, match="window_overlap is 16"):
         make_model(window_overlap=WINDOW)
