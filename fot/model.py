@@ -205,6 +205,7 @@ class FoTForCausalLM:
     def generate(
         self,
         inputs: Tensor | None = None,
+        generation_config: Any = None,
         *args: Any,
         memory: Memory | Sequence[Memory] | None = None,
         update_memory: bool = False,
@@ -212,16 +213,25 @@ class FoTForCausalLM:
     ) -> Any:
         """``generate`` of transformers, with a prompt of any length and an optional memory.
 
+        Goes on from a ``FoTCache`` unless the caller says ``use_cache=False``. What a checkpoint's own settings say of
+        caches is not looked at: ``use_cache: false`` there is left over from training, and changes no token.
+
         Args:
             inputs: (B, T) prompt ids, padded on the left.
             memory: read by every row, or a list with one for each row. Not written to, so it can serve many prompts.
             update_memory: also store the prompt and the answer (but its last token) in ``memory``.
-            args: as in transformers.
-            kwargs: as in transformers.
+            generation_config, args, kwargs: as in transformers.
 
         Raises:
-            ValueError: an empty prompt, ids outside the vocabulary, a memory made by other weights.
+            ValueError: an empty prompt, ids outside the vocabulary, a memory made by other weights, a cache of another
+                kind.
         """
+        implementation = _asked("cache_implementation", generation_config, kwargs)
+        if implementation is not None:
+            raise ValueError(
+                f"cache_implementation is {implementation!r}; a model with memory keeps a cache of its own kind: leave "
+                "it out"
+            )
         ids = kwargs.get("input_ids") if inputs is None else inputs
         if isinstance(ids, Tensor) and ids.dtype in (torch.int32, torch.int64):
             self.check_ids(ids)
@@ -229,17 +239,24 @@ class FoTForCausalLM:
             raise ValueError("update_memory=True needs a memory to update: pass memory=model.new_memory()")
         cache = given_cache(kwargs)
         kwargs = {name: value for name, value in kwargs.items() if name not in (CACHE, "past_key_values")}
-        wants_cache = kwargs.get("use_cache", True) is not False
-        if cache is None and wants_cache:
+        if cache is None and _asked("use_cache", generation_config, kwargs) is not False:
             cache = FoTCache(self._given(memory), "row", write=update_memory)
         elif memory is not None:
             if update_memory or cache is not None:
                 raise ValueError("memory= cannot be joined with use_cache=False and update_memory, nor with a cache")
             kwargs["memory"] = memory
-        result = super().generate(inputs, *args, **{CACHE: cache}, **kwargs)  # type: ignore[misc]
+        result = super().generate(inputs, generation_config, *args, **{CACHE: cache}, **kwargs)  # type: ignore[misc]
         if update_memory:
             cache.flush()
         return result
+
+    def _prepare_generation_config(self, generation_config: Any, *args: Any, **kwargs: Any) -> Any:
+        # The checkpoint's settings join the caller's here. What it says of caches must not reach the loop, which would
+        # feed every token anew to a cache that has it.
+        merged, rest = super()._prepare_generation_config(generation_config, *args, **kwargs)  # type: ignore[misc]
+        merged.use_cache = _asked("use_cache", generation_config, kwargs) is not False
+        merged.cache_implementation = None
+        return merged, rest
 
     def _get_stopping_criteria(self, *args: Any, **kwargs: Any) -> Any:
         # transformers warns when an answer passes max_position_embeddings; here that is what the memory is for.
@@ -339,6 +356,11 @@ class FoTForCausalLM:
         if memory is not None:
             raise ValueError("pass memory= with the first call only: the cache carries it on")
         return cache
+
+
+def _asked(name: str, generation_config: Any, kwargs: dict[str, Any]) -> Any:
+    """What the caller of ``generate`` says of a setting, by keyword or in a ``GenerationConfig``; None: nothing."""
+    return kwargs[name] if kwargs.get(name) is not None else getattr(generation_config, name, None)
 
 
 @functools.cache

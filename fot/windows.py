@@ -350,9 +350,7 @@ def _window_bounds(model: Any, cache: FoTCache, real: Tensor, stored: int) -> li
     window, overlap = model.memory_config.window, model.memory_config.window_overlap
     first = window - int(real[0]) % window if cache.align_padding == "batch" else window
     starts = [0, *range(first, stored, window - overlap)]
-    return [
-        (max(0, start - overlap), start, stop) for start, stop in zip(starts, [*starts[1:], stored], strict=True)
-    ]
+    return [(max(0, start - overlap), start, stop) for start, stop in zip(starts, [*starts[1:], stored], strict=True)]
 
 
 def _equal_rows(

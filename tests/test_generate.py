@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import WINDOW, ModelMaker
-from transformers import StoppingCriteria
+from transformers import GenerationConfig, StoppingCriteria
 from transformers.generation import BaseStreamer
 
 Draw = Callable[..., torch.Tensor]
@@ -186,3 +186,77 @@ def test_no_word_about_the_maximum_length(
     finally:
         logging.disable_propagation()
     assert "maximum length" not in caplog.text
+
+
+CHECKPOINT_SETTINGS = [
+    {"use_cache": False},
+    {"cache_implementation": "static"},
+    {"cache_implementation": "quantized", "use_cache": False},
+]
+
+
+@pytest.mark.parametrize("settings", CHECKPOINT_SETTINGS, ids=str)
+@pytest.mark.parametrize("length", [10, 60])
+def test_what_a_checkpoint_says_of_caches_changes_no_token(
+    settings: dict[str, Any], length: int, make_model: ModelMaker, ids: Draw
+) -> None:
+    model, prompt = make_model(), ids(length)
+    past, memory = ids(40, seed=5), model.new_memory()
+    model.ingest(past, memory)
+    options = {"do_sample": False, "eos_token_id": None, "max_new_tokens": 3 * WINDOW}
+    expected = model.generate(prompt, memory=memory, **options)
+    for name, value in settings.items():
+        setattr(model.generation_config, name, value)
+    model.config.use_cache = settings.get("use_cache", True)
+    assert model.generate(prompt, memory=memory, **options).tolist() == expected.tolist()
+    given = GenerationConfig(**options)
+    assert model.generate(prompt, memory=memory, generation_config=given).tolist() == expected.tolist()
+    assert model.generate(prompt, given, memory=memory).tolist() == expected.tolist()
+    model.generate(prompt, memory=memory, update_memory=True, **options)
+    assert memory.token_ids().tolist() == [*past[0].tolist(), *expected[0, :-1].tolist()]
+
+
+def test_use_cache_false_from_the_caller(make_model: ModelMaker, ids: Draw) -> None:
+    """Each token then comes from a whole forward pass, as in transformers."""
+    model, prompt = make_model(), ids(4)
+    options = {"do_sample": False, "eos_token_id": None, "max_new_tokens": 6}
+    expected = model.generate(prompt, **options)
+    lengths: list[int] = []
+    model.model.embed_tokens.register_forward_hook(lambda module, args, out: lengths.append(out.shape[1]))
+    for asked in (options | {"use_cache": False}, {"generation_config": GenerationConfig(**options, use_cache=False)}):
+        lengths.clear()
+        assert model.generate(prompt, **asked).tolist() == expected.tolist()
+        assert lengths == [4, 5, 6, 7, 8, 9]
+        with pytest.raises(ValueError, match="use_cache=False"):
+            model.generate(prompt, memory=model.new_memory(), update_memory=True, **asked)
+
+
+def test_another_kind_of_cache_is_refused_by_name(make_model: ModelMaker, ids: Draw) -> None:
+    model = make_model()
+    for asked in (
+        {"cache_implementation": "static"},
+        {"generation_config": GenerationConfig(cache_implementation="static")},
+    ):
+        with pytest.raises(ValueError, match="cache_implementation is 'static'; a model with memory keeps a cache"):
+            model.generate(ids(4), max_new_tokens=2, **asked)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"num_beams": 3}, {"do_sample": True, "num_return_sequences": 2}, {"return_dict_in_generate": True}],
+    ids=str,
+)
+def test_a_checkpoints_other_settings_hold_as_in_transformers(
+    settings: dict[str, Any], make_model: ModelMaker, make_plain: ModelMaker, ids: Draw
+) -> None:
+    """Within the window, where both compute the same."""
+    found = []
+    for model in (make_model(), make_plain()):
+        for name, value in settings.items():
+            setattr(model.generation_config, name, value)
+        torch.manual_seed(0)
+        output = model.generate(ids(4), eos_token_id=None, max_new_tokens=8)
+        found.append(output)
+    sequences = [getattr(output, "sequences", output).tolist() for output in found]
+    assert sequences[0] == sequences[1]
+    assert hasattr(found[0], "sequences") == hasattr(found[1], "sequences")
