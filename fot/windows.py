@@ -9,9 +9,10 @@ from torch import Tensor
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from fot.attention import project_keys_values
+from fot.attention import memory_key_scale, project_keys_values, scaled
 from fot.cache import UNKNOWN_TOKEN, FoTCache, LocalCache, Row
 from fot.compat import CACHE
+from fot.config import check_memory_layers
 from memory import Memory
 
 
@@ -188,12 +189,13 @@ def store_window(
         spans: the characters in it of each token that is stored.
     """
     config, hidden = model.memory_config, None
+    check_memory_layers(config)
     local = LocalCache([row.memories])
     if hidden_states:
         hidden = run_window(model, inputs, local, {}).last_hidden_state
     if config.isolated_windows:
         store_isolated(model, inputs, row.own, skips=[skip], document=document, spans=[spans])
-    elif config.layers:
+    else:
         if hidden is None:
             fill_window(model, inputs, local)
         local.move(0, inputs.length, row.own, skip=skip, document=document, spans=spans)
@@ -219,8 +221,7 @@ def store_isolated(
         document: name of the text.
         spans: for each window, the characters in the text of each token that is stored; None where they are not known.
     """
-    if not model.memory_config.layers:
-        return
+    check_memory_layers(model.memory_config)
     local = LocalCache([[]] * inputs.batch_size)
     fill_window(model, inputs, local)
     for row, (skip, characters) in enumerate(zip(skips, spans, strict=True)):
@@ -251,7 +252,7 @@ def fill_window(model: Any, inputs: Inputs, local: LocalCache) -> None:
     if weight.device.type != "meta":  # a model spread over devices: only whole layers move their inputs themselves
         hidden = hidden.to(weight.device)
     keys, values = project_keys_values(layer.self_attn, layer.input_layernorm(hidden))
-    local.stage(last, keys)
+    local.stage(last, scaled(keys, memory_key_scale(model)))
     local.update(keys, values, last)
 
 
@@ -309,6 +310,7 @@ def _make_room(model: Any, cache: FoTCache, num_tokens: int) -> None:
     config, local = model.memory_config, cache.local
     if all(count + num_tokens <= config.window for count in local.counts):
         return
+    check_memory_layers(config)
     kept, sinks = [], []
     for number, (row, count) in enumerate(zip(cache.rows, local.counts, strict=True)):
         slots = local.slots(number)

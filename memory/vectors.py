@@ -196,9 +196,10 @@ class VectorBlocks:
     def _add_block(self, device: torch.device) -> None:
         capacity = min(LAST_BLOCK, FIRST_BLOCK << min(len(self._data) - self._mapped, 30))
         self._starts.append(self._length)
-        self._data.append(torch.empty(self.num_heads, capacity, self.head_dim, dtype=self.dtype, device=device))
-        if self.dtype == torch.int8:
-            self._scales.append(torch.empty(self.num_heads, capacity, 1, dtype=torch.float32, device=device))
+        with torch.inference_mode(False):  # a block made in inference mode could not be written to outside it
+            self._data.append(torch.empty(self.num_heads, capacity, self.head_dim, dtype=self.dtype, device=device))
+            if self.dtype == torch.int8:
+                self._scales.append(torch.empty(self.num_heads, capacity, 1, dtype=torch.float32, device=device))
 
     def _write(self, vectors: Tensor) -> None:
         offset = self._length - self._starts[-1]

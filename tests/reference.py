@@ -21,18 +21,15 @@ def reference_logits(model: Any, windows: list[Tensor], past: list[Tensor] | Non
 def _run(model: Any, ids: Tensor, memory: dict[int, list[tuple[Tensor, Tensor]]]) -> Tensor:
     decoder = model.model
     hidden = decoder.embed_tokens(ids)
-    positions = torch.arange(ids.shape[1]).unsqueeze(0)
-    rotary = decoder.rotary_emb(hidden, position_ids=positions)
     for number, layer in enumerate(decoder.layers):
         attention = layer.self_attn
         normed = layer.input_layernorm(hidden)
         q, k, v = _project(layer, normed)
-        rotated_q, rotated_k = q, k
-        if number not in memory or model.memory_config.mem_positionals:
-            rotated_q, rotated_k = apply_rotary_pos_emb(q, k, *rotary)
+        places = list(range(ids.shape[1]))
+        rotated_q, rotated_k = _turn(model, number, q, places), _turn(model, number, k, places)
         mixed = _attend(rotated_q, rotated_k, v, memory.get(number, []))
         if number in memory:
-            memory[number].append((k, v))
+            memory[number].append((_turn(model, number, k, [0] * k.shape[2]), v))
         hidden = hidden + attention.o_proj(mixed.transpose(1, 2).flatten(2))
         hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
     return decoder.norm(hidden)

@@ -253,7 +253,7 @@ def test_overlap_gives_window_starts_their_context(make_model: ModelMaker) -> No
 @pytest.mark.parametrize("isolated", [True, False])
 @torch.no_grad()
 def test_a_prompt_is_stored_as_ingest_stores_it(isolated: bool, make_model: ModelMaker, ids: Draw) -> None:
-    """What of a long prompt goes to the memory overlaps as windows of a text do, whether its logits are wanted or not."""
+    """What of a long prompt goes to the memory overlaps as windows of a text do, whether logits are wanted or not."""
     model, tokens = make_model(isolated_windows=isolated, window_overlap=5), ids(4 * WINDOW + 3)
     for options in ({"logits_to_keep": 1}, {}):
         own = model(tokens, **options).past_key_values.rows[0].own
