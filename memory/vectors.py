@@ -204,11 +204,12 @@ class VectorBlocks:
     def _write(self, vectors: Tensor) -> None:
         offset = self._length - self._starts[-1]
         window = slice(offset, offset + vectors.shape[1])
+        # ``data``: what autograd has saved of this block stays valid, for only room that nobody has read is written.
         if self.dtype == torch.int8:
             scales = vectors.float().abs().amax(-1, keepdim=True).clamp(min=1e-12) / 127.0
-            self._scales[-1][:, window] = scales
+            self._scales[-1].data[:, window] = scales
             vectors = (vectors.float() / scales).round()
-        self._data[-1][:, window] = vectors
+        self._data[-1].data[:, window] = vectors
         self._length += vectors.shape[1]
 
     def _decode(self, stored: Tensor, block: int, where: Where, dtype: torch.dtype) -> Tensor:

@@ -185,6 +185,32 @@ def test_gradients_equal_the_reference(family: str, make_model: ModelMaker, ids:
     torch.testing.assert_close(merged, weight.grad, atol=1e-5, rtol=1e-3)
 
 
+@pytest.mark.parametrize("isolated", [False, True])
+def test_gradients_over_several_windows(isolated: bool, family: str, make_model: ModelMaker, ids: Draw) -> None:
+    """A loss over five windows at once, as a plain training loop takes it: what is stored passes no gradient on."""
+    model, tokens = make_model(family, isolated_windows=isolated), ids(3 * WINDOW + 9)
+    loss = model(tokens, labels=tokens).loss
+    loss.backward()
+    found = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    memory: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {layer: [] for layer in model.memory_config.layers}
+    hidden = []
+    for window in tokens.split([WINDOW, WINDOW, WINDOW, 1, WINDOW // 2], dim=1):  # half a window stays local
+        before = {layer: [(k.detach(), v.detach()) for k, v in pairs] for layer, pairs in memory.items()}
+        hidden.append(_run(model, window, before))
+        alone: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {layer: [] for layer in memory}
+        if isolated:
+            _run(model, window, alone)
+        for layer in memory:
+            memory[layer].append((alone if isolated else before)[layer][-1])
+    logits = model.lm_head(torch.cat(hidden, dim=1))
+    expected = torch.nn.functional.cross_entropy(logits[0, :-1], tokens[0, 1:])
+    expected.backward()
+    torch.testing.assert_close(loss, expected, **CLOSE)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(found[name], parameter.grad, **CLOSE, msg=name)
+
+
 @torch.no_grad()
 def test_cached_steps_equal_one_pass(family: str, make_model: ModelMaker, ids: Draw) -> None:
     model, tokens = make_model(family), ids(WINDOW)
