@@ -9,11 +9,12 @@ import torch
 from conftest import WINDOW, ModelMaker
 from transformers import PreTrainedTokenizerFast
 
-import fot.documents
+import fot
 from fot import ingest as ingest_module
+from fot.documents import add as add_module
 from fot.documents import add_document, describe_left_out, find_documents, read_document
 from fot.fingerprint import tokenizer_fingerprint
-from memory import Memory
+from memory import DocumentNote, Memory
 from memory.disk import verify
 
 HTML = "<html><head><title>Emma</title><style>p {}</style><script>var x;</script></head><body><p>Mr. <b>Weston</b></p>"
@@ -153,7 +154,7 @@ def model(request: pytest.FixtureRequest, make_model: ModelMaker, tokenizer: Pre
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ingest_module, "PIECE", 70)
     monkeypatch.setattr(ingest_module, "ISOLATED_TOKENS", 3 * WINDOW)
-    monkeypatch.setattr(fot.documents, "FLUSH_TOKENS", 5 * WINDOW)
+    monkeypatch.setattr(add_module, "FLUSH_TOKENS", 5 * WINDOW)
 
 
 def opened(model: Any, path: Path) -> Memory:
@@ -207,7 +208,7 @@ def test_interrupted_documents_go_on(
                 add_document(model, memory, "a", TEXT)
         else:
             add_document(model, memory, "a", TEXT)
-            memory.notes["a"] = fot.documents.DocumentNote(memory.notes["a"].sha256, complete=False)
+            memory.notes["a"] = DocumentNote(memory.notes["a"].sha256, complete=False)
             memory.flush()
     monkeypatch.undo()
     part = Memory.open(tmp_path / "m")

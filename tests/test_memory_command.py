@@ -9,9 +9,9 @@ import pytest
 from conftest import ModelMaker
 from transformers import PreTrainedTokenizerFast
 
-import fot.documents
 from fot import FoTForCausalLM
 from fot.cli import main
+from fot.documents import add as add_module
 from memory import Memory
 
 TEXT = "".join(f"Line {number} of a document.\n" for number in range(40))
@@ -224,7 +224,7 @@ def test_one_bar_over_all_files(
             super().__init__(*args, **(kwargs | {"disable": False, "mininterval": 0.0}))
             bars.append(self)
 
-    monkeypatch.setattr(fot.documents, "tqdm", Bar)
+    monkeypatch.setattr(add_module, "tqdm", Bar)
     assert main(["memory", "build", "m", "book.txt", "code", "--model", str(checkpoint), *OPTIONS]) == 0
     shown = capfd.readouterr().err
     (bar,) = bars
