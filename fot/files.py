@@ -42,9 +42,18 @@ def check_regular(path: Path) -> None:
         raise UnreadableFileError(path, f"is {SPECIAL.get(stat.S_IFMT(mode), 'a special file')}, not a file of text")
 
 
+def check_not_binary(path: Path, allowed: tuple[bytes, ...] = ()) -> None:
+    """Raise UnreadableFileError if a file has zero bytes near its start, unless it starts with one of ``allowed``."""
+    with open(path, "rb") as file:
+        start = file.read(1 << 13)
+    if b"\0" in start and not (allowed and start.startswith(allowed)):
+        raise UnreadableFileError(path, "is a binary file, not text", kind="binary")
+
+
 def check_utf8(path: Path) -> None:
-    """Raise UnreadableFileError, naming file and byte, if a file is no file or not UTF-8 text."""
+    """Raise UnreadableFileError, naming file and byte, if a file is no file, binary, or not UTF-8 text."""
     check_regular(path)
+    check_not_binary(path)
     decoder = codecs.getincrementaldecoder("utf-8")()
     start = 0
     with open(path, "rb") as file:

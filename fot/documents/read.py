@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from fot.documents.html import html_text
-from fot.files import UnreadableFileError, check_regular, check_utf8, shown
+from fot.files import UnreadableFileError, check_not_binary, check_regular, check_utf8, shown
 
 # Marks at the start of UTF-16 and UTF-32, in which text has zero bytes.
 WIDE_MARKS = (b"\xff\xfe", b"\xfe\xff", b"\0\0\xfe\xff")
@@ -40,17 +40,9 @@ def readers() -> dict[str, Callable[[Path], str]]:
 
 
 def _read_text(path: Path) -> str:
-    _check_not_binary(path)
     check_utf8(path)
     with open(path, encoding="utf-8", newline="") as text:
         return text.read().removeprefix("\ufeff")
-
-
-def _check_not_binary(path: Path, allowed: tuple[bytes, ...] = ()) -> None:
-    with open(path, "rb") as file:
-        start = file.read(1 << 13)
-    if b"\0" in start and not start.startswith(allowed):
-        raise UnreadableFileError(path, "is a binary file, not text", kind="binary")
 
 
 def _read_pdf(path: Path) -> str:
@@ -74,7 +66,7 @@ def _read_pdf(path: Path) -> str:
 
 
 def _read_html(path: Path) -> str:
-    _check_not_binary(path, WIDE_MARKS)
+    check_not_binary(path, WIDE_MARKS)
     try:
         return shown(html_text(path.read_bytes()))
     except ImportError as error:
