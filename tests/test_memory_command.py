@@ -104,12 +104,9 @@ def test_memories_in_the_folder_are_not_read(place: Path, checkpoint: Path, caps
         assert main(["memory", "append", "code/own.memory", "code", "--dtype", "float32"]) == 0
         shown = capsys.readouterr().out
         assert "left out: 1 binary, 2 memories\n" in shown
-        assert new in shown or new == "1 documents"
-    assert list(Memory.open(Path("code/own.memory")).documents()) == [
-        "code/a.py",
-        "code/b.md",
-        "code/notes/manifest.json",
-    ]
+        assert said in shown
+    held = Memory.open(Path("code/own.memory")).documents()
+    assert list(held) == ["code/a.py", "code/b.md", "code/notes/manifest.json"]
     assert main(["memory", "verify", "code/own.memory"]) == 0
 
 

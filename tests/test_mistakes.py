@@ -210,6 +210,7 @@ def test_a_mistake_ends_in_one_line(
     arguments: list[str], place: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
 ) -> None:
     monkeypatch.chdir(place)
+    shutil.rmtree("new", ignore_errors=True)  # of a mistake that was not found
     before = contents(place / "m")
     try:
         status: Any = main(arguments)

@@ -44,6 +44,7 @@ ODD: dict[str, tuple[Callable[[Path, pytest.MonkeyPatch], Any], str]] = {
     "secret.txt": (unreadable, "Permission denied"),
     "latin.txt": (lambda path, _: path.write_bytes(b"caf\xe9"), "is not UTF-8 text (byte 3)"),
     "locked.pdf": (lambda path, _: encrypted_pdf(path, "secret"), "is an encrypted PDF"),
+    "scan.pdf": (lambda path, _: make_pdf(path, ""), "has no text (scanned pages?)"),
     "none.pdf": (lambda path, _: path.write_bytes(b""), "cannot be read as PDF"),
     "short.pdf": (lambda path, _: path.write_bytes(b"%PDF-1.4 and then nothing"), "cannot be read as PDF"),
     "caf\udce9.txt": (lambda path, _: path.write_text("x"), "caf\ufffd.txt has a name that is not UTF-8"),

@@ -14,8 +14,11 @@ WIDE_MARKS = (b"\xff\xfe", b"\xfe\xff", b"\0\0\xfe\xff")
 class EmptyDocumentError(UnreadableFileError):
     """A file that can be read, but has no text."""
 
-    def __init__(self, path: Path, reason: str = "has no text") -> None:
-        super().__init__(path, reason, kind="empty")
+    def __init__(self, path: Path) -> None:
+        if path.suffix.lower() == ".pdf":  # its owner sees text in it
+            super().__init__(path, "has no text (scanned pages?)")
+        else:
+            super().__init__(path, "has no text", kind="empty")
 
 
 def read_document(path: Path) -> str:
