@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 from fot import __version__
 from fot.commands import ask, evaluate, info, inspect, memory, passkey, train
+from fot.files import check_unicode, shown
 
 Command = Callable[[argparse.Namespace], int]
 
@@ -16,6 +17,12 @@ USER_ERRORS = (ValueError, OSError, ImportError, KeyError, FloatingPointError)
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status (2: bad input, 130: interrupted)."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    for argument in argv:
+        try:
+            check_unicode(argument, f"the argument {shown(argument)!r}")
+        except ValueError as error:
+            return _refuse(error)
     parser = _parser()
     args, rest = parser.parse_known_args(argv)
     # argparse takes overrides only in one place; people write them after options, too
@@ -26,6 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     for name in ("fot", "memory"):
         logging.getLogger(name).setLevel(logging.INFO if args.verbose else logging.WARNING)
+    # pypdf says what it passes over in a file; that the file could not be read, we say.
+    logging.getLogger("pypdf").setLevel(logging.WARNING if args.verbose else logging.CRITICAL)
     command: Command = args.command
     try:
         return command(args)
@@ -35,9 +44,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except USER_ERRORS as error:
         if args.verbose:
             raise
-        message = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
-        print(f"fot: {' '.join(message.split())}", file=sys.stderr)
-        return 2
+        return _refuse(error)
+
+
+def _refuse(error: Exception) -> int:
+    """Say in one line what is wrong."""
+    from fot.inspection.texts import one_line
+
+    message = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    print(f"fot: {one_line(message)}", file=sys.stderr)
+    return 2
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -1,6 +1,5 @@
 """Read tokens or text into a memory, window by window."""
 
-import codecs
 import io
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -14,6 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fot.cache import Row
+from fot.files import check_unicode, check_utf8
 from fot.windows import Inputs, store_isolated, store_window
 from memory import Memory
 
@@ -25,6 +25,7 @@ ISOLATED_TOKENS = 4096
 # Text is tokenised in pieces of about this many characters, cut behind a line, so that a file streams from disk.
 PIECE = 1 << 16
 LONGEST_PIECE = 1 << 20
+LINE_END = "\n"
 
 
 @dataclass
@@ -88,8 +89,8 @@ def ingest(
         tokens read.
 
     Raises:
-        ValueError: no tokens, ids outside the vocabulary, a file that is not UTF-8, a memory of other weights; what
-            can be checked beforehand is, and then nothing is stored.
+        ValueError: no tokens, ids outside the vocabulary, a file or text that is not UTF-8, a pipe or device, a memory
+            of other weights; what can be checked beforehand is, and then nothing is stored.
     """
     if isinstance(ids_or_text, Path):
         check_utf8(ids_or_text)
@@ -98,6 +99,7 @@ def ingest(
             pieces = text_pieces(file, size, tokenizer or model.tokenizer)
             return ingest_pieces(model, pieces, memory, str(ids_or_text) if source is None else source, progress)
     if isinstance(ids_or_text, str):
+        check_unicode(ids_or_text, "the text")
         size = max(1, len(ids_or_text.encode()))
         pieces = text_pieces(io.StringIO(ids_or_text, newline=""), size, tokenizer or model.tokenizer)
     else:
@@ -218,29 +220,72 @@ def id_pieces(model: Any, ids: Tensor | Iterable[int]) -> Iterator[Piece]:
 
 
 def text_pieces(file: TextIO, size: int, tokenizer: Any) -> Iterator[Piece]:
-    """Tokenise a text as it is read.
+    """Tokenise a text as it is read: the pieces together are what the tokenizer makes of the whole text.
 
-    Pieces end behind a line where there is one, where tokenisers do not merge across; a tokeniser that puts a space
-    in front of every text (SentencePiece) adds one token in about 16,000.
+    So what it puts in front of a text (BOS) or behind it (EOS) comes once, at the text's own start and end, not at
+    those of pieces. Pieces end behind a line where there is one; a tokenizer that merges across lines may cut there
+    otherwise than in the whole text.
 
     Args:
         file: text, read once.
         size: its length in bytes of UTF-8.
         tokenizer: with character offsets if it is a fast one; else spans are not known.
+
+    Raises:
+        ValueError: no tokenizer.
     """
     if tokenizer is None:
         raise ValueError(
             "text needs a tokenizer: load the model with FoTForCausalLM.from_pretrained, or pass tokenizer="
         )
-    fast = getattr(tokenizer, "is_fast", False)
     offset = done = 0
-    for text in _cut_text(file):
-        options = {"add_special_tokens": offset == 0, "return_offsets_mapping": fast, "verbose": False}
-        encoded = tokenizer(text, **options)
-        spans = [(a + offset, b + offset) for a, b in encoded["offset_mapping"]] if fast else None
+    before: list[int] = []
+    after: list[int] = []
+    texts = _cut_text(file)
+    text = next(texts, None)
+    while text is not None:
+        following = next(texts, None)
+        ids, spans = _continue(tokenizer, text, offset) if offset else _encode(tokenizer, text)
+        if offset == 0:
+            before, after = _added(tokenizer, text, ids)
+            ids, spans = before + ids, [(0, 0)] * len(before) + spans
         offset += len(text)
         done += len(text.encode())
-        yield Piece(list(encoded["input_ids"]), spans, min(1.0, done / size))
+        if following is None:
+            ids, spans = ids + after, spans + [(offset, offset)] * len(after)
+        yield Piece(ids, spans if getattr(tokenizer, "is_fast", False) else None, min(1.0, done / size))
+        text = following
+
+
+def _encode(tokenizer: Any, text: str) -> tuple[list[int], list[Span]]:
+    """Token ids of a text, nothing added, and the characters of each; none if the tokenizer is a slow one."""
+    fast = getattr(tokenizer, "is_fast", False)
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=fast, verbose=False)
+    return list(encoded["input_ids"]), [(a, b) for a, b in encoded["offset_mapping"]] if fast else []
+
+
+def _continue(tokenizer: Any, text: str, offset: int) -> tuple[list[int], list[Span]]:
+    """Of a text that starts at this offset of a longer one.
+
+    It is read behind a line's end: SentencePiece puts a space in front of what looks like the start of a text.
+    """
+    end, _ = _encode(tokenizer, LINE_END)
+    ids, spans = _encode(tokenizer, LINE_END + text)
+    shift = offset - len(LINE_END)
+    if ids[: len(end)] == end:
+        ids, spans = ids[len(end) :], spans[len(end) :]
+    else:  # merged with the line's end
+        (ids, spans), shift = _encode(tokenizer, text), offset
+    return ids, [(a + shift, b + shift) for a, b in spans]
+
+
+def _added(tokenizer: Any, text: str, ids: list[int]) -> tuple[list[int], list[int]]:
+    """What the tokenizer puts in front of a text and behind it, given the text's own ids."""
+    whole = list(tokenizer(text, verbose=False)["input_ids"])
+    for start in range(len(whole) - len(ids) + 1):
+        if whole[start : start + len(ids)] == ids:
+            return whole[:start], whole[start + len(ids) :]
+    return [], []  # it makes other tokens of a text with special ones: they are left out
 
 
 def _cut_text(file: TextIO) -> Iterator[str]:
@@ -255,22 +300,3 @@ def _cut_text(file: TextIO) -> Iterator[str]:
             rest = rest[cut:]
     if rest:
         yield rest
-
-
-def check_utf8(path: Path) -> None:
-    """Raise ValueError, naming file and byte, if a text file is not UTF-8."""
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    start = 0
-    with open(path, "rb") as file:
-        while True:
-            block = file.read(1 << 20)
-            try:
-                decoder.decode(block, final=not block)
-            except UnicodeDecodeError as error:
-                raise ValueError(
-                    f"{path} is not UTF-8 text (byte {start + error.start}): convert it, for instance with "
-                    "iconv -t utf-8; nothing was stored"
-                ) from error
-            if not block:
-                return
-            start += len(block)

@@ -20,6 +20,7 @@ DEFAULT_NPROBE = 16
 DEFAULT_EF_SEARCH = 128
 DEFAULT_EF_CONSTRUCTION = 128
 FORBIDDEN = {
+    r"IVF0+\b": "an IVF index needs a list; take IVF,Flat",
     "IDMap": "the memory numbers its keys itself; leave IDMap out",
     "NSG|NNDescent": "such a graph cannot grow; take HNSW32",
     "L2norm": "L2norm would rank by cosine; leave it out",

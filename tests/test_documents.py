@@ -7,48 +7,32 @@ from typing import Any
 import pytest
 import torch
 from conftest import WINDOW, ModelMaker
+from document_helpers import HTML, make_folder, make_pdf, names
 from transformers import PreTrainedTokenizerFast
 
-import fot.documents
+import fot
 from fot import ingest as ingest_module
-from fot.documents import add_document, describe_left_out, find_documents, read_document
+from fot.documents import add as add_module
+from fot.documents import add_document, add_documents, describe_left_out, find_documents, read_document
 from fot.fingerprint import tokenizer_fingerprint
-from memory import Memory
+from memory import DocumentNote, Memory
 from memory.disk import verify
 
-HTML = "<html><head><title>Emma</title><style>p {}</style><script>var x;</script></head><body><p>Mr. <b>Weston</b></p>"
 TEXT = "".join(f"Line {number} of a document, long enough for some windows.\n" for number in range(14))
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    files = {
-        "b.py": b"print(1)\n",
-        "a.md": "# Ä title\r\n".encode(),
-        "sub/c.txt": b"\xef\xbb\xbftext",
-        "sub/page.html": HTML.encode(),
-        "sub/deep/d.py": b"x = 1\n",
-        "picture.png": b"\x89PNG\0\0\0",
-        "latin.txt": "café!".encode("latin-1"),
-        "empty.txt": b" \n",
-        ".hidden": b"x",
-        ".git/config": b"x",
-    }
-    for name, content in files.items():
-        (tmp_path / "docs" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "docs" / name).write_bytes(content)
-    return tmp_path / "docs"
-
-
-def names(found: Any, folder: Path) -> list[str]:
-    return [path.relative_to(folder).as_posix() for path in found.paths]
+    return make_folder(tmp_path)
 
 
 def test_folders_are_walked(folder: Path) -> None:
     found = find_documents([folder])
     assert names(found, folder) == ["a.md", "b.py", "sub/c.txt", "sub/page.html", "sub/deep/d.py"]
-    assert found.characters == [len("# Ä title\r\n"), 9, 4, len("Emma\nMr.\nWeston"), 6]
-    assert describe_left_out(found) == "2 binary, 1 empty, 1 hidden, 1 hidden folders"
+    assert found.characters == [len("# Ä title\r\n"), 9, 4, len("Emma\n\nMr. Weston"), 6]
+    assert describe_left_out(found) == (
+        f"1 binary, 1 empty, 1 hidden, 1 hidden folders, 1 unreadable; {folder}/latin.txt is not UTF-8 text (byte 3)"
+    )
 
 
 @pytest.mark.parametrize(
@@ -93,31 +77,9 @@ def test_nothing_found(folder: Path, tmp_path: Path) -> None:
 
 
 def test_html_is_its_text(folder: Path) -> None:
-    assert read_document(folder / "sub" / "page.html") == "Emma\nMr.\nWeston"
+    assert read_document(folder / "sub" / "page.html") == "Emma\n\nMr. Weston"
     assert read_document(folder / "a.md") == "# Ä title\r\n"
     assert read_document(folder / "sub" / "c.txt") == "text"
-
-
-def make_pdf(path: Path, text: str) -> None:
-    """A PDF of one page with one line."""
-    from pypdf import PdfWriter
-    from pypdf.generic import DecodedStreamObject, DictionaryObject, NameObject
-
-    writer = PdfWriter()
-    page = writer.add_blank_page(300, 300)
-    font = DictionaryObject(
-        {
-            NameObject("/Type"): NameObject("/Font"),
-            NameObject("/Subtype"): NameObject("/Type1"),
-            NameObject("/BaseFont"): NameObject("/Helvetica"),
-        }
-    )
-    fonts = DictionaryObject({NameObject("/F1"): writer._add_object(font)})
-    page[NameObject("/Resources")] = DictionaryObject({NameObject("/Font"): fonts})
-    stream = DecodedStreamObject()
-    stream.set_data(f"BT /F1 12 Tf 20 200 Td ({text}) Tj ET".encode())
-    page[NameObject("/Contents")] = writer._add_object(stream)
-    writer.write(path)
 
 
 def test_pdf_is_its_text(tmp_path: Path) -> None:
@@ -131,7 +93,7 @@ def test_pdf_is_its_text(tmp_path: Path) -> None:
         read_document(tmp_path / "bad.pdf")
 
 
-@pytest.mark.parametrize(("name", "package"), [("a.pdf", "pypdf"), ("a.html", "bs4")])
+@pytest.mark.parametrize(("name", "package"), [("a.pdf", "pypdf"), ("a.html", "selectolax.lexbor")])
 def test_missing_packages_are_named(name: str, package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / name).write_text(HTML)
     monkeypatch.setitem(__import__("sys").modules, package, None)
@@ -153,7 +115,7 @@ def model(request: pytest.FixtureRequest, make_model: ModelMaker, tokenizer: Pre
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ingest_module, "PIECE", 70)
     monkeypatch.setattr(ingest_module, "ISOLATED_TOKENS", 3 * WINDOW)
-    monkeypatch.setattr(fot.documents, "FLUSH_TOKENS", 5 * WINDOW)
+    monkeypatch.setattr(add_module, "FLUSH_TOKENS", 5 * WINDOW)
 
 
 def opened(model: Any, path: Path) -> Memory:
@@ -207,7 +169,7 @@ def test_interrupted_documents_go_on(
                 add_document(model, memory, "a", TEXT)
         else:
             add_document(model, memory, "a", TEXT)
-            memory.notes["a"] = fot.documents.DocumentNote(memory.notes["a"].sha256, complete=False)
+            memory.notes["a"] = DocumentNote(memory.notes["a"].sha256, complete=False)
             memory.flush()
     monkeypatch.undo()
     part = Memory.open(tmp_path / "m")
@@ -254,3 +216,22 @@ def test_other_tokenizers_are_refused(model: Any, make_model: ModelMaker, tmp_pa
 def _saved(tokenizer: PreTrainedTokenizerFast, folder: Path) -> Path:
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def test_files_that_are_gone_when_their_turn_comes_are_left_out(model: Any, folder: Path, tmp_path: Path) -> None:
+    found = find_documents([folder], ["*.py", "*.md"])
+    (folder / "a.md").unlink()
+    with opened(model, tmp_path / "m") as memory:
+        add_documents(model, memory, found)
+        assert list(memory.documents()) == [f"{folder}/b.py", f"{folder}/sub/deep/d.py"]
+    assert f"{folder}/a.md cannot be read (No such file or directory)" in describe_left_out(found)
+
+
+def test_texts_without_a_form_in_utf8_are_refused(model: Any, tmp_path: Path) -> None:
+    with opened(model, tmp_path / "m") as memory:
+        for name, text in (("a", "x\ud800"), ("a\udce9", "x")):
+            with pytest.raises(ValueError, match=r"is not UTF-8 text, from character 1 on: convert it to UTF-8"):
+                add_document(model, memory, name, text)
+        with pytest.raises(ValueError, match=r"the text is not UTF-8 text, from character 2 on"):
+            model.ingest("ab\ud800", memory)
+        assert len(memory) == 0

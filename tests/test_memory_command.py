@@ -1,7 +1,9 @@
 """``fot memory``, as a user runs it."""
 
 import json
+import os
 import shlex
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +11,9 @@ import pytest
 from conftest import ModelMaker
 from transformers import PreTrainedTokenizerFast
 
-import fot.documents
 from fot import FoTForCausalLM
 from fot.cli import main
+from fot.documents import add as add_module
 from memory import Memory
 
 TEXT = "".join(f"Line {number} of a document.\n" for number in range(40))
@@ -86,6 +88,50 @@ def test_append_reads_what_is_new(built: Path, capsys: pytest.CaptureFixture) ->
     assert "book.txt has changed" in shown
     assert "fot memory drop" in shown
     assert Memory.open(built).documents() == after.documents()
+
+
+def test_memories_in_the_folder_are_not_read(place: Path, checkpoint: Path, capsys: pytest.CaptureFixture) -> None:
+    """The one that is written among them, and those that are damaged."""
+    arguments = ["memory", "build", "code/own.memory", "code", "--model", str(checkpoint), *OPTIONS]
+    assert main(arguments) == 0
+    shutil.copytree("code/own.memory", "code/sub/other")
+    manifest = Path("code/sub/other/manifest.json")
+    manifest.write_text(manifest.read_text()[:300])
+    Path("code/notes").mkdir()
+    Path("code/notes/manifest.json").write_text('{"name": "of something else"}')
+    capsys.readouterr()
+    for said in ("; 2 documents were there already", "0 tokens read; 3 documents were there already"):
+        assert main(["memory", "append", "code/own.memory", "code", "--dtype", "float32"]) == 0
+        shown = capsys.readouterr().out
+        assert "left out: 1 binary, 2 memories\n" in shown
+        assert said in shown
+    held = Memory.open(Path("code/own.memory")).documents()
+    assert list(held) == ["code/a.py", "code/b.md", "code/notes/manifest.json"]
+    assert main(["memory", "verify", "code/own.memory"]) == 0
+
+
+@pytest.mark.parametrize("name", ["m", "m/manifest.json", "m/../m"])
+def test_a_memory_is_no_document(name: str, built: Path, checkpoint: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main(["memory", "build", "new", name, "--model", str(checkpoint), *OPTIONS]) == 2
+    assert "a memory, not a document: give the files that it was made of" in capsys.readouterr().err
+    assert not Path("new").exists()
+
+
+def test_odd_files_do_not_stop_a_build(place: Path, checkpoint: Path, capsys: pytest.CaptureFixture) -> None:
+    os.mkfifo("code/pipe")
+    Path("code/bad.pdf").write_bytes(b"%PDF-1.4\x1b nothing")
+    Path("code/round").symlink_to(Path("code").resolve())
+    Path("code/a\x1b\nb.txt").write_bytes(b"\xff")
+    arguments = ["memory", "build", "m", "code", "--model", str(checkpoint), *OPTIONS]
+    assert main(arguments) == 0
+    shown = capsys.readouterr()
+    assert list(Memory.open(Path("m")).documents()) == ["code/a.py", "code/b.md"]
+    (line,) = [line for line in shown.out.splitlines() if line.startswith("left out: ")]
+    for part in ("1 binary, 4 unreadable; ", "code/pipe is a named pipe", "code/bad.pdf cannot be read as PDF",
+                 "code/round is a link to a folder", "code/a\ufffd b.txt is not UTF-8 text (byte 0)"):  # fmt: skip
+        assert part in line
+    assert "pypdf" not in shown.err
+    assert "EOF marker" not in shown.err
 
 
 def test_ctrl_c_leaves_a_memory_that_append_continues(
@@ -224,7 +270,7 @@ def test_one_bar_over_all_files(
             super().__init__(*args, **(kwargs | {"disable": False, "mininterval": 0.0}))
             bars.append(self)
 
-    monkeypatch.setattr(fot.documents, "tqdm", Bar)
+    monkeypatch.setattr(add_module, "tqdm", Bar)
     assert main(["memory", "build", "m", "book.txt", "code", "--model", str(checkpoint), *OPTIONS]) == 0
     shown = capfd.readouterr().err
     (bar,) = bars

@@ -5,10 +5,10 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
-from fot.commands.options import add_memory_options, open_memory, positive
+from fot.commands.options import add_memory_options, named_path, open_memory, positive
+from fot.files import check_unicode
 
 
 def add(commands: Any) -> None:
@@ -30,7 +30,7 @@ def add(commands: Any) -> None:
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("memory", type=Path, help="folder made by fot memory build")
+    parser.add_argument("memory", type=named_path, help="folder made by fot memory build")
     parser.add_argument("--model", metavar="NAME", help="default: the model that made the memory")
     add_memory_options(parser)
     parser.add_argument(
@@ -57,7 +57,7 @@ def _chat(args: argparse.Namespace) -> int:
     print(f"{memory.describe()}\nAsk, or leave with Ctrl-D. Ctrl-C ends an answer.", file=sys.stderr)
     while True:
         try:
-            text = input("> ")
+            text = _typed()
         except EOFError:
             print()
             return 0
@@ -68,6 +68,21 @@ def _chat(args: argparse.Namespace) -> int:
                 _turn(args, conversation, text, stop=interrupted)
         except ValueError as error:  # too long a turn, for instance: the conversation is as it was before
             print(f"fot: {error}", file=sys.stderr)
+
+
+def _typed() -> str:
+    """A line of the terminal or the pipe before us.
+
+    Raises:
+        EOFError: there is no more.
+        ValueError: it is not UTF-8.
+    """
+    try:
+        text = input("> ")
+    except UnicodeDecodeError as error:
+        raise ValueError("what was typed is not UTF-8 text: convert it to UTF-8") from error
+    check_unicode(text, "what was typed")
+    return text
 
 
 @contextmanager

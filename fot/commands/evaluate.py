@@ -2,7 +2,6 @@
 
 import argparse
 import json
-from pathlib import Path
 from typing import Any
 
 from fot.commands.options import (
@@ -13,6 +12,7 @@ from fot.commands.options import (
     check_writable,
     finish,
     load,
+    named_path,
     positive,
     positive_list,
 )
@@ -52,7 +52,7 @@ def _add_needles(kinds: Any) -> None:
         description="Hide facts in a long text, read it into the memory, ask for each: with the memory and without.",
     )
     parser.add_argument("model", help="alias, folder, GGUF file or hub id")
-    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="UTF-8 text to hide the facts in")
+    parser.add_argument("files", nargs="+", type=named_path, metavar="FILE", help="UTF-8 text to hide the facts in")
     add_memory_options(parser)
     parser.add_argument("--lengths", type=positive_list, default=[4096, 16384, 65536], metavar="N,N,...",
                         help="tokens of text and facts (default: 4096,16384,65536)")  # fmt: skip
@@ -71,7 +71,7 @@ def _add_perplexity(kinds: Any) -> None:
         "holds what comes before them.",
     )
     parser.add_argument("model", help="alias, folder, GGUF file or hub id")
-    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="UTF-8 text")
+    parser.add_argument("files", nargs="+", type=named_path, metavar="FILE", help="UTF-8 text")
     add_memory_options(parser)
     parser.add_argument("--base", metavar="NAME", help="a model to compare with: the one before training")
     parser.add_argument("--with-memory", action="store_true", help="last windows of each text, after --lengths tokens")
@@ -79,7 +79,7 @@ def _add_perplexity(kinds: Any) -> None:
                         help="tokens in memory, with --with-memory (default: 0,2048,8192)")  # fmt: skip
     parser.add_argument("--tokens", type=positive, default=32768, metavar="N",
                         help="tokens whose perplexity is taken, in all texts together (default: 32768)")  # fmt: skip
-    parser.add_argument("--json", type=Path, metavar="OUT", help="write the results")
+    parser.add_argument("--json", type=named_path, metavar="OUT", help="write the results")
     parser.set_defaults(command=_eval_perplexity)
 
 
@@ -92,14 +92,14 @@ def _add_distraction(kinds: Any) -> None:
     )
     parser.add_argument("models", nargs="+", metavar="MODEL", help="alias, folder, GGUF file or hub id")
     data = parser.add_mutually_exclusive_group(required=True)
-    data.add_argument("--text", nargs="+", type=Path, metavar="FILE", help="UTF-8 texts, at least two")
+    data.add_argument("--text", nargs="+", type=named_path, metavar="FILE", help="UTF-8 texts, at least two")
     data.add_argument("--task", choices=["dictionary"], help="windows of dictionary records instead of texts")
     add_memory_options(parser)
     parser.add_argument("--contexts", type=positive_list, default=[1, 2, 4, 8, 16, 32, 64, 128], metavar="N,N,...",
                         help="windows in memory (default: 1,2,4,...,128)")  # fmt: skip
     parser.add_argument("--trials", type=positive, default=8, help="windows that read them (default: 8)")
     add_outcome_options(parser, seed="draws windows", result="write the results, layer by layer")
-    parser.add_argument("--plot", type=Path, metavar="OUT.png", help="draw the shares by number of contexts")
+    parser.add_argument("--plot", type=named_path, metavar="OUT.png", help="draw the shares by number of contexts")
     parser.set_defaults(command=_eval_distraction)
 
 
@@ -110,7 +110,7 @@ def _add_layers(kinds: Any) -> None:
         description="Greedy search for the memory layers with which an untrained model finds most facts in its memory.",
     )
     parser.add_argument("model", help="alias, folder, GGUF file or hub id")
-    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="UTF-8 text to hide facts in")
+    parser.add_argument("files", nargs="+", type=named_path, metavar="FILE", help="UTF-8 text to hide facts in")
     add_memory_options(parser)
     parser.add_argument("--count", type=positive, default=4, metavar="N", help="largest set of layers (default: 4)")
     parser.add_argument("--windows", type=positive, default=2, help="windows of text in memory (default: 2)")

@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from fot.commands.options import add_model_options, find_dtype, memory_settings, quiet
+from fot.commands.options import add_model_options, find_dtype, memory_settings, quiet, readable
 
 
 def add(commands: Any) -> None:
@@ -19,9 +19,14 @@ def add(commands: Any) -> None:
 def _info(args: argparse.Namespace) -> int:
     from fot.evaluation.report import info_text
     from fot.loading import load_config
+    from fot.model import SUPPORTED_MODEL_TYPES
 
     quiet()
     dtype = find_dtype(args)
-    config, settings = load_config(args.model, str(dtype).removeprefix("torch."), **memory_settings(args))
+    with readable(args.model):
+        config, settings = load_config(args.model, str(dtype).removeprefix("torch."), **memory_settings(args))
+    if config.model_type not in SUPPORTED_MODEL_TYPES:
+        known = ", ".join(SUPPORTED_MODEL_TYPES)
+        raise ValueError(f"{config.model_type!r} models have no memory attention here; supported: {known}")
     print(info_text(args.model, config, settings, dtype))
     return 0

@@ -1,10 +1,9 @@
 """``fot inspect``."""
 
 import argparse
-from pathlib import Path
 from typing import Any
 
-from fot.commands.options import add_memory_options, check_plot, check_writable, open_memory, positive
+from fot.commands.options import add_memory_options, check_plot, check_writable, named_path, open_memory, positive
 
 # Hits recorded of each token, layer and head, for page, JSON and passages; --top may ask for more.
 KEPT_HITS = 32
@@ -16,7 +15,7 @@ def add(commands: Any) -> None:
         help="which memories an answer looked at",
         description="Answer a prompt and show which stored tokens each token of the answer looked at.",
     )
-    parser.add_argument("memory", type=Path, help="folder of a memory")
+    parser.add_argument("memory", type=named_path, help="folder of a memory")
     parser.add_argument("prompt", help="text to answer")
     parser.add_argument("--model", metavar="NAME", help="default: the model that made the memory")
     add_memory_options(parser)
@@ -26,9 +25,9 @@ def add(commands: Any) -> None:
     parser.add_argument("--head", type=int, metavar="H", help="show one query head (default: all)")
     parser.add_argument("--top", type=positive, default=3, metavar="K", help="hits shown for a token (default: 3)")
     parser.add_argument("--prompt-tokens", action="store_true", help="show prompt tokens, too")
-    parser.add_argument("--html", type=Path, metavar="OUT.html", help="write a page to look at it in a browser")
-    parser.add_argument("--json", type=Path, metavar="OUT.json", help="write everything recorded")
-    parser.add_argument("--plot", type=Path, metavar="OUT.png", help="draw attention by position in memory")
+    parser.add_argument("--html", type=named_path, metavar="OUT.html", help="write a page to look at it in a browser")
+    parser.add_argument("--json", type=named_path, metavar="OUT.json", help="write everything recorded")
+    parser.add_argument("--plot", type=named_path, metavar="OUT.png", help="draw attention by position in memory")
     parser.set_defaults(command=_inspect)
 
 

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from fot.commands.options import add_memory_options, check_writable, load, open_memory
+from fot.commands.options import add_memory_options, check_writable, load, named_path, open_memory
 
 
 def add(commands: Any) -> None:
@@ -19,36 +19,36 @@ def add(commands: Any) -> None:
     kinds = parser.add_subparsers(title="what to do", required=True, metavar="WHAT")
     build = kinds.add_parser("build", help="read documents into a new memory", description="Read documents into a new "
                              "memory: text, Markdown, source code, PDF, HTML; folders with all they hold.")  # fmt: skip
-    build.add_argument("memory", type=Path, metavar="OUT", help="folder to be made")
+    build.add_argument("memory", type=named_path, metavar="OUT", help="folder to be made")
     _add_document_options(build)
     build.add_argument("--model", default="smollm2-135m-fot", metavar="NAME",
                        help="alias, folder, GGUF file or hub id (default: smollm2-135m-fot)")  # fmt: skip
     build.set_defaults(command=_build)
     append = kinds.add_parser("append", help="add documents; those that are there already cost nothing",
                               description="Add documents. What was interrupted goes on where it was.")  # fmt: skip
-    append.add_argument("memory", type=Path, metavar="MEMORY")
+    append.add_argument("memory", type=named_path, metavar="MEMORY")
     _add_document_options(append)
     append.add_argument("--model", metavar="NAME", help="default: the model that made the memory")
     append.set_defaults(command=_append)
     info = kinds.add_parser("info", help="what a memory holds", description="What a memory holds.")
-    info.add_argument("memory", type=Path, metavar="MEMORY")
-    info.add_argument("--json", type=Path, metavar="OUT", help="write it to a file")
+    info.add_argument("memory", type=named_path, metavar="MEMORY")
+    info.add_argument("--json", type=named_path, metavar="OUT", help="write it to a file")
     drop = kinds.add_parser("drop", help="forget documents", description="Forget documents. compact frees their space.")
-    drop.add_argument("memory", type=Path, metavar="MEMORY")
+    drop.add_argument("memory", type=named_path, metavar="MEMORY")
     drop.add_argument("names", nargs="+", metavar="NAME", help="as info shows them")
     compact = kinds.add_parser("compact", help="free the space of dropped documents",
                                description="Write the memory anew without what was dropped.")  # fmt: skip
-    compact.add_argument("memory", type=Path, metavar="MEMORY")
+    compact.add_argument("memory", type=named_path, metavar="MEMORY")
     verify = kinds.add_parser("verify", help="compare every byte with the checksums",
                               description="Compare all bytes with the checksums; status 1 if one differs.")  # fmt: skip
-    verify.add_argument("memory", type=Path, metavar="MEMORY")
+    verify.add_argument("memory", type=named_path, metavar="MEMORY")
     for command, function in ((info, _info), (drop, _drop), (compact, _compact), (verify, _verify)):
         command.add_argument("-v", "--verbose", action="store_true", help="say what is chosen and why")
         command.set_defaults(command=function)
 
 
 def _add_document_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("files", type=Path, nargs="+", metavar="FILE", help="files and folders")
+    parser.add_argument("files", type=named_path, nargs="+", metavar="FILE", help="files and folders")
     parser.add_argument("--include", nargs="+", default=[], metavar="GLOB",
                         help="of folders, only such files: --include '*.py' '*.md'")  # fmt: skip
     parser.add_argument(
@@ -95,6 +95,7 @@ def _append(args: argparse.Namespace) -> int:
 def _read(args: argparse.Namespace, model: Any, memory: Any, found: Any) -> int:
     """Read documents into an open memory, with one bar over all; then say what it holds."""
     from fot.documents import add_documents, describe_left_out
+    from fot.inspection.texts import one_line
 
     status = 0
     try:
@@ -108,7 +109,7 @@ def _read(args: argparse.Namespace, model: Any, memory: Any, found: Any) -> int:
         status = 130
     print(f"{args.memory}: {len(memory.documents()):,} documents, {memory.describe()}")
     if found.left_out:
-        print(f"left out: {describe_left_out(found)}")
+        print(f"left out: {one_line(describe_left_out(found))}")
     return status
 
 

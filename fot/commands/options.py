@@ -1,10 +1,11 @@
 """Options and helpers that several subcommands share."""
 
 import argparse
-import json
 import logging
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +39,27 @@ def load(args: argparse.Namespace, *, tokenizer: bool = True, saved: Mapping[str
 
     device = find_device(args)
     settings = dict(saved or {}) | memory_settings(args)
-    model: Any = FoTForCausalLM.from_pretrained(args.model, dtype=find_dtype(args), **settings)
+    with readable(args.model):
+        model: Any = FoTForCausalLM.from_pretrained(args.model, dtype=find_dtype(args), **settings)
     if tokenizer and model.tokenizer is None:
         raise ValueError(f"{args.model} has no tokenizer beside its weights; put its tokenizer files into the folder")
     logging.getLogger("fot").info(
         "%s in %s on %s; %s", args.model, str(model.dtype).removeprefix("torch."), device, model.memory_config
     )
     return model.to(device)
+
+
+@contextmanager
+def readable(name: str) -> Iterator[None]:
+    """Within, files of a model that are cut short or damaged raise ValueError."""
+    import struct
+
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (SafetensorError, struct.error) as error:  # of safetensors; of transformers' reader of GGUF files
+        raise ValueError(f"{name} is damaged ({error}): get it again") from error
 
 
 def open_memory(args: argparse.Namespace, mode: str = "r") -> tuple[Any, Any]:
@@ -72,7 +87,7 @@ def open_memory(args: argparse.Namespace, mode: str = "r") -> tuple[Any, Any]:
 def add_outcome_options(parser: argparse.ArgumentParser, *, seed: str, result: str) -> None:
     """``--seed`` and ``--json`` of a measurement, with what they do."""
     parser.add_argument("--seed", type=int, default=0, help=f"{seed} (default: 0)")
-    parser.add_argument("--json", type=Path, metavar="OUT", help=result)
+    parser.add_argument("--json", type=named_path, metavar="OUT", help=result)
 
 
 def memory_settings(args: argparse.Namespace) -> dict[str, Any]:
@@ -113,6 +128,8 @@ def check_writable(*paths: Path | None) -> None:
         folder = path.absolute().parent
         if path.is_dir():
             raise OSError(f"{path} is a folder; give the name of a file to write")
+        if path.exists() and not path.is_file():  # files are replaced, and a device must not be
+            raise OSError(f"{path} is a pipe or a device; give the name of a file to write")
         if not folder.is_dir():
             raise OSError(f"{folder} is not a folder, so {path.name} cannot be written there; make it first")
         if not os.access(folder, os.W_OK):
@@ -132,6 +149,12 @@ def check_plot(path: Path | None) -> None:
         raise ValueError(f"--plot {path}: pictures of that kind cannot be drawn; end the name in .png, .svg or .pdf")
 
 
+def named_path(text: str) -> Path:
+    if not text.strip():  # Path("") is the working folder
+        raise argparse.ArgumentTypeError("the name is empty")
+    return Path(text)
+
+
 def positive(text: str) -> int:
     number = int(text) if text.strip().lstrip("-").isdigit() else 0
     if number < 1:
@@ -144,10 +167,9 @@ def positive_list(text: str) -> list[int]:
 
 
 def integers(text: str) -> list[int]:
-    try:
-        return json.loads(f"[{text}]")
-    except json.JSONDecodeError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers such as 8,16,24") from None
+    if not re.fullmatch(r"\s*\d+\s*(,\s*\d+\s*)*", text, re.ASCII):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers such as 8,16,24")
+    return [int(part) for part in text.split(",")]
 
 
 def about(model: Any, name: str) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """``fot passkey``."""
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from fot.commands.options import (
@@ -12,6 +11,7 @@ from fot.commands.options import (
     check_writable,
     finish,
     load,
+    named_path,
     positive,
     positive_list,
 )
@@ -30,7 +30,7 @@ def add(commands: Any) -> None:
     parser.add_argument("--no-memory", action="store_true", help="test the plain model alone")
     parser.add_argument("--no-baseline", action="store_true", help="do not test the plain model beside it")
     add_outcome_options(parser, seed="draws keys and depths", result="write all results, trial by trial")
-    parser.add_argument("--plot", type=Path, metavar="OUT.png", help="draw accuracy by length and depth")
+    parser.add_argument("--plot", type=named_path, metavar="OUT.png", help="draw accuracy by length and depth")
     parser.set_defaults(command=_passkey)
 
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fot.ingest import check_utf8
+from fot.files import check_utf8
 
 
 def read_texts(paths: Sequence[Path], tokenizer: Any) -> list[list[int]]:
