@@ -18,6 +18,7 @@ from fot.config import CONFIG_KEY, MemoryConfig
 from fot.fingerprint import tokenizer_fingerprint, weights_fingerprint
 from fot.ingest import ingest
 from fot.loss import chunked_loss
+from fot.recording import recorder_of
 from fot.windows import Inputs, extend, prefill
 from memory import Memory
 
@@ -103,12 +104,10 @@ class FoTForCausalLM:
     Attributes:
         memory_config: resolved settings.
         tokenizer: set by ``from_pretrained`` if the checkpoint has one; ``ingest`` of text needs it.
-        recorder: set by ``fot.trace.record`` while it records.
     """
 
     memory_config: MemoryConfig
     tokenizer: Any = None
-    recorder: Any = None
 
     # What every Hugging Face model that this is mixed into has.
     config: Any
@@ -240,6 +239,11 @@ class FoTForCausalLM:
         if update_memory:
             cache.flush()
         return result
+
+    @property
+    def recorder(self) -> Any:
+        """What ``fot.trace.record`` set to work in this thread; None for nothing."""
+        return recorder_of(self)
 
     def _get_stopping_criteria(self, *args: Any, **kwargs: Any) -> Any:
         # transformers warns when an answer passes max_position_embeddings; here that is what the memory is for.

@@ -234,6 +234,21 @@ class Memory:
         self.notes.pop(name, None)
         return dropped
 
+    def truncate(self, length: int) -> None:
+        """Forget the tokens from slot ``length`` on, as if they had never been appended.
+
+        Raises:
+            ValueError: the memory was opened from a folder.
+        """
+        if length >= len(self):
+            return
+        if self._folder is not None:
+            raise ValueError(f"{self._folder.path} would lose tokens: drop its documents instead")
+        for layer in self._layers.values():
+            layer._truncate(length)
+        self._tokens.truncate(length)
+        self.notes = {name: note for name, note in self.notes.items() if name in self._tokens.names}
+
     def reset(self) -> None:
         """Forget everything.
 
