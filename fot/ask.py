@@ -16,8 +16,9 @@ import torch
 from transformers import TextStreamer
 
 from fot.cache import Checkpoint, FoTCache
-from fot.chat import Message, has_template, prompt_ids, starts_with
+from fot.chat import Message, has_template, lasting, prompt_ids, starts_with
 from fot.compat import CACHE
+from fot.greedy import end_tokens, one_greedy_answer
 from fot.trace import Passage, record
 from memory import Memory
 
@@ -114,7 +115,7 @@ class Conversation:
         self._templated = has_template(model.tokenizer) if use_chat_template is None else use_chat_template
         self._cache = self._new_cache()
         self._ids: list[int] = []
-        self._earlier: list[_State] = []  # before the last question, and before the last answer
+        self._earlier: list[_State] = []  # before the last answer, as far as a template may change it
 
     @torch.no_grad()
     def say(
@@ -144,14 +145,15 @@ class Conversation:
         before, earlier, told = self._state(self._ids), self._earlier, len(self.messages)
         try:
             self._rewind(ids)
-            states = [self._state(self._ids)]
-            streamer = _Streamer(self.model.tokenizer, on_text, lambda: states.append(self._state(ids)))
+            read = self._cache.seen
+            states = self._read_ahead(ids, messages)
+            streamer = _Streamer(self.model.tokenizer, on_text, lambda: states or states.append(self._state(ids)))
             with record(self.model) as recorder:
                 output = self._generate(ids, max_new_tokens, streamer, stop)
             passages = recorder.passages(num_passages)
             answered = output[len(ids) :]
             answer = self.model.tokenizer.decode(answered, skip_special_tokens=True)
-            self._ids, self._earlier = output, states
+            self._ids, self._earlier = output, states if self._templated else []
             self.messages += [messages[-1], {"role": "assistant", "content": answer}]
         except BaseException:  # Ctrl-C, too: after half a turn the next answer would be another
             self._return_to(before)
@@ -162,7 +164,7 @@ class Conversation:
         return Answer(
             answer.strip(),
             passages,
-            len(ids) - len(states[0].read),
+            len(ids) - read,
             len(answered),
             (streamer.first_token or done) - start,
             done - start,
@@ -187,12 +189,21 @@ class Conversation:
             )
         return ids
 
+    def _read_ahead(self, ids: list[int], messages: list[Message]) -> list[_State]:
+        """Where the prompt ends in what later prompts lack, read up to there: the state then, else nothing."""
+        kept = lasting(self.model.tokenizer, messages, ids) if self._templated else len(ids)
+        if kept == len(ids):
+            return []
+        new = ids[self._cache.seen : kept]
+        if new:
+            self.model(torch.tensor([new], device=self.model.device), logits_to_keep=1, **{CACHE: self._cache})
+        return [self._state(ids)]
+
     def _generate(
         self, ids: list[int], max_new_tokens: int, streamer: "_Streamer", stop: Callable[[], bool]
     ) -> list[int]:
-        """The same ids and the answer's, greedily, whatever the checkpoint's generation settings say of the form."""
+        """The same ids and the answer's, greedily."""
         model, prompt = self.model, torch.tensor([ids], device=self.model.device)
-        ends = self._end_tokens()
         stops = model.generation_config.stop_strings or []
         stops = [stops] if isinstance(stops, str) else list(stops)
         stops += [] if self._templated else [PLAIN_STOP]
@@ -200,26 +211,14 @@ class Conversation:
             prompt,
             attention_mask=torch.ones_like(prompt),
             max_new_tokens=max_new_tokens,
-            do_sample=False,
-            num_beams=1,
-            num_return_sequences=1,
-            return_dict_in_generate=False,
-            use_cache=True,
-            cache_implementation=None,
             streamer=streamer,
             stopping_criteria=[lambda ids, scores, **_: torch.full(ids.shape[:1], stop(), device=ids.device)],
-            pad_token_id=ends[0] if ends else None,
-            eos_token_id=ends or None,
+            eos_token_id=end_tokens(model) or None,
             stop_strings=stops or None,
-            tokenizer=model.tokenizer,
+            **one_greedy_answer(model),
             **{CACHE: self._cache},
         )
         return output[0].tolist()
-
-    def _end_tokens(self) -> list[int]:
-        ends = self.model.generation_config.eos_token_id
-        ends = ends if isinstance(ends, list) else [ends]
-        return [token for token in {*ends, self.model.tokenizer.eos_token_id} if token is not None]
 
     def _new_cache(self) -> FoTCache:
         return FoTCache([] if self.memory is None else [self.memory], "row")
@@ -244,7 +243,7 @@ class Conversation:
 class _Streamer(TextStreamer):
     """Hands on text as it becomes final, and notes when the first token came."""
 
-    def __init__(self, tokenizer: Any, on_text: OnText | None, on_first_token: Callable[[], None]) -> None:
+    def __init__(self, tokenizer: Any, on_text: OnText | None, on_first_token: Callable[[], object]) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self._on_text = on_text
         self._on_first_token = on_first_token

@@ -60,6 +60,7 @@ class LocalCache(DynamicCache):
         other = copy.copy(self)
         other.__dict__.update(_copied(self))
         other.layers = [copy.copy(layer) for layer in self.layers]
+        other.recorder = None
         return other
 
     def extend(self, token_ids: Tensor, positions: Tensor, mask: Tensor | None) -> Tensor:
@@ -274,7 +275,8 @@ class FoTCache(Cache):
 
     def checkpoint(self) -> Checkpoint:
         """The state now. It costs next to nothing, but keeps the window's keys and values as long as it is kept."""
-        return Checkpoint(_copied(self) | {"local": self.local.fork()}, [len(row.own) for row in self.rows])
+        attributes = _copied(self) | {"local": self.local.fork(), "recorder": None}
+        return Checkpoint(attributes, [len(row.own) for row in self.rows])
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go back to a state of this cache: what the rows' own memories took in since is forgotten."""
@@ -282,7 +284,6 @@ class FoTCache(Cache):
         for row, length in zip(attributes["rows"], checkpoint.own_lengths, strict=True):
             row.own.truncate(length)
         self.__dict__.update(attributes | {"rows": list(attributes["rows"]), "local": attributes["local"].fork()})
-        self.recorder = self.local.recorder = None
 
     def fork(self, checkpoint: Checkpoint) -> "FoTCache":
         """A cache in a state of this one, to go on differently; this one stays as it is.
@@ -294,7 +295,6 @@ class FoTCache(Cache):
         pairs = zip(checkpoint.attributes["rows"], checkpoint.own_lengths, strict=True)
         other.rows = [row if len(row.own) == length else row.fork(length) for row, length in pairs]
         other.local.memories = [row.memories for row in other.rows]
-        other.recorder = other.local.recorder = None
         return other
 
     def advance(self, inputs: "Inputs") -> None:

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from fot.cache import FoTCache, LocalCache
 from fot.chat import has_template, prompt_ids
+from fot.greedy import one_greedy_answer
 from fot.inspection.measure import attends_to_all, find_hits, retrieved_masses, slot_masses
 from fot.inspection.passages import Passage
 from fot.inspection.result import Found, Token, Trace
@@ -67,7 +68,7 @@ def trace(
             attention_mask=torch.ones_like(ids),
             memory=memory,
             max_new_tokens=max_new_tokens,
-            **({"do_sample": False} | options),
+            **(one_greedy_answer(model) | options),
         )
     return recorder.trace(getattr(output, "sequences", output), ids.shape[1])
 
