@@ -260,7 +260,8 @@ class FoTCache(Cache):
         else:
             repeat = batch_size // count if count else 0
             reads = [[self.given[row // repeat]] if count else [] for row in range(batch_size)]
-            self.rows = [Row(read, new_memory()) for read in reads]
+            empty = new_memory()
+            self.rows = [Row(read, empty.clone()) for read in reads]
         self.open_window()
 
     def open_window(self) -> None:

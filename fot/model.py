@@ -15,7 +15,7 @@ from fot.attention import make_memory_layer
 from fot.cache import FoTCache
 from fot.compat import CACHE, given_cache
 from fot.config import CONFIG_KEY, MemoryConfig
-from fot.fingerprint import tokenizer_fingerprint, weights_fingerprint
+from fot.fingerprint import MADE_WITH, Fingerprint, difference, tokenizer_fingerprint, weights_fingerprint
 from fot.ingest import ingest
 from fot.loss import chunked_loss
 from fot.recording import recorder_of
@@ -245,6 +245,14 @@ class FoTForCausalLM:
         """What ``fot.trace.record`` set to work in this thread; None for nothing."""
         return recorder_of(self)
 
+    @property
+    def device(self) -> torch.device:
+        """Where inputs go: to the parameters, or where accelerate brings them that it keeps elsewhere."""
+        first: torch.device = super().device  # type: ignore[misc]
+        hook = getattr(self.model.embed_tokens, "_hf_hook", None) if first.type == "meta" else None
+        brought_to = getattr(hook, "execution_device", None)
+        return first if brought_to is None else torch.device(brought_to)
+
     def _get_stopping_criteria(self, *args: Any, **kwargs: Any) -> Any:
         # transformers warns when an answer passes max_position_embeddings; here that is what the memory is for.
         criteria = super()._get_stopping_criteria(*args, **kwargs)  # type: ignore[misc]
@@ -269,13 +277,16 @@ class FoTForCausalLM:
             "device": config.memory_device,
         }
         head_dim = self.model.layers[0].self_attn.head_dim
-        return Memory(
+        made_with = Fingerprint.of(self)
+        memory = Memory(
             config.layers,
             self.config.num_key_value_heads,
             head_dim,
-            fingerprint=self.fingerprint(),
+            fingerprint=made_with.name,
             **(defaults | settings),
         )
+        memory.metadata[MADE_WITH] = made_with.to_dict()
+        return memory
 
     def ingest(
         self,
@@ -290,7 +301,7 @@ class FoTForCausalLM:
         return ingest(self, ids_or_text, memory, source, tokenizer=tokenizer, progress=progress)
 
     def fingerprint(self) -> str:
-        """Names the weights that a memory's keys and values depend on."""
+        """Names the weights and settings that a memory's keys and values depend on."""
         return weights_fingerprint(self)
 
     def check_ids(self, ids: Tensor) -> None:
@@ -305,7 +316,7 @@ class FoTForCausalLM:
             )
 
     def check_memory(self, memory: Memory) -> None:
-        """Raise ValueError, with both fingerprints, if a memory was made by other weights, settings or tokenizer."""
+        """Raise ValueError, saying what differs, if a memory was made by other weights, settings or tokenizer."""
         heads, dim = self.config.num_key_value_heads, self.model.layers[0].self_attn.head_dim
         ours = (self.memory_config.layers, heads, dim)
         theirs = (memory.layers, memory.num_key_value_heads, memory.head_dim)
@@ -314,7 +325,13 @@ class FoTForCausalLM:
                 "this memory was made by another model: it has (layers, KV heads, head size) = "
                 f"{theirs}, the model {ours}; load the model that made it, or ingest again with this one"
             )
-        if memory.fingerprint != self.fingerprint():
+        differs = difference(self, memory)
+        if differs:
+            raise ValueError(
+                f"this memory was made with {differs}, as in this model: load the model as it was then, or ingest again "
+                "with this one"
+            )
+        if differs is None:
             raise ValueError(
                 f"this memory was made by other weights: its fingerprint is {memory.fingerprint or 'missing'}, the "
                 f"model's {self.fingerprint()}; load the model that made it, or ingest again with this one"

@@ -72,7 +72,7 @@ def _build(args: argparse.Namespace) -> int:
     from memory import Memory
 
     empty = model.new_memory()
-    empty.metadata = {
+    empty.metadata |= {
         "model": os.path.abspath(args.model) if Path(args.model).exists() else args.model,
         "tokenizer": tokenizer_fingerprint(model.tokenizer),
         "memory": model.memory_config.to_dict(),
