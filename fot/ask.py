@@ -147,13 +147,13 @@ class Conversation:
             self._rewind(ids)
             read = self._cache.seen
             states = self._read_ahead(ids, messages)
-            streamer = _Streamer(self.model.tokenizer, on_text, lambda: states or states.append(self._state(ids)))
+            streamer = _Streamer(self.model.tokenizer, on_text, lambda: states.append(self._state(ids)))
             with record(self.model) as recorder:
                 output = self._generate(ids, max_new_tokens, streamer, stop)
             passages = recorder.passages(num_passages)
             answered = output[len(ids) :]
             answer = self.model.tokenizer.decode(answered, skip_special_tokens=True)
-            self._ids, self._earlier = output, states if self._templated else []
+            self._ids, self._earlier = output, states[:1] if self._templated else []
             self.messages += [messages[-1], {"role": "assistant", "content": answer}]
         except BaseException:  # Ctrl-C, too: after half a turn the next answer would be another
             self._return_to(before)
@@ -243,7 +243,7 @@ class Conversation:
 class _Streamer(TextStreamer):
     """Hands on text as it becomes final, and notes when the first token came."""
 
-    def __init__(self, tokenizer: Any, on_text: OnText | None, on_first_token: Callable[[], object]) -> None:
+    def __init__(self, tokenizer: Any, on_text: OnText | None, on_first_token: Callable[[], None]) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self._on_text = on_text
         self._on_first_token = on_first_token

@@ -328,8 +328,8 @@ class FoTForCausalLM:
         differs = difference(self, memory)
         if differs:
             raise ValueError(
-                f"this memory was made with {differs}, as in this model: load the model as it was then, or ingest again "
-                "with this one"
+                f"this memory was made with {differs}, as in this model: load the model as it was then, or ingest "
+                "again with this one"
             )
         if differs is None:
             raise ValueError(

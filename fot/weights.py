@@ -92,7 +92,9 @@ def _walk(module: Any, path: str, elsewhere: _Elsewhere) -> Iterator[_Weight]:
     elif hasattr(module, "base_layer") and hasattr(module, "active_adapters"):  # PEFT, around a layer
         yield from _walk_tuned(module, path, elsewhere)
     else:
-        buffers = ((n, b) for n, b in module.named_buffers(recurse=False) if n not in module._non_persistent_buffers_set)
+        buffers = (
+            (n, b) for n, b in module.named_buffers(recurse=False) if n not in module._non_persistent_buffers_set
+        )
         for name, tensor in (*module.named_parameters(recurse=False), *buffers):
             yield _Weight(f"{path}.{name}", _find(tensor, name, f"{path}.{name}", elsewhere))
         for name, child in module.named_children():

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from chat_templates import TEMPLATES
-from conftest import SHAPE, ModelMaker
+from conftest import SHAPE
 from tokenizers import AddedToken
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, PreTrainedTokenizerFast, set_seed
 
@@ -168,7 +168,7 @@ def assert_same(first: Any, second: Any) -> None:
         assert first == second
 
 
-class OutOfMemory(RuntimeError):
+class OutOfMemoryError(RuntimeError):
     pass
 
 
@@ -200,8 +200,8 @@ def failing(model: Any, where: str, at: int, error: BaseException) -> Iterator[d
     [
         ("on_text", 1, ValueError("of the caller")),
         ("stop", 11, KeyboardInterrupt()),
-        ("attention", 1, OutOfMemory("no memory left")),
-        ("head", 9, OutOfMemory("no memory left")),
+        ("attention", 1, OutOfMemoryError("no memory left")),
+        ("head", 9, OutOfMemoryError("no memory left")),
     ],
 )
 @pytest.mark.parametrize("name", ["plain", "chatml", "deepseek r1"])
@@ -236,9 +236,9 @@ def test_a_failed_turn_loses_nothing_that_moved_to_memory(tokenizer: PreTrainedT
     assert held > 0
 
     def fail(text: str) -> None:
-        raise OutOfMemory
+        raise OutOfMemoryError
 
-    with pytest.raises(OutOfMemory):
+    with pytest.raises(OutOfMemoryError):
         forced.turn(chat, "So?", written(model.tokenizer, " well, then " * 20, ""), on_text=fail)
     assert_same(state_of(chat), before)
     expected = rendered(chat, "So?")
@@ -285,7 +285,7 @@ def test_no_recorder_is_left(tokenizer: PreTrainedTokenizerFast) -> None:
     model = make_chatty(96, make_tokenizer(tokenizer, "chatml"))
     chat = Conversation(model, None)
     chat.say("Who?", max_new_tokens=3)
-    with pytest.raises(OutOfMemory), failing(model, "on_text", 1, OutOfMemory()) as options:
+    with pytest.raises(OutOfMemoryError), failing(model, "on_text", 1, OutOfMemoryError()) as options:
         chat.say("Who?", max_new_tokens=3, **options)
     assert model.recorder is chat._cache.recorder is chat._cache.local.recorder is None
     for state in chat._earlier:

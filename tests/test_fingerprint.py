@@ -261,7 +261,7 @@ def test_the_same_model_elsewhere(kind: str, tmp_path: Path) -> None:
 
 def test_other_weights_elsewhere() -> None:
     """Two models whose weights accelerate keeps elsewhere are two models."""
-    models = [make(change=changed("model.layers.0.mlp.up_proj.weight", lambda w: w.mul_(by))) for by in (1.0, 1.01)]
+    models = [make(), make(change=changed("model.layers.0.mlp.up_proj.weight", lambda w: w.mul_(1.01)))]
     for model in models:
         cpu_offload(model, execution_device=torch.device("cpu"))
     assert models[0].fingerprint() != models[1].fingerprint()

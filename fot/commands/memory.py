@@ -172,6 +172,8 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def _describe(memory: Any, manifest: Any) -> dict[str, Any]:
+    from fot.fingerprint import MADE_WITH
+
     counts = memory.documents()
     return {
         "tokens": len(memory),
@@ -190,7 +192,7 @@ def _describe(memory: Any, manifest: Any) -> dict[str, Any]:
         "index": manifest.index,
         "top_k": memory.top_k,
         "fingerprint": memory.fingerprint,
-        "metadata": memory.metadata,
+        "metadata": {name: value for name, value in memory.metadata.items() if name != MADE_WITH},
         "written_by": manifest.written_by,
         "created": manifest.created,
         "changed": manifest.changed,
