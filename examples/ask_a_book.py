@@ -21,7 +21,7 @@ def open_memory(model: Any, name: str, book: Path, folder: Path) -> fot.Memory:
     """The memory of a book; what is missing of it is read first."""
     if not folder.exists():
         empty = model.new_memory()
-        empty.metadata = {"model": name, "memory": model.memory_config.to_dict()}  # so that `fot ask` finds the model
+        empty.metadata |= {"model": name, "memory": model.memory_config.to_dict()}  # so that `fot ask` finds the model
         empty.save(folder)
     with fot.Memory.open(folder, mode="a") as memory, tqdm(unit="tok", desc=book.name, disable=None) as bar:
         read = add_document(model, memory, book.name, read_document(book), progress=bar)

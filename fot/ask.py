@@ -15,8 +15,10 @@ from typing import Any
 import torch
 from transformers import TextStreamer
 
-from fot.cache import FoTCache
+from fot.cache import Checkpoint, FoTCache
+from fot.chat import Message, has_template, lasting, prompt_ids, starts_with
 from fot.compat import CACHE
+from fot.greedy import end_tokens, one_greedy_answer
 from fot.trace import Passage, record
 from memory import Memory
 
@@ -64,13 +66,40 @@ def ask(model: Any, memory: Memory, question: str, *, on_text: OnText | None = N
     return Conversation(model, memory).say(question, on_text=on_text, **options)
 
 
+@dataclass(frozen=True)
+class _State:
+    """A conversation to go back to.
+
+    Attributes:
+        ids: what the model has read, in order, and behind it what it has written but not read.
+        cache: what it read that into.
+        checkpoint: of the cache, then.
+    """
+
+    ids: list[int]
+    cache: FoTCache
+    checkpoint: Checkpoint
+
+    @property
+    def read(self) -> list[int]:
+        """The ids that the model has read."""
+        return self.ids[: self.checkpoint.attributes["seen"]]
+
+
 class Conversation:
     """Turns with one memory. What leaves the local window moves to a memory of the conversation's own.
+
+    The model reads at each turn what its chat template makes of the whole conversation. Where that is what it has
+    read and written so far, only the rest is read; where the template writes earlier turns otherwise (trimmed,
+    without their reasoning), it is read anew from there. A turn that ends with an exception leaves no trace.
 
     Args:
         model: a ``FoTForCausalLM`` with its tokenizer; instruct models get their chat template.
         memory: read, never written to; None for none.
         use_chat_template: False puts questions plainly, as to a base model; None: if the tokenizer has one.
+
+    Attributes:
+        messages: the turns so far, answers as the model wrote them.
     """
 
     def __init__(self, model: Any, memory: Memory | None, *, use_chat_template: bool | None = None) -> None:
@@ -78,15 +107,15 @@ class Conversation:
             raise ValueError("a conversation needs a tokenizer: load the model with FoTForCausalLM.from_pretrained")
         if memory is not None:
             model.check_memory(memory)
-        has_template = bool(getattr(model.tokenizer, "chat_template", None))
-        if use_chat_template and not has_template:
+        if use_chat_template and not has_template(model.tokenizer):
             raise ValueError("this model's tokenizer has no chat template: leave use_chat_template out")
         self.model = model
         self.memory = memory
-        self.messages: list[dict[str, str]] = []
-        self._templated = has_template if use_chat_template is None else use_chat_template
-        self._cache = FoTCache([] if memory is None else [memory], "row")
+        self.messages: list[Message] = []
+        self._templated = has_template(model.tokenizer) if use_chat_template is None else use_chat_template
+        self._cache = self._new_cache()
         self._ids: list[int] = []
+        self._earlier: list[_State] = []  # before the last answer, as far as a template may change it
 
     @torch.no_grad()
     def say(
@@ -98,7 +127,7 @@ class Conversation:
         on_text: OnText | None = None,
         stop: Callable[[], bool] = lambda: False,
     ) -> Answer:
-        """The model's answer to the next turn.
+        """The model's answer to the next turn. A turn happens wholly, or after an exception not at all.
 
         Args:
             text: the turn.
@@ -111,87 +140,120 @@ class Conversation:
             ValueError: an empty turn, or one that is longer than the window.
         """
         start = time.perf_counter()
-        new_ids = self._turn(text)
-        prompt = torch.tensor([self._ids + new_ids], device=self.model.device)
-        streamer = _Streamer(self.model.tokenizer, on_text)
-        with record(self.model) as recorder:
-            output = self.model.generate(
-                prompt,
-                attention_mask=torch.ones_like(prompt),
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                streamer=streamer,
-                stopping_criteria=[lambda ids, scores, **_: torch.full(ids.shape[:1], stop(), device=ids.device)],
-                pad_token_id=self._end_tokens()[0],
-                eos_token_id=self._end_tokens(),
-                **{CACHE: self._cache},
-                **({} if self._templated else {"stop_strings": [PLAIN_STOP], "tokenizer": self.model.tokenizer}),
-            )
-        self._ids = output[0].tolist()
-        answered = self._ids[prompt.shape[1] :]
-        answer = self.model.tokenizer.decode(answered, skip_special_tokens=True)
-        self.messages += [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
+        messages = [*self.messages, {"role": "user", "content": text}]
+        ids = self._turn(text, messages)
+        before, earlier, told = self._state(self._ids), self._earlier, len(self.messages)
+        try:
+            self._rewind(ids)
+            read = self._cache.seen
+            states = self._read_ahead(ids, messages)
+            streamer = _Streamer(self.model.tokenizer, on_text, lambda: states.append(self._state(ids)))
+            with record(self.model) as recorder:
+                output = self._generate(ids, max_new_tokens, streamer, stop)
+            passages = recorder.passages(num_passages)
+            answered = output[len(ids) :]
+            answer = self.model.tokenizer.decode(answered, skip_special_tokens=True)
+            self._ids, self._earlier = output, states[:1] if self._templated else []
+            self.messages += [messages[-1], {"role": "assistant", "content": answer}]
+        except BaseException:  # Ctrl-C, too: after half a turn the next answer would be another
+            self._return_to(before)
+            self._earlier = earlier
+            del self.messages[told:]
+            raise
         done = time.perf_counter()
         return Answer(
             answer.strip(),
-            recorder.passages(num_passages),
-            len(new_ids),
+            passages,
+            len(ids) - read,
             len(answered),
             (streamer.first_token or done) - start,
             done - start,
         )
 
-    def _turn(self, text: str) -> list[int]:
-        """The tokens of a turn, what closes the turn before included."""
+    def _turn(self, text: str, messages: list[Message]) -> list[int]:
+        """The ids of the conversation with this turn, up to where the model is to answer."""
         if not text.strip():
             raise ValueError("the question is empty: ask something")
-        ids = self._templated_turn(text) if self._templated else self._plain_turn(text)
+        tokenizer = self.model.tokenizer
+        if self._templated:
+            ids, alone = prompt_ids(tokenizer, messages), prompt_ids(tokenizer, messages[-1:])
+        else:
+            question = PLAIN_TURN.format(question=text.strip())
+            alone = tokenizer(question, add_special_tokens=not self._ids).input_ids
+            ids = self._ids + alone
         window = self.model.memory_config.window
-        if len(ids) > window:
+        if len(alone) > window:
             raise ValueError(
-                f"the question has {len(ids)} tokens, more than the window of {window}: shorten it, or put its text "
+                f"the question has {len(alone)} tokens, more than the window of {window}: shorten it, or put its text "
                 "into a memory with fot memory build and ask about that"
             )
         return ids
 
-    def _plain_turn(self, text: str) -> list[int]:
-        first = not self.messages
-        return self.model.tokenizer(PLAIN_TURN.format(question=text.strip()), add_special_tokens=first).input_ids
+    def _read_ahead(self, ids: list[int], messages: list[Message]) -> list[_State]:
+        """Where the prompt ends in what later prompts lack, read up to there: the state then, else nothing."""
+        kept = lasting(self.model.tokenizer, messages, ids) if self._templated else len(ids)
+        if kept == len(ids):
+            return []
+        new = ids[self._cache.seen : kept]
+        if new:
+            self.model(torch.tensor([new], device=self.model.device), logits_to_keep=1, **{CACHE: self._cache})
+        return [self._state(ids)]
 
-    def _templated_turn(self, text: str) -> list[int]:
-        tokenizer = self.model.tokenizer
-        before = tokenizer.apply_chat_template(self.messages, tokenize=False) if self.messages else ""
-        messages = [*self.messages, {"role": "user", "content": text}]
-        whole = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        if not whole.startswith(before):
-            raise ValueError(
-                "this model's chat template rewrites earlier turns, which cannot be: use_chat_template=False"
-            )
-        if self.messages:  # what follows the last answer: its end mark, unless the model wrote that itself
-            start = before.rindex(self.messages[-1]["content"]) + len(self.messages[-1]["content"])
-            whole = whole[start:]
-            ended = self._ids[-1] in self._end_tokens()
-            whole = whole.removeprefix(tokenizer.decode(self._ids[-1:])) if ended else whole
-        return tokenizer(whole, add_special_tokens=False).input_ids
+    def _generate(
+        self, ids: list[int], max_new_tokens: int, streamer: "_Streamer", stop: Callable[[], bool]
+    ) -> list[int]:
+        """The same ids and the answer's, greedily."""
+        model, prompt = self.model, torch.tensor([ids], device=self.model.device)
+        stops = model.generation_config.stop_strings or []
+        stops = [stops] if isinstance(stops, str) else list(stops)
+        stops += [] if self._templated else [PLAIN_STOP]
+        output = model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=max_new_tokens,
+            streamer=streamer,
+            stopping_criteria=[lambda ids, scores, **_: torch.full(ids.shape[:1], stop(), device=ids.device)],
+            eos_token_id=end_tokens(model) or None,
+            stop_strings=stops or None,
+            **one_greedy_answer(model),
+            **{CACHE: self._cache},
+        )
+        return output[0].tolist()
 
-    def _end_tokens(self) -> list[int]:
-        ends = self.model.generation_config.eos_token_id
-        ends = ends if isinstance(ends, list) else [ends]
-        return [token for token in {*ends, self.model.tokenizer.eos_token_id} if token is not None]
+    def _new_cache(self) -> FoTCache:
+        return FoTCache([] if self.memory is None else [self.memory], "row")
+
+    def _state(self, ids: list[int]) -> _State:
+        """The conversation as it is, ``ids`` read and written so far."""
+        return _State(ids, self._cache, self._cache.checkpoint())
+
+    def _rewind(self, ids: list[int]) -> None:
+        """Make ready to read ``ids`` from the latest state in which nothing else has been read."""
+        for state in (self._state(self._ids), *reversed(self._earlier)):
+            if starts_with(ids, state.read):
+                self._cache, self._ids = state.cache.fork(state.checkpoint), state.ids
+                return
+        self._cache, self._ids = self._new_cache(), []
+
+    def _return_to(self, state: _State) -> None:
+        state.cache.restore(state.checkpoint)
+        self._cache, self._ids = state.cache, state.ids
 
 
 class _Streamer(TextStreamer):
     """Hands on text as it becomes final, and notes when the first token came."""
 
-    def __init__(self, tokenizer: Any, on_text: OnText | None) -> None:
+    def __init__(self, tokenizer: Any, on_text: OnText | None, on_first_token: Callable[[], None]) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self._on_text = on_text
+        self._on_first_token = on_first_token
         self._prompt_seen = False
         self.first_token: float | None = None
 
     def put(self, value: Any) -> None:
         if self._prompt_seen and self.first_token is None:
             self.first_token = time.perf_counter()
+            self._on_first_token()
         self._prompt_seen = True
         super().put(value)
 

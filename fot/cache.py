@@ -4,7 +4,9 @@
 ``generate`` carries from call to call: the local window, and for each row of the batch the memories it reads.
 """
 
+import copy
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -60,6 +62,14 @@ class LocalCache(DynamicCache):
         self.base: Tensor | None = None
         self.counts = [0] * len(self.memories)
         self.sinks = [0] * len(self.memories)
+
+    def fork(self) -> "LocalCache":
+        """The same window, to go on differently. Tensors are shared: nothing here writes to one in place."""
+        other = copy.copy(self)
+        other.__dict__.update(_copied(self))
+        other.layers = [copy.copy(layer) for layer in self.layers]
+        other.recorder = None
+        return other
 
     def extend(self, token_ids: Tensor, positions: Tensor, mask: Tensor | None) -> Tensor:
         """Take note of T new tokens before the layers run on them.
@@ -231,9 +241,19 @@ class Row:
         """All that the row reads."""
         return [*self.reads, self.own]
 
-    def fork(self) -> "Row":
-        """The same row, to go on differently (a beam)."""
-        return Row(self.reads, self.own.clone())
+    def fork(self, own_length: int | None = None) -> "Row":
+        """The same row, to go on differently (a beam), perhaps from when its own memory held less."""
+        own = self.own.clone()
+        own.truncate(len(own) if own_length is None else own_length)
+        return Row(self.reads, own)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A state of a ``FoTCache`` to go back to: its attributes, and how much each row's own memory held."""
+
+    attributes: dict[str, Any]
+    own_lengths: list[int]
 
 
 class FoTCache(Cache):
@@ -288,7 +308,8 @@ class FoTCache(Cache):
         else:
             repeat = batch_size // count if count else 0
             reads = [[self.given[row // repeat]] if count else [] for row in range(batch_size)]
-            self.rows = [Row(read, new_memory()) for read in reads]
+            empty = new_memory()
+            self.rows = [Row(read, empty.clone()) for read in reads]
         self.open_window()
 
     def open_window(self) -> None:
@@ -300,6 +321,30 @@ class FoTCache(Cache):
         self.recorder = self.local.recorder = recorder
         if recorder is not None:
             recorder.follow(self)
+
+    def checkpoint(self) -> Checkpoint:
+        """The state now. It costs next to nothing, but keeps the window's keys and values as long as it is kept."""
+        attributes = _copied(self) | {"local": self.local.fork(), "recorder": None}
+        return Checkpoint(attributes, [len(row.own) for row in self.rows])
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Go back to a state of this cache: what the rows' own memories took in since is forgotten."""
+        attributes = checkpoint.attributes
+        for row, length in zip(attributes["rows"], checkpoint.own_lengths, strict=True):
+            row.own.truncate(length)
+        self.__dict__.update(attributes | {"rows": list(attributes["rows"]), "local": attributes["local"].fork()})
+
+    def fork(self, checkpoint: Checkpoint) -> "FoTCache":
+        """A cache in a state of this one, to go on differently; this one stays as it is.
+
+        They share an own memory that has not grown since: before this one goes on instead, ``restore`` it.
+        """
+        other = copy.copy(self)
+        other.__dict__.update(checkpoint.attributes | {"local": checkpoint.attributes["local"].fork()})
+        pairs = zip(checkpoint.attributes["rows"], checkpoint.own_lengths, strict=True)
+        other.rows = [row if len(row.own) == length else row.fork(length) for row, length in pairs]
+        other.local.memories = [row.memories for row in other.rows]
+        return other
 
     def advance(self, inputs: "Inputs") -> None:
         """Count tokens that went through."""
@@ -344,3 +389,8 @@ class FoTCache(Cache):
         self.rows = rows
         self.local.select_rows(beam_idx)
         self.local.memories = [row.memories for row in self.rows]
+
+
+def _copied(cache: Cache) -> dict[str, Any]:
+    """Its attributes; lists and dictionaries are copied, what they hold is not."""
+    return {name: copy.copy(value) if isinstance(value, list | dict) else value for name, value in vars(cache).items()}

@@ -1,46 +1,221 @@
-"""Short names for the weights and the tokenizer that a memory depends on."""
+"""Short names for the weights, the settings and the tokenizer that a memory depends on.
 
+A name of today is ``2:`` and 16 hexadecimal digits. It is a hash, and so differs where rounding differs: a memory also
+carries what it was made of (``metadata["made_with"]``), which says whether a model is the same in another dtype, and if
+not, what differs. Memories of before have a name without a version.
+"""
+
+import base64
 import hashlib
 import json
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
-# Numbers looked at in each parameter: enough to tell fine-tuned weights apart, cheap for a 7B model.
-SAMPLES = 1024
+from fot.config import MemoryConfig
+from fot.weights import sample_weights
+
+VERSION = 2
+
+# Where a memory's metadata says what it was made with.
+MADE_WITH = "made_with"
+
+# Settings of MemoryConfig that change what is stored.
+SETTINGS = ("mem_layers", "local_context", "mem_positionals", "isolated_windows")
+# Fields of a model's configuration that do and that no weight's shape shows.
+_CONFIG_FIELDS = ("num_attention_heads", "rms_norm_eps", "hidden_act")
+
+# Significant bits of a number. Twice rounded, first to float16, a bfloat16 number may be off by a little more than
+# half its last place.
+_BITS = {"bfloat16": 8, "float16": 11, "float32": 24}
+_HALF_PLACE = {"bfloat16": 9 / 16, "float16": 1 / 2, "float32": 1 / 2}
+# The smallest step of float16, for numbers near 0.
+_SMALLEST_STEP = 2.0**-24
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What decides the keys and values that a model stores, up to those of its last memory layer.
+
+    Attributes:
+        settings: of the memory, by name.
+        config: of the model, by name.
+        weights: digest of names, shapes and quantised codes of the weights.
+        values: samples of the others, each (n,) float32, by name.
+    """
+
+    settings: dict[str, Any]
+    config: dict[str, Any]
+    weights: str
+    values: dict[str, Tensor]
+
+    @classmethod
+    def of(cls, model: Any) -> "Fingerprint":
+        """Of a ``FoTForCausalLM``. Looks at the weights anew each time: some ways to change them leave no trace.
+
+        Raises:
+            ValueError: the weights are not loaded.
+        """
+        config = model.memory_config
+        samples = sample_weights(model.model, max(config.layers, default=-1))
+        settings = {name: _plain(getattr(config, name)) for name in SETTINGS}
+        return cls(settings, _computation(model), samples.digest, samples.values)
+
+    @property
+    def name(self) -> str:
+        """``2:`` and 16 hexadecimal digits; the same for a model in float32 and in bfloat16."""
+        digest = hashlib.sha256(json.dumps([self.settings, self.config, self.weights], sort_keys=True).encode())
+        digest.update(self._together().to(torch.bfloat16).view(torch.int16).numpy().tobytes())
+        return f"{VERSION}:{digest.hexdigest()[:16]}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """For a memory's metadata."""
+        samples = base64.b64encode(self._together().numpy().astype("<f4").tobytes()).decode()
+        return {"settings": self.settings, "config": self.config, "weights": self.weights, "samples": samples}
+
+    def difference(self, other: Any) -> str | None:
+        """What is different in the model that a memory was made with.
+
+        Args:
+            other: what ``to_dict`` gave then, or anything else.
+
+        Returns:
+            "" if the model is the same, perhaps in another dtype; a setting, as "local_context=64, not 32"; None if
+            the weights differ, or ``other`` does not say.
+        """
+        if not isinstance(other, dict):
+            return None
+        for ours, theirs in ((self.settings, other.get("settings")), (self.config, other.get("config"))):
+            if not isinstance(theirs, dict):
+                return None
+            for name in sorted({*ours, *theirs}):
+                if ours.get(name) != theirs.get(name):
+                    return f"{name}={theirs.get(name)}, not {ours.get(name)}"
+        same = other.get("weights") == self.weights and self._same_values(other.get("samples"))
+        return "" if same else None
+
+    def _same_values(self, samples: Any) -> bool:
+        try:
+            theirs = torch.from_numpy(np.frombuffer(base64.b64decode(samples, validate=True), "<f4").copy())
+        except (TypeError, ValueError):
+            return False
+        lengths = [len(values) for values in self.values.values()]
+        if len(theirs) != sum(lengths):
+            return False
+        return all(map(_same_numbers, self.values.values(), theirs.split(lengths)))
+
+    def _together(self) -> Tensor:
+        return torch.cat(list(self.values.values()))
 
 
 def weights_fingerprint(model: Any) -> str:
-    """Hash of everything that decides what keys and values the model stores.
+    """A name for everything that decides what keys and values a model stores."""
+    return Fingerprint.of(model).name
 
-    Covers the embedding, every layer up to the last memory layer, and the settings of windows and positions.
-    Samples are rounded to bfloat16 first, so a model loaded in float32 and in bfloat16 has one fingerprint.
+
+def difference(model: Any, memory: Any) -> str | None:
+    """What a memory was made with that this model has not: as ``Fingerprint.difference``."""
+    if memory.fingerprint and ":" not in memory.fingerprint:  # of before there were versions
+        return "" if memory.fingerprint == first_fingerprint(model) else _named_setting(model, memory)
+    ours = Fingerprint.of(model)
+    if memory.fingerprint == ours.name:
+        return ""
+    if not memory.fingerprint.startswith(f"{VERSION}:"):
+        return None
+    made_with = memory.metadata.get(MADE_WITH)
+    return ours.difference(made_with) if made_with else _named_setting(model, memory)
+
+
+def _named_setting(model: Any, memory: Any) -> str | None:
+    """A setting that differs, by those that ``fot memory build`` notes."""
+    try:
+        theirs = MemoryConfig.from_dict(memory.metadata["memory"])
+    except (KeyError, TypeError, ValueError):
+        return None
+    for name in SETTINGS:
+        ours, other = getattr(model.memory_config, name), getattr(theirs, name)
+        if None not in (ours, other) and ours != other:
+            return f"{name}={_plain(other)}, not {_plain(ours)}"
+    return None
+
+
+def _computation(model: Any) -> dict[str, Any]:
+    config = model.config
+    found = {name: _plain(getattr(config, name, None)) for name in _CONFIG_FIELDS}
+    rope = dict(getattr(config, "rope_parameters", None) or {"rope_theta": getattr(config, "rope_theta", None)})
+    if rope.get("rope_type", "default") not in ("default", "linear", "llama3"):  # others look at it
+        rope["max_position_embeddings"] = config.max_position_embeddings
+    found["head_dim"] = _plain(model.model.layers[0].self_attn.head_dim)
+    found["rope_parameters"] = {name: _plain(value) for name, value in sorted(rope.items()) if value is not None}
+    return found
+
+
+def _plain(value: Any) -> Any:
+    """As JSON gives it back; numbers as formats of less precision keep them, so that 1e-5 is 1e-5 of a GGUF file."""
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    if isinstance(value, dict):
+        return {name: _plain(one) for name, one in value.items()}
+    if isinstance(value, float):
+        value = float(f"{value:.6g}")
+        return int(value) if value.is_integer() else value
+    return value
+
+
+def _same_numbers(ours: Tensor, theirs: Tensor) -> bool:
+    """Whether two lots of float32 numbers can be the same numbers, each lot rounded to a dtype of its own."""
+    apart = (ours - theirs).abs()
+    ours_in, theirs_in = _rounded_to(ours), _rounded_to(theirs)
+    if ours_in == theirs_in:
+        return bool((apart <= _SMALLEST_STEP).all())
+    error = _rounding_error(ours, ours_in) + _rounding_error(theirs, theirs_in)
+    return bool((apart < error.clamp(min=_SMALLEST_STEP)).all())
+
+
+def _rounded_to(values: Tensor) -> str:
+    """The smallest of three dtypes that holds these float32 numbers."""
+    for dtype in (torch.bfloat16, torch.float16):
+        if torch.equal(values.to(dtype).float(), values):
+            return str(dtype).removeprefix("torch.")
+    return "float32"
+
+
+def _rounding_error(values: Tensor, dtype: str) -> Tensor:
+    """The most by which rounding to a dtype can have changed these numbers."""
+    place = torch.ldexp(torch.ones_like(values), values.frexp().exponent - _BITS[dtype])  # of the last bit
+    if dtype == "float16":
+        place = place.clamp(min=_SMALLEST_STEP)
+    return place * _HALF_PLACE[dtype]
+
+
+def first_fingerprint(model: Any) -> str:
+    """The name of before there were versions, for memories that have one.
+
+    It knows the embedding, every layer up to the last memory layer, and the settings of windows and positions, by 1,024
+    numbers of each parameter in bfloat16. It does not know what PEFT's adapters do, what accelerate keeps elsewhere,
+    or how positions are turned.
 
     Returns:
         16 hexadecimal digits.
     """
-    parameters = dict(model.model.named_parameters())
-    # In-place updates (training) raise a tensor's version; moved or replaced tensors change its id.
-    state = (model.memory_config, tuple((id(p), p._version) for p in parameters.values()))
-    cached = model.__dict__.get("_fingerprint")
-    if cached is not None and cached[0] == state:
-        return cached[1]
     config = model.memory_config
     digest = hashlib.sha256(
         repr((config.layers, config.local_context, config.mem_positionals, config.isolated_windows)).encode()
     )
     last = max(config.layers, default=-1)
-    for name, parameter in sorted(parameters.items()):
+    for name, parameter in sorted(model.model.named_parameters()):
         parts = name.split(".")
         if parts[0] == "layers" and int(parts[1]) > last:
             continue
         flat = parameter.detach().flatten()
-        sample = flat[:: max(1, flat.numel() // SAMPLES)][:SAMPLES]
+        sample = flat[:: max(1, flat.numel() // 1024)][:1024]
         bits = (
             sample.to(torch.bfloat16).view(torch.int16).cpu().numpy().tobytes() if flat.device.type != "meta" else b""
         )
         digest.update(name.encode() + bits)
-    model.__dict__["_fingerprint"] = (state, digest.hexdigest()[:16])
     return digest.hexdigest()[:16]
 
 

@@ -15,9 +15,10 @@ from fot.attention import make_memory_layer, memory_key_scale
 from fot.cache import FoTCache
 from fot.compat import CACHE, given_cache
 from fot.config import CONFIG_KEY, MemoryConfig, check_memory_layers
-from fot.fingerprint import tokenizer_fingerprint, weights_fingerprint
+from fot.fingerprint import MADE_WITH, Fingerprint, difference, tokenizer_fingerprint, weights_fingerprint
 from fot.ingest import ingest
 from fot.loss import chunked_loss
+from fot.recording import recorder_of
 from fot.windows import Inputs, extend, prefill
 from memory import Memory
 
@@ -109,12 +110,10 @@ class FoTForCausalLM:
     Attributes:
         memory_config: resolved settings.
         tokenizer: set by ``from_pretrained`` if the checkpoint has one; ``ingest`` of text needs it.
-        recorder: set by ``fot.trace.record`` while it records.
     """
 
     memory_config: MemoryConfig
     tokenizer: Any = None
-    recorder: Any = None
 
     # What every Hugging Face model that this is mixed into has.
     config: Any
@@ -284,6 +283,19 @@ class FoTForCausalLM:
         merged.cache_implementation = None
         return merged, rest
 
+    @property
+    def recorder(self) -> Any:
+        """What ``fot.trace.record`` set to work in this thread; None for nothing."""
+        return recorder_of(self)
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs go: to the parameters, or where accelerate brings them that it keeps elsewhere."""
+        first: torch.device = super().device  # type: ignore[misc]
+        hook = getattr(self.model.embed_tokens, "_hf_hook", None) if first.type == "meta" else None
+        brought_to = getattr(hook, "execution_device", None)
+        return first if brought_to is None else torch.device(brought_to)
+
     def _get_stopping_criteria(self, *args: Any, **kwargs: Any) -> Any:
         # transformers warns when an answer passes max_position_embeddings; here that is what the memory is for.
         criteria = super()._get_stopping_criteria(*args, **kwargs)  # type: ignore[misc]
@@ -308,13 +320,16 @@ class FoTForCausalLM:
             "device": config.memory_device,
         }
         head_dim = self.model.layers[0].self_attn.head_dim
-        return Memory(
+        made_with = Fingerprint.of(self)
+        memory = Memory(
             config.layers,
             self.config.num_key_value_heads,
             head_dim,
-            fingerprint=self.fingerprint(),
+            fingerprint=made_with.name,
             **(defaults | settings),
         )
+        memory.metadata[MADE_WITH] = made_with.to_dict()
+        return memory
 
     def ingest(
         self,
@@ -329,7 +344,7 @@ class FoTForCausalLM:
         return ingest(self, ids_or_text, memory, source, tokenizer=tokenizer, progress=progress)
 
     def fingerprint(self) -> str:
-        """Names the weights that a memory's keys and values depend on."""
+        """Names the weights and settings that a memory's keys and values depend on."""
         return weights_fingerprint(self)
 
     def check_ids(self, ids: Tensor) -> None:
@@ -344,7 +359,7 @@ class FoTForCausalLM:
             )
 
     def check_memory(self, memory: Memory) -> None:
-        """Raise ValueError, with both fingerprints, if a memory was made by other weights, settings or tokenizer."""
+        """Raise ValueError, saying what differs, if a memory was made by other weights, settings or tokenizer."""
         check_memory_layers(self.memory_config)
         heads, dim = self.config.num_key_value_heads, self.model.layers[0].self_attn.head_dim
         ours = (self.memory_config.layers, heads, dim)
@@ -354,7 +369,13 @@ class FoTForCausalLM:
                 "this memory was made by another model: it has (layers, KV heads, head size) = "
                 f"{theirs}, the model {ours}; load the model that made it, or ingest again with this one"
             )
-        if memory.fingerprint != self.fingerprint():
+        differs = difference(self, memory)
+        if differs:
+            raise ValueError(
+                f"this memory was made with {differs}, as in this model: load the model as it was then, or ingest "
+                "again with this one"
+            )
+        if differs is None:
             raise ValueError(
                 f"this memory was made by other weights: its fingerprint is {memory.fingerprint or 'missing'}, the "
                 f"model's {self.fingerprint()}; load the model that made it, or ingest again with this one"

@@ -23,11 +23,14 @@ import torch
 from torch import Tensor
 
 from fot.cache import FoTCache, LocalCache
+from fot.chat import has_template, prompt_ids
+from fot.greedy import one_greedy_answer
 from fot.inspection.measure import attends_to_all, find_hits, retrieved_masses, slot_masses
 from fot.inspection.passages import Passage
 from fot.inspection.result import Found, Token, Trace
 from fot.inspection.strip import Strip
 from fot.inspection.texts import token_texts
+from fot.recording import recording
 from memory import Memory
 from memory.index import DEFAULT_TOP_K
 
@@ -65,7 +68,7 @@ def trace(
             attention_mask=torch.ones_like(ids),
             memory=memory,
             max_new_tokens=max_new_tokens,
-            **({"do_sample": False} | options),
+            **(one_greedy_answer(model) | options),
         )
     return recorder.trace(getattr(output, "sequences", output), ids.shape[1])
 
@@ -73,6 +76,9 @@ def trace(
 @contextmanager
 def record(model: Any, *, top: int = 32, prompt: bool = False, every_slot: bool = False) -> Iterator["Recorder"]:
     """Record what memory layers attend to, in each ``forward`` and ``generate`` of one sequence within.
+
+    What other threads do with the model meanwhile is not recorded, nor what a thread started within does (run it in
+    ``contextvars.copy_context()`` for that).
 
     Args:
         model: a ``FoTForCausalLM``.
@@ -86,12 +92,13 @@ def record(model: Any, *, top: int = 32, prompt: bool = False, every_slot: bool 
     """
     if not 1 <= top <= DEFAULT_TOP_K:
         raise ValueError(f"top is {top}; it must be 1..{DEFAULT_TOP_K}, what approximate backends retrieve by default")
-    before, model.recorder = model.recorder, Recorder(model, top=top, prompt=prompt, every_slot=every_slot)
+    recorder = Recorder(model, top=top, prompt=prompt, every_slot=every_slot)
     try:
-        yield model.recorder
-        model.recorder.settle()
+        with recording(model, recorder):
+            yield recorder
+        recorder.settle()
     finally:
-        model.recorder = before
+        recorder.leave()
 
 
 @dataclass(frozen=True)
@@ -125,6 +132,11 @@ class Recorder:
         if cache is not self._cache:
             self._cache = cache
             self._forget()
+
+    def leave(self) -> None:
+        """Take note of nothing more."""
+        if self._cache is not None and self._cache.recorder is self:
+            self._cache.watch(None)
 
     def note(self, layer: int, queries: Tensor, lses: list[Tensor], local: LocalCache, scale: float) -> None:
         """Called by the attention of each memory layer.
@@ -250,9 +262,7 @@ def _prompt_ids(model: Any, prompt: str | Tensor, chat: bool) -> Tensor:
     if model.tokenizer is None:
         raise ValueError("a prompt of text needs model.tokenizer: load the model with FoTForCausalLM.from_pretrained")
     if chat:
-        if not getattr(model.tokenizer, "chat_template", None):
+        if not has_template(model.tokenizer):
             raise ValueError("this model's tokenizer has no chat template: leave chat (--chat) out")
-        message = [{"role": "user", "content": prompt}]
-        text = model.tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-        return model.tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
+        return torch.tensor([prompt_ids(model.tokenizer, [{"role": "user", "content": prompt}])])
     return model.tokenizer(prompt, return_tensors="pt").input_ids

@@ -1,6 +1,7 @@
 """Keys, values and the index of one memory layer."""
 
 import logging
+import threading
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,6 +14,9 @@ if TYPE_CHECKING:
     from memory.store import Memory
 
 logger = logging.getLogger(__name__)
+
+# Threads may ask a memory that was just opened at once: one of them builds its index.
+_BUILDING = threading.Lock()
 
 
 class LayerMemory:
@@ -124,7 +128,9 @@ class LayerMemory:
 
     def _ready(self) -> Index | None:
         if self._lazy:
-            self._build_index()
+            with _BUILDING:
+                if self._lazy:
+                    self._build_index()
         return self._index
 
     def _build_index(self) -> None:
@@ -154,9 +160,11 @@ class LayerMemory:
 
     def _truncate(self, length: int) -> None:
         if len(self._keys) > length or len(self._values) > length:
+            learnt = self._learnt()
             self._keys.truncate(length)
             self._values.truncate(length)
-            self._rebuild(self._saved)
+            known = learnt is not None and learnt.trained_on <= length
+            self._rebuild(learnt.kept(torch.arange(length)) if known and learnt else None)
 
     def _keep(self, slots: Tensor, saved: LearntIndex | None = None) -> None:
         slots = slots.to(self.device)

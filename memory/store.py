@@ -15,7 +15,7 @@ from torch import Tensor
 from memory.index import BackendChoice, ExactIndex, Index, LearntIndex, choose_backend
 from memory.layer import LayerMemory
 from memory.tokens import DocumentNote, Source, TokenTable
-from memory.vectors import VECTOR_DTYPES, VectorBlocks
+from memory.vectors import VECTOR_DTYPES, VectorBlocks, as_stored
 
 if TYPE_CHECKING:
     from memory.folder import Folder
@@ -40,7 +40,8 @@ class Memory:
         fingerprint: names the weights that the keys were made with; a model refuses a memory of other weights.
 
     Attributes:
-        metadata: whatever is to be kept beside the memory, as JSON can hold it; saved with it.
+        metadata: whatever is to be kept beside the memory, as JSON can hold it; saved with it. A model's
+            ``new_memory`` notes there what the memory was made with.
         notes: by name, what is known of documents as a whole; saved for those with stored tokens.
 
     Raises:
@@ -171,8 +172,8 @@ class Memory:
             spans: (T, 2) first and past-the-end character of each token in that text.
 
         Raises:
-            ValueError: shapes or layers that do not fit, a key or value that is NaN or infinite, or a memory that was
-                opened read-only.
+            ValueError: shapes or layers that do not fit, a key or value that is NaN or infinite or too large for the
+                dtype that it is stored in, or a memory that was opened read-only.
         """
         self._check_open()
         ids = np.asarray(token_ids.cpu() if isinstance(token_ids, Tensor) else token_ids, dtype=np.int32)
@@ -233,6 +234,21 @@ class Memory:
             raise
         self.notes.pop(name, None)
         return dropped
+
+    def truncate(self, length: int) -> None:
+        """Forget the tokens from slot ``length`` on, as if they had never been appended.
+
+        Raises:
+            ValueError: the memory was opened from a folder.
+        """
+        if length >= len(self):
+            return
+        if self._folder is not None:
+            raise ValueError(f"{self._folder.path} would lose tokens: drop its documents instead")
+        for layer in self._layers.values():
+            layer._truncate(length)
+        self._tokens.truncate(length)
+        self.notes = {name: note for name, note in self.notes.items() if name in self._tokens.names}
 
     def reset(self) -> None:
         """Forget everything.
@@ -312,20 +328,33 @@ class Memory:
 
     def _check(self, keys: Mapping[int, Tensor], values: Mapping[int, Tensor], count: int) -> None:
         finite = []
-        for what, vectors in (("keys", keys), ("values", values)):
+        for what, vectors, dtype in (("keys", keys, self.key_dtype), ("values", values, self.value_dtype)):
             if set(vectors) != set(self._layers):
                 raise ValueError(f"{what} are of layers {sorted(vectors)}; this memory holds {sorted(self._layers)}")
             for number, tensor in vectors.items():
                 self._layers[number]._check_shape(tensor, f"{what} of layer {number}")
                 if tensor.shape[1] != count:
                     raise ValueError(f"{what} of layer {number} are {tensor.shape[1]} tokens, the ids are {count}")
-                finite.append(torch.isfinite(tensor).all())
+                finite.append(torch.isfinite(as_stored(tensor, VECTOR_DTYPES[dtype])).all())
         # One transfer to the host for a whole window, not one a tensor.
         if not all(torch.stack([flag.to(finite[0].device) for flag in finite]).tolist()):
-            raise ValueError(
-                "a key or value is NaN or infinite, so nothing was stored: the model overflows in this dtype or its "
-                "weights are damaged; try dtype float32 or check the checkpoint"
-            )
+            raise ValueError(self._not_finite(keys, values))
+
+    def _not_finite(self, keys: Mapping[int, Tensor], values: Mapping[int, Tensor]) -> str:
+        """Why vectors cannot be stored of which one is NaN or infinite, or would be in the dtype that stores it."""
+        kinds = (("key", keys, "key_dtype", self.key_dtype), ("value", values, "value_dtype", self.value_dtype))
+        for what, vectors, setting, dtype in kinds:
+            for number, tensor in vectors.items():
+                lost = torch.isfinite(tensor) & ~torch.isfinite(as_stored(tensor, VECTOR_DTYPES[dtype]))
+                if lost.any():
+                    return (
+                        f"a {what} of layer {number} is {tensor[lost][0].item():.4g}, more than {dtype} can hold, so "
+                        f"nothing was stored: use a memory with {setting}='bfloat16' or 'float32'"
+                    )
+        return (
+            "a key or value is NaN or infinite, so nothing was stored: the model overflows in this dtype or its "
+            "weights are damaged; try dtype float32 or check the checkpoint"
+        )
 
 
 def check_index(index: "str | IndexFactory", head_dim: int | None = None) -> None:

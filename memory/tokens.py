@@ -114,6 +114,11 @@ class TokenTable:
         self._names.pop(number)
         self._columns[:, 1] -= self._columns[:, 1] > number
 
+    def truncate(self, length: int) -> None:
+        self._length = min(self._length, length)
+        used = int(self._columns[: self._length, 1].max(initial=NO_DOCUMENT)) + 1
+        self._names = self._names[:used]  # in the order of their first tokens
+
     def clone(self) -> "TokenTable":
         return TokenTable(self.rows.copy(), self._names)
 

@@ -18,6 +18,11 @@ VECTOR_DTYPES: dict[str, torch.dtype] = {
 }
 
 
+def as_stored(vectors: Tensor, dtype: torch.dtype) -> Tensor:
+    """Vectors in the dtype that they are stored in; those for int8 in float32, which they are scaled in."""
+    return vectors.to(torch.float32 if dtype == torch.int8 else dtype)
+
+
 # A range of a block's vectors, or heads and positions to pick from it.
 Where = slice | tuple[Tensor, Tensor]
 
@@ -206,9 +211,10 @@ class VectorBlocks:
         window = slice(offset, offset + vectors.shape[1])
         # ``data``: what autograd has saved of this block stays valid, for only room that nobody has read is written.
         if self.dtype == torch.int8:
-            scales = vectors.float().abs().amax(-1, keepdim=True).clamp(min=1e-12) / 127.0
+            vectors = as_stored(vectors, self.dtype)
+            scales = vectors.abs().amax(-1, keepdim=True).clamp(min=1e-12) / 127.0
             self._scales[-1].data[:, window] = scales
-            vectors = (vectors.float() / scales).round()
+            vectors = (vectors / scales).round()
         self._data[-1].data[:, window] = vectors
         self._length += vectors.shape[1]
 

@@ -69,6 +69,8 @@ def test_build_and_info(place: Path, checkpoint: Path, capsys: pytest.CaptureFix
     described = json.loads((place / "out.json").read_text())
     for expected in ("book.txt", "code/a.py", f"{len(memory):,}", memory.fingerprint, "1, 3", str(checkpoint)[:20]):
         assert expected in shown
+    assert "made_with" in memory.metadata
+    assert "made_with" not in described["metadata"]  # kilobytes of numbers for no reader
     assert described["tokens"] == len(memory)
     assert [(d["name"], d["complete"]) for d in described["documents"]] == [("book.txt", True), ("code/a.py", True)]
     assert described["bytes"] == sum(path.stat().st_size for path in (place / "m").glob("*.safetensors"))

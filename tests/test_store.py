@@ -1,5 +1,7 @@
 """The store keeps what it is given, in order, whatever the pieces it comes in."""
 
+import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,6 +12,7 @@ from hypothesis import strategies as st
 
 import memory.vectors
 from memory import Memory, attention_mass_recall
+from memory.tokens import DocumentNote
 from memory.vectors import VECTOR_DTYPES, VectorBlocks
 
 HEADS, DIM, LAYERS = 2, 8, (1, 4)
@@ -204,6 +207,44 @@ def test_interrupted_append_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> 
     assert len(store) == len(store[1]) == len(last) == 23
 
 
+@pytest.mark.parametrize("index", ["exact", "IVF2,Flat", "HNSW4"])
+@given(lengths=st.tuples(st.integers(0, 60), st.integers(1, 60), st.integers(1, 40)))
+@settings(max_examples=15, deadline=None)
+def test_truncated_is_as_if_it_had_not_grown(index: str, lengths: tuple[int, int, int]) -> None:
+    first, more, later = lengths
+    kept, grown = make(index=index), make(index=index)
+    for store in (kept, grown):
+        if first:
+            append(store, first, 1, document="one")
+    append(grown, more, 2, document="two")
+    grown.notes["two"] = DocumentNote()
+    grown.truncate(first + more)
+    assert len(grown) == first + more
+    grown.truncate(first)
+    assert (grown.documents(), grown.document_runs(), grown.notes) == (kept.documents(), kept.document_runs(), {})
+    for store in (kept, grown):
+        append(store, later, 3, document="three")
+    assert grown.token_ids().tolist() == kept.token_ids().tolist()
+    assert grown.document_runs() == kept.document_runs()
+    for layer in LAYERS:
+        assert torch.equal(grown[layer].keys(), kept[layer].keys())
+        assert torch.equal(grown[layer].values(), kept[layer].values())
+        if index != "HNSW4":  # a graph depends on the portions in which it was built
+            for one, other in zip(*(s[layer].search(vectors(3, 9), 5) for s in (kept, grown)), strict=True):
+                assert torch.equal(one, other)
+
+
+def test_what_lies_on_disk_is_not_truncated(tmp_path: Path) -> None:
+    store = make()
+    append(store, 10)
+    store.save(tmp_path / "memory")
+    opened = Memory.open(tmp_path / "memory")
+    opened.truncate(10)
+    with pytest.raises(ValueError, match="would lose tokens: drop its documents instead"):
+        opened.truncate(9)
+    assert len(opened) == 10
+
+
 class TestBadInput:
     @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
     @pytest.mark.parametrize("part", ["keys", "values"])
@@ -214,6 +255,32 @@ class TestBadInput:
         with pytest.raises(ValueError, match="NaN or infinite, so nothing was stored"):
             store.append(given_["keys"], given_["values"], range(4))
         assert len(store) == len(store[1]) == len(store[4]) == 0
+
+    @pytest.mark.parametrize("part", ["key", "value"])
+    @pytest.mark.parametrize(
+        ("dtype", "number", "shown"),
+        [
+            ("float16", 1e5, "1e+05, more than float16"),
+            ("float16", -65520.0, "-6.552e+04, more than float16"),
+            ("bfloat16", 3.4e38, "3.4e+38, more than bfloat16"),
+            ("float32", 1e300, "1e+300, more than float32"),
+            ("int8", 1e300, "1e+300, more than int8"),
+        ],
+    )
+    def test_numbers_too_large_for_their_dtype(self, dtype: str, number: float, shown: str, part: str) -> None:
+        """They would be infinite once they are stored."""
+        store = make(**{f"{part}_dtype": dtype})
+        append(store, 3)
+        given_ = {what: {n: vectors(4).double() for n in LAYERS} for what in ("key", "value")}
+        given_[part][4][1, 2, 3] = number
+        message = f"a {part} of layer 4 is {shown} can hold, so nothing was stored: use a memory with {part}_dtype="
+        with pytest.raises(ValueError, match=re.escape(message)):
+            store.append(given_["key"], given_["value"], range(4))
+        assert len(store) == len(store[1]) == len(store[4]) == 3
+        if dtype == "float16":
+            given_[part][4][1, 2, 3] = 65519.0  # rounded to 65504, the largest
+            store.append(given_["key"], given_["value"], range(4))
+            assert all(getattr(store[4], f"{what}s")().isfinite().all() for what in given_)
 
     def test_shapes(self) -> None:
         store, good = make(), {n: vectors(4) for n in LAYERS}

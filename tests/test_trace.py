@@ -1,6 +1,8 @@
 """What is recorded of attention to memory, against a softmax written out in full."""
 
+import contextvars
 import json
+import threading
 from collections.abc import Callable
 from dataclasses import fields, replace
 from itertools import pairwise
@@ -16,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 
 from fot.attention import attend_local, attend_memory
 from fot.inspection.result import Found
-from fot.trace import Trace, record, trace
+from fot.trace import Recorder, Trace, record, trace
 from memory import Memory
 
 Draw = Callable[..., torch.Tensor]
@@ -262,3 +264,42 @@ def test_bad_input(setting: Setting, make_model: ModelMaker, ids: Draw) -> None:
     # numbers without a tokenizer
     bare = make_model()
     assert trace(bare, ids(4), max_new_tokens=2, eos_token_id=None).tokens[0].text.startswith("‹")
+
+
+def test_a_recording_belongs_to_its_thread(setting: Setting, ids: Draw) -> None:
+    """What another thread generates is not in it, unless that runs in a copy of this one's context."""
+    model, memory = setting
+    prompt, other = ids(6), ids(9, seed=4)
+
+    def positions(recorder: Recorder, output: Any, length: int) -> list[int]:
+        return recorder.trace(output, length).found.positions.tolist()
+
+    def in_thread(*work: Any) -> None:
+        thread = threading.Thread(target=work[0], args=work[1:])
+        thread.start()
+        thread.join()
+
+    outputs: dict[str, Any] = {}
+
+    def generate(name: str, prompt: torch.Tensor) -> None:
+        outputs[name] = model.generate(prompt, memory=memory, **GREEDY)
+
+    def generate_and_record() -> None:
+        assert model.recorder is None
+        with record(model) as recorder:
+            generate("recorded", other)
+        outputs["positions"] = positions(recorder, outputs["recorded"], 9)
+
+    with record(model) as mine:
+        generate("mine", prompt)
+        in_thread(generate, "ignored", other)
+        in_thread(generate_and_record)
+        with record(model) as inner:
+            generate("inner", other)
+        assert model.recorder is mine
+    assert positions(mine, outputs["mine"], 6) == list(range(5, 17))
+    assert positions(inner, outputs["inner"], 9) == outputs["positions"] == list(range(8, 20))
+    with record(model) as mine:
+        in_thread(contextvars.copy_context().run, generate, "copied", other)
+    assert positions(mine, outputs["copied"], 9) == list(range(8, 20))
+    assert model.recorder is None

@@ -72,7 +72,7 @@ def _build(args: argparse.Namespace) -> int:
     from memory import Memory
 
     empty = model.new_memory()
-    empty.metadata = {
+    empty.metadata |= {
         "model": os.path.abspath(args.model) if Path(args.model).exists() else args.model,
         "tokenizer": tokenizer_fingerprint(model.tokenizer),
         "memory": model.memory_config.to_dict(),
@@ -173,6 +173,8 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def _describe(memory: Any, manifest: Any) -> dict[str, Any]:
+    from fot.fingerprint import MADE_WITH
+
     counts = memory.documents()
     return {
         "tokens": len(memory),
@@ -191,7 +193,7 @@ def _describe(memory: Any, manifest: Any) -> dict[str, Any]:
         "index": manifest.index,
         "top_k": memory.top_k,
         "fingerprint": memory.fingerprint,
-        "metadata": memory.metadata,
+        "metadata": {name: value for name, value in memory.metadata.items() if name != MADE_WITH},
         "written_by": manifest.written_by,
         "created": manifest.created,
         "changed": manifest.changed,

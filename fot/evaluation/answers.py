@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fot.greedy import one_greedy_answer
+
 
 def greedy_answer(model: Any, ids: Sequence[int], length: int, **options: Any) -> str:
     """What the model writes after a prompt, always the likeliest token: at most ``length`` tokens, as text.
@@ -21,8 +23,6 @@ def greedy_answer(model: Any, ids: Sequence[int], length: int, **options: Any) -
         prompt,
         attention_mask=torch.ones_like(prompt),
         max_new_tokens=length,
-        do_sample=False,
-        pad_token_id=model.tokenizer.pad_token_id or model.tokenizer.eos_token_id,
-        **options,
+        **(one_greedy_answer(model) | options),
     )
     return model.tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True)

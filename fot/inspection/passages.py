@@ -83,7 +83,8 @@ def make_passage(
         low -= 1
     while high < len(memory) and high - stop < context and memory.source(high).document == last.document:
         high += 1
-    texts = token_texts(tokenizer, memory.token_ids(slice(low, high)).tolist())
+    # A conversation's own memory holds the marks of its chat template, which are no text.
+    texts = token_texts(tokenizer, memory.token_ids(slice(low, high)).tolist(), special=False)
     text, marked = _line(texts, start - low, stop - low)
     same = first.document == last.document and first.span is not None and last.span is not None
     span = (first.span[0], last.span[1]) if same and first.span and last.span else None

@@ -9,7 +9,7 @@ UNPRINTABLE = {
 }
 
 
-def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
+def token_texts(tokenizer: Any, ids: Sequence[int], *, special: bool = True) -> list[str]:
     """The text of each token, such that together they are the text of all.
 
     A character made of several tokens goes to the last of them; the others are "".
@@ -17,13 +17,14 @@ def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
     Args:
         tokenizer: None shows the numbers.
         ids: negative ones (inputs given as embeddings) show as such.
+        special: False leaves special tokens out: their text is "".
     """
     if tokenizer is None or any(number < 0 for number in ids):
         return [f"‹{number}›" for number in ids]
     texts = []
     start = read = 0  # what was read before a token decides about its spaces, so it is decoded along
     for stop in range(1, len(ids) + 1):
-        before, text = _decode(tokenizer, ids[start:read]), _decode(tokenizer, ids[start:stop])
+        before, text = (_decode(tokenizer, ids[start:end], special) for end in (read, stop))
         if len(text) > len(before) and (not text.endswith("\ufffd") or stop == len(ids)):
             texts.append(text[len(before) :])
             start, read = read, stop
@@ -42,5 +43,5 @@ def printable(text: str) -> str:
     return text.translate(UNPRINTABLE)
 
 
-def _decode(tokenizer: Any, ids: Sequence[int]) -> str:
-    return tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+def _decode(tokenizer: Any, ids: Sequence[int], special: bool) -> str:
+    return tokenizer.decode(list(ids), skip_special_tokens=not special, clean_up_tokenization_spaces=False)

@@ -1,0 +1,40 @@
+"""Conversations as a tokenizer's chat template writes them."""
+
+from collections.abc import Sequence
+from itertools import takewhile
+from typing import Any
+
+from jinja2.exceptions import TemplateError
+
+Message = dict[str, str]
+
+
+def has_template(tokenizer: Any) -> bool:
+    """Whether the tokenizer has a chat template."""
+    return bool(getattr(tokenizer, "chat_template", None))
+
+
+def prompt_ids(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
+    """Ids of a conversation up to where the model is to answer."""
+    return list(
+        tokenizer.apply_chat_template(list(messages), tokenize=True, add_generation_prompt=True, return_dict=False)
+    )
+
+
+def lasting(tokenizer: Any, messages: Sequence[Message], ids: Sequence[int]) -> int:
+    """How many of ``ids``, the prompt of a conversation, will begin every later prompt of it.
+
+    Not all where the prompt opens what earlier turns do not keep, such as an answer's reasoning.
+    """
+    answered = [*messages, {"role": "assistant", "content": "x"}]
+    try:
+        later = tokenizer.apply_chat_template(answered, tokenize=True, return_dict=False)
+    except TemplateError:  # a template for one question alone
+        return len(ids)
+    same = (one == other for one, other in zip(ids, later, strict=False))
+    return sum(takewhile(bool, same))
+
+
+def starts_with(ids: Sequence[int], beginning: Sequence[int]) -> bool:
+    """Whether ``ids`` begin with ``beginning`` and go on."""
+    return len(beginning) < len(ids) and list(ids[: len(beginning)]) == list(beginning)

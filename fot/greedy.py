@@ -1,0 +1,43 @@
+"""Greedy generation of one answer, whatever form a checkpoint's own generation settings ask for."""
+
+from typing import Any
+
+_ONE_GREEDY_SEQUENCE: dict[str, Any] = {
+    "do_sample": False,
+    "num_beams": 1,
+    "num_beam_groups": None,
+    "diversity_penalty": None,
+    "num_return_sequences": 1,
+    "constraints": None,
+    "force_words_ids": None,
+    "penalty_alpha": None,
+    "dola_layers": None,
+    "prompt_lookup_num_tokens": None,
+    "assistant_early_exit": None,
+    "use_mtp": None,
+    "token_healing": None,  # it would rewrite the prompt
+    # The memory's cache is not of a kind that transformers makes, and takes a prompt whole.
+    "use_cache": True,
+    "cache_implementation": None,
+    "prefill_chunk_size": None,
+    # Ids alone come back.
+    "return_dict_in_generate": False,
+    "output_attentions": False,
+    "output_hidden_states": False,
+}
+
+
+def one_greedy_answer(model: Any) -> dict[str, Any]:
+    """Arguments of ``generate``. What else a checkpoint asks for (penalties, stop strings, ...) holds."""
+    known = model.generation_config
+    settings = {name: value for name, value in _ONE_GREEDY_SEQUENCE.items() if hasattr(known, name)}
+    if known.pad_token_id is None:  # transformers would say which it takes, at every call
+        settings["pad_token_id"] = next(iter(end_tokens(model)), None)
+    return settings | {"tokenizer": model.tokenizer}  # stop strings need it
+
+
+def end_tokens(model: Any) -> list[int]:
+    """Ids that end an answer, by the checkpoint and by its tokenizer; empty if there are none."""
+    ends = model.generation_config.eos_token_id
+    ends = ends if isinstance(ends, list) else [ends]
+    return [token for token in {*ends, getattr(model.tokenizer, "eos_token_id", None)} if token is not None]
