@@ -29,7 +29,7 @@ from training.crossbatch import disable_crossbatch, enable_crossbatch
 from training.recipe import Recipe, load_recipe
 from training.schedule import Rows, choose_contexts
 from training.setup import build_model, choose_trainable
-from training.train import Step
+from training.step import Step
 
 
 def random_batch(recipe: Recipe, window: int, vocabulary: int) -> Batch:

@@ -16,7 +16,7 @@ from fot.config import MemoryConfig
 from training.batches import Batch
 from training.crossbatch import enable_crossbatch
 from training.recipe import Recipe
-from training.train import Step, set_contexts
+from training.step import Step, set_contexts
 
 LANES, WINDOWS, WINDOW, D = 4, 2, 16, 5
 

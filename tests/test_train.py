@@ -235,10 +235,10 @@ def test_max_hours_ends_with_a_checkpoint_and_a_result(recipe: Path, tmp_path: P
 def test_loss_that_is_not_finite_names_the_batch(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    from training import train
+    from training import step
 
-    real = train.token_losses
-    monkeypatch.setattr(train, "token_losses", lambda *args: (real(*args)[0] * float("nan"), real(*args)[1]))
+    real = step.token_losses
+    monkeypatch.setattr(step, "token_losses", lambda *args: (real(*args)[0] * float("nan"), real(*args)[1]))
     assert main(["train", str(recipe), "eval_every=0", "--out", str(tmp_path / "out")]) == 2
     assert "the loss is nan at step 1, batch 1, documents [" in capsys.readouterr().err
 
