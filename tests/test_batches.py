@@ -38,7 +38,7 @@ def test_cutting_keeps_every_token_and_its_successor(lengths: list[int], count: 
     ids = np.arange(sum(lengths), dtype=np.int32)
     starts = np.cumsum([0, *lengths[:-1]])
     pieces = [
-        Piece(n, ids[start : start + length], np.full(length, n, np.float32))
+        Piece(n, ids[start : start + length], np.full(length, n, np.float32), n)
         for n, (start, length) in enumerate(zip(starts, lengths, strict=True))
     ]
     seen: list[int] = []
@@ -170,6 +170,7 @@ def test_tasks_take_steps_of_their_own_and_texts_go_on(tmp_path: Path, tokenizer
     loader = loader_of([DataSource(str(tmp_path), weight=2), TaskSource(Counting())], tokenizer)
     rows: dict[bool, list[Any]] = {True: [], False: []}
     text: list[list[int]] = [[], []]
+    starts = [-1, -1]
     for _ in range(60):
         batch = next(loader)
         for lane in (0, 1):
@@ -177,11 +178,16 @@ def test_tasks_take_steps_of_their_own_and_texts_go_on(tmp_path: Path, tokenizer
             generated = "counting" in loader.origin(int(batch.document[mine][0]))
             rows[generated].append(batch.weights[mine].flatten().tolist())
             if not generated:
+                starts[lane] = int(batch.position[mine][0, 0]) if starts[lane] < 0 else starts[lane]
                 text[lane] += batch.input_ids[mine].flatten().tolist()
     assert len(rows[True]) / 120 == pytest.approx(1 / 3, abs=0.02)
     assert all(weights == [0.0] * 7 + [1.0] for weights in rows[True])
-    for stream in text:
-        assert tokenizer.decode(stream[1:]) == "".join(chr(97 + n % 26) for n in range(len(stream) - 1))
+    whole = "".join(chr(97 + n % 26) for n in range(2000))
+    assert min(starts) == 0
+    assert 1000 <= max(starts) <= 1010  # of two lanes that read the only text, one starts halfway on
+    for stream, start in zip(text, starts, strict=True):
+        letters = stream[1:] if start == 0 else stream  # without BOS
+        assert tokenizer.decode(letters) == whole[max(0, start - 1) :][: len(letters)]
 
 
 def test_short_tasks_are_padded_and_need_no_tokenizer() -> None:

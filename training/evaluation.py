@@ -1,69 +1,98 @@
 """What is measured during a run: answers on synthetic documents never trained on, and the loss of held-out text."""
 
-import math
 import random
+import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import nn
+from tqdm import tqdm
 
 from fot.config import MemoryConfig
-from training.batches import IGNORED, Batch, Span, batch_of
+from training.batches import Batch, batch_of
+from training.contexts import choose_contexts, rows_of
 from training.crossbatch import Crossbatch
+from training.held_out import LOSS, build_held_out, held_out_losses
+from training.pieces import task_span
 from training.recipe import Recipe
-from training.schedule import Rows, choose_contexts
-from training.setup import build_task, tokenised
-from training.tasks import Task
+from training.setup import build_task
 
 # Its synthetic documents are drawn from another stream of random numbers than those trained on.
 EVALUATION_SEED = "evaluation"
 
+ANSWERS = "eval_answer_accuracy"
+
 
 def build_evaluation(
-    recipe: Recipe, config: Any, tokenizer: Any, module: nn.Module, crossbatch: Crossbatch, accelerator: Accelerator
+    recipe: Recipe,
+    config: MemoryConfig,
+    tokenizer: Any,
+    module: nn.Module,
+    crossbatch: Crossbatch,
+    accelerator: Accelerator,
 ) -> Callable[[], dict[str, float]]:
-    """Accuracy on synthetic documents never trained on, and perplexity of held-out text within one window."""
+    """What measures answers to questions, if the recipe has tasks, and held-out text, if it names any.
+
+    Raises:
+        ValueError: held-out texts that are too short, or ``best_by`` something that will not be measured.
+    """
     documents = list(evaluation_batches(recipe, config, tokenizer))
-    windows = held_out_windows(recipe, config, tokenizer)
-    widest = max(recipe.schedule().values)
+    held_out = build_held_out(recipe, config, tokenizer)
+    names = [ANSWERS] * bool(documents) + (held_out.names if held_out else [])
+    if recipe.best_by is not None and recipe.best_by not in names:
+        raise ValueError(
+            f"recipe: best_by is {recipe.best_by!r}, and this run measures {', '.join(names) or 'nothing'}: choose one "
+            "of these, or name held_out texts"
+        )
+    if held_out is None and accelerator.is_main_process:
+        tqdm.write("no held_out texts are named: the log won't say what the memory is worth on text", file=sys.stderr)
 
-    def perplexity() -> float:
-        crossbatch.contexts = None
-        total = count = 0.0
-        for rows in windows.split(recipe.lanes * recipe.windows):
-            sums = accelerator.unwrap_model(module)(text_batch(rows).to(accelerator.device))
-            total, count = total + float(sums["loss"]), count + float(sums["weight"])
-        return math.exp(total / count)
-
-    @torch.no_grad()
-    def run() -> dict[str, float]:
-        module.eval()
-        correct = answers = 0.0
+    def answers() -> dict[str, float]:
+        correct = asked = 0.0
         for number, batch in enumerate(documents):
-            batch = batch.to(accelerator.device)
-            rows = Rows(batch.lane, batch.index, batch.document, batch.padding if bool(batch.padding.any()) else None)
+            seed, rows = f"evaluation/{number}", rows_of(batch.to(accelerator.device))
             crossbatch.contexts = choose_contexts(
                 recipe.schedule(),
                 rows,
                 range(len(batch.input_ids)),
-                widest,
-                f"evaluation/{number}",
+                max(recipe.schedule().values),
+                seed,
                 isolated=config.isolated_windows,
             )
-            gather, crossbatch.gather = crossbatch.gather, lambda tensor: tensor  # every process has all of it
             with accelerator.autocast():
-                sums = accelerator.unwrap_model(module)(batch)
-            crossbatch.gather = gather
-            correct, answers = correct + float(sums["correct"]), answers + float(sums["answers"])
-        found = {"eval_answer_accuracy": correct / answers} if answers else {}
-        if len(windows):
-            found["eval_perplexity"] = perplexity()
+                sums = accelerator.unwrap_model(module)(batch.to(accelerator.device))
+            correct, asked = correct + float(sums["correct_answers"]), asked + float(sums["answers"])
+        return {ANSWERS: correct / asked} if asked else {}
+
+    @torch.no_grad()
+    def run() -> dict[str, float]:
+        module.eval()
+        with _alone(crossbatch):
+            found = answers()
+            if held_out is not None:
+                found |= held_out_losses(held_out, recipe, accelerator.unwrap_model(module), crossbatch, accelerator)
         module.train()
         return found
 
     return run
+
+
+def score(evaluation: dict[str, float], best_by: str | None) -> float | None:
+    """Of an evaluation; higher is better. None if it was not measured.
+
+    Args:
+        best_by: one of its names; None: the accuracy of answers, or else the loss of held-out text with the largest
+            memory that was measured.
+    """
+    if best_by is None:
+        losses = [name for name in evaluation if name.startswith(LOSS)]  # without a memory first, the largest last
+        best_by = ANSWERS if ANSWERS in evaluation or not losses else losses[-1]
+    if best_by not in evaluation:
+        return None
+    return evaluation[best_by] if best_by == ANSWERS else -evaluation[best_by]
 
 
 def evaluation_batches(recipe: Recipe, config: MemoryConfig, tokenizer: Any) -> Iterator[Batch]:
@@ -72,39 +101,17 @@ def evaluation_batches(recipe: Recipe, config: MemoryConfig, tokenizer: Any) -> 
         task = build_task(entry, recipe, config, tokenizer)
         pad = 0 if tokenizer is None else tokenizer.pad_token_id or 0
         for number in range(recipe.eval_batches):
-            spans = [_span(task, number * recipe.lanes + lane) for lane in range(recipe.lanes)]
+            numbers = range(number * recipe.lanes, (number + 1) * recipe.lanes)
+            seeds = [f"{EVALUATION_SEED}/{task.name}/{n}" for n in numbers]
+            spans = [task_span(n, *task.document(random.Random(seed))) for n, seed in zip(numbers, seeds, strict=True)]
             yield batch_of(spans, recipe.windows, config.window, pad)
 
 
-def held_out_windows(recipe: Recipe, config: MemoryConfig, tokenizer: Any) -> Tensor:
-    """(rows, window) of held-out text, cut from its documents' starts; none if the recipe names none."""
-    rows: list[list[int]] = []
-    wanted = recipe.eval_batches * recipe.lanes * recipe.windows
-    for entry in recipe.held_out:
-        for ids in tokenised(entry, tokenizer):
-            whole = len(ids) // config.window * config.window
-            rows += [ids[start : start + config.window] for start in range(0, whole, config.window)]
-            if len(rows) >= wanted:
-                break
-    return torch.tensor(rows[:wanted], dtype=torch.int64).reshape(-1, config.window)
-
-
-def text_batch(windows: Tensor) -> Batch:
-    """(R, T) windows of text, each alone, as a batch in which every token but the first of a window counts once."""
-    rows = torch.arange(len(windows))
-    labels = torch.nn.functional.pad(windows[:, 1:], (0, 1), value=IGNORED)
-    nothing = torch.zeros_like(windows, dtype=torch.bool)
-    return Batch(windows, labels, (labels != IGNORED).float(), nothing, rows, torch.zeros_like(rows), rows)
-
-
-def _span(task: Task, number: int) -> Span:
-    import numpy as np
-
-    ids, weights = task.document(random.Random(f"{EVALUATION_SEED}/{task.name}/{number}"))
-    count = len(ids) - 1
-    return Span(
-        np.asarray(ids[:-1], np.int32),
-        np.asarray(ids[1:], np.int32),
-        np.asarray(weights[1:], np.float32),
-        np.full(count, number, np.int64),
-    )
+@contextmanager
+def _alone(crossbatch: Crossbatch) -> Iterator[None]:
+    """Nothing is gathered: every process has all rows of an evaluation."""
+    gather, crossbatch.gather = crossbatch.gather, lambda tensor: tensor
+    try:
+        yield
+    finally:
+        crossbatch.gather, crossbatch.contexts = gather, None

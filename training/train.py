@@ -25,10 +25,9 @@ from training.checkpoints import (
     remove_leftovers,
     save_best,
     save_checkpoint,
-    score,
 )
 from training.crossbatch import enable_crossbatch
-from training.evaluation import build_evaluation
+from training.evaluation import build_evaluation, score
 from training.log import Log, summary_writer
 from training.recipe import Recipe
 from training.results import write_result
@@ -36,12 +35,13 @@ from training.setup import build_loader, build_model, choose_trainable, describe
 from training.sharding import (
     check_sharding,
     load_optimizer_state,
+    on_any_process,
     spread_like,
     whole,
     whole_optimizer_state,
     whole_parameters,
 )
-from training.step import Step, train_step
+from training.step import Step, accuracies, train_step
 
 
 def train(recipe: Recipe, out: Path, *, resume: bool = False, max_hours: float | None = None) -> dict[str, Any]:
@@ -97,20 +97,22 @@ def train(recipe: Recipe, out: Path, *, resume: bool = False, max_hours: float |
             rate = learning_rate_at(recipe, step)
             for group in optimizer.param_groups:
                 group["lr"] = rate
+            began = time.perf_counter()
             sums = train_step(recipe, step, d, batches, step_module, crossbatch, optimizer, trained, accelerator)
-            accuracy = sums["correct"] / sums["answers"] if sums["answers"] else 0.0
-            best = max(best, accuracy)
+            seconds = time.perf_counter() - began
             tokens_done += int(sums["tokens"])
-            line = {"step": step + 1, "loss": sums["loss"], "answer_accuracy": accuracy, "d": d,
+            line = {"step": step + 1, "loss": sums["loss"], **accuracies(sums), "d": d,
                     "learning_rate": rate, "gradient_norm": sums["norm"], "tokens": int(sums["tokens"]),
-                    "tokens_per_second": tokens_done / (time.perf_counter() - clock),
+                    "tokens_per_second": sums["tokens"] / seconds,
+                    "run_tokens_per_second": tokens_done / (time.perf_counter() - clock),
                     "memory_bytes": peak_memory_bytes(accelerator.device)}  # fmt: skip
+            best = max(best, line.get("answer_accuracy", 0.0))
             out_of_time = max_hours is not None and time.monotonic() - started > max_hours * 3600
-            last = step + 1 == recipe.steps or out_of_time
+            last = step + 1 == recipe.steps or on_any_process(out_of_time, accelerator)
             if last or (recipe.eval_every and (step + 1) % recipe.eval_every == 0):
                 found = evaluate()
                 line |= found
-                _keep_if_best(out / "checkpoints", step + 1, found, trained, accelerator)
+                _keep_if_best(out / "checkpoints", step + 1, found, recipe.best_by, trained, accelerator)
             if last or (step + 1) % recipe.log_every == 0:
                 log(line)
             if last or (step + 1) % recipe.save_every == 0:
@@ -120,7 +122,8 @@ def train(recipe: Recipe, out: Path, *, resume: bool = False, max_hours: float |
                 if accelerator.is_main_process:
                     save_checkpoint(out / "checkpoints", step + 1, tensors, optimizer_state, state)
                 accelerator.wait_for_everyone()
-            bar.set_postfix(loss=f"{line['loss']:.3f}", answers=f"{accuracy:.2f}", d=d)
+            right = {name.split("_")[0]: f"{value:.2f}" for name, value in accuracies(sums).items()}
+            bar.set_postfix({"loss": f"{line['loss']:.3f}", **right, "d": d})
             bar.update()
             if last:
                 break
@@ -140,11 +143,16 @@ def train(recipe: Recipe, out: Path, *, resume: bool = False, max_hours: float |
 
 
 def _keep_if_best(
-    folder: Path, step: int, evaluation: dict[str, float], trained: dict[str, Tensor], accelerator: Accelerator
+    folder: Path,
+    step: int,
+    evaluation: dict[str, float],
+    best_by: str | None,
+    trained: dict[str, Tensor],
+    accelerator: Accelerator,
 ) -> None:
     """Keep the weights of an evaluation that came out better than all before it."""
-    kept, found = read_best(folder), score(evaluation)
-    before = None if kept is None else score(kept.evaluation)
+    kept, found = read_best(folder), score(evaluation, best_by)
+    before = None if kept is None else score(kept.evaluation, best_by)
     better = [found is not None and (before is None or found > before)]
     broadcast_object_list(better)  # one process decides: gathering the weights takes all of them
     if better[0]:
