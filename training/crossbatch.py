@@ -161,9 +161,7 @@ def gather_from_all(tensor: Tensor) -> Tensor:
     """Rows of every process, in the order of ranks; gradients flow back to the process that a row came from."""
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return tensor
-    from torch.distributed.nn.functional import all_gather
-
-    return torch.cat(all_gather(tensor.contiguous()), dim=0)
+    return _GatherFromAll.apply(tensor)
 
 
 def context_mass(
@@ -186,6 +184,27 @@ def context_mass(
                 lses.append(attend(queries[row : row + 1], one, one, scale=scale)[1][0])
             shares.append(torch.stack(lses).softmax(0)[1:].flatten(1).mean(1))
         return shares
+
+
+class _GatherFromAll(torch.autograd.Function):
+    """(R, ...) of each process -> (processes * R, ...); the backward pass, too, takes all processes at once."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        gathered = tensor.new_empty(dist.get_world_size() * len(tensor), *tensor.shape[1:])
+        dist.all_gather_into_tensor(gathered, tensor.contiguous())
+        return gathered
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        grad, rows = grads[0].contiguous(), len(grads[0]) // dist.get_world_size()
+        if dist.get_backend() == dist.Backend.GLOO:  # has no sum of which each process gets its part alone
+            total = grad.clone()
+            dist.all_reduce(total)
+            return total[dist.get_rank() * rows :][:rows]
+        mine = grad.new_empty(rows, *grad.shape[1:])
+        dist.reduce_scatter_tensor(mine, grad)
+        return mine
 
 
 class _TakePart(torch.autograd.Function):
