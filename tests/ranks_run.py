@@ -37,7 +37,7 @@ def lane_of(rank: int, windows: int, step: int) -> Batch:
 
 
 def step_of(name: str, fused: bool, accelerator: Accelerator) -> dict[str, Any]:
-    """Loss of a step of two batches, and whether any lane's future reaches it; some ranks have no contexts, in some recipes."""
+    """Loss of a step of two batches, and how many lanes their future reaches. Some ranks have no contexts."""
     shipped = load_recipe(name)
     recipe = Recipe(tasks=[{}], lanes=1, windows=shipped.windows, contexts=shipped.contexts, accumulation=2)
     set_seed(0)
