@@ -90,7 +90,9 @@ def test_result_loads_in_plain_transformers_and_with_memory(recipe: Path, tmp_pa
     assert model.memory_config.mem_positionals is False
     assert json.loads((out / "model" / "recipe.json").read_text())["seed"] == 0
     lines = [json.loads(line) for line in (out / "model" / "log.jsonl").read_text().splitlines()]
-    assert {"loss", "answer_accuracy", "tokens_per_second", "d"} <= set(lines[0])
+    assert {"loss", "answer_accuracy", "token_accuracy", "tokens_per_second", "run_tokens_per_second", "d"} <= set(
+        lines[0]
+    )
     assert 1e7 < lines[0]["memory_bytes"] <= lines[1]["memory_bytes"]
 
 

@@ -133,7 +133,7 @@ def set_contexts(
             documents = len({name for held in rows.held or () for name, _, _ in held})
             tqdm.write(
                 f"no window has a negative, though contexts ask for {choice.wanted} in this batch: its "
-                f"{len(set(rows.lane.tolist()))} lanes read {documents} documents; give more documents, or more lanes",
+                f"{len(set(rows.lane.tolist()))} lanes read {documents} different document(s); give more documents, or more lanes",
                 file=sys.stderr,
             )
 
