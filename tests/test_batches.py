@@ -296,6 +296,34 @@ def test_a_position_of_other_settings_is_refused(tmp_path: Path, tokenizer: Any,
         loader_of(DataSource(str(tmp_path)), tokenizer, **changed).load_state_dict(state)
 
 
+def test_a_position_of_another_version_is_refused(tmp_path: Path, tokenizer: Any) -> None:
+    write_texts(tmp_path, 2)
+    state = loader_of(DataSource(str(tmp_path)), tokenizer).state_dict()
+    with pytest.raises(ValueError, match="saved by another version of this program: start a new run"):
+        loader_of(DataSource(str(tmp_path)), tokenizer).load_state_dict(state | {"layout": 1})
+
+
+@pytest.mark.parametrize("lanes", [2, 3, 5])
+def test_lanes_start_at_different_places_of_one_text(tmp_path: Path, tokenizer: Any, lanes: int) -> None:
+    write_texts(tmp_path, 1, longest=5000)
+    batch = next(loader_of(DataSource(str(tmp_path)), tokenizer, lanes=lanes, windows=1, window=8))
+    places = sorted(batch.position[:, 0].tolist())
+    assert places[0] == 0
+    assert len(set(batch.content.flatten().tolist())) == 1
+    assert min(b - a for a, b in pairwise(places)) > 100
+
+
+def test_equal_texts_of_two_sources_have_one_content(tmp_path: Path, tokenizer: Any) -> None:
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "x.txt").write_text("the same text in both " * 9)
+    sources = [DataSource(str(tmp_path / folder)) for folder in ("a", "b")]
+    batch = next(loader_of(sources, tokenizer, lanes=2, windows=1, window=16))
+    assert batch.document[0] != batch.document[1]
+    assert len(set(batch.content.flatten().tolist())) == 1
+    assert batch.position[0, 0] != batch.position[1, 0]
+
+
 def test_a_position_of_another_process_is_refused(tmp_path: Path, tokenizer: Any) -> None:
     write_texts(tmp_path, 2)
     first, second = (loader_of(DataSource(str(tmp_path)), tokenizer, rank=rank, world_size=2) for rank in (0, 1))

@@ -228,6 +228,7 @@ class DocumentLoader(Iterator[Batch]):
             "tokens": list(self._tokens),
             "text_tokens": self._text_tokens,
             "begun": list(self._begun),
+            "layout": LAYOUT,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -236,6 +237,11 @@ class DocumentLoader(Iterator[Batch]):
         Raises:
             ValueError: the position is of a loader with other settings, or the documents have changed.
         """
+        if state.get("layout") != LAYOUT:
+            raise ValueError(
+                "the checkpoint's position in the data was saved by another version of this program: start a new run "
+                "from its last result"
+            )
         for name, value in self._settings().items():
             if state["settings"].get(name) != value:
                 was = state["settings"].get(name)
@@ -250,7 +256,7 @@ class DocumentLoader(Iterator[Batch]):
         return {
             "sources": self._labels, "weights": self._weights, "lanes": len(self._lanes), "windows": self._windows,
             "window": self._window, "seed": self._seed, "rank": self._rank, "world_size": self._world_size,
-            "align_documents": self._aligned, "layout": LAYOUT,
+            "align_documents": self._aligned,
         }  # fmt: skip
 
     def _next_span(self, lane: int) -> Span:

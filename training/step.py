@@ -130,10 +130,10 @@ def set_contexts(
     if choice.wanted and not choice.found and not crossbatch.warned:
         crossbatch.warned = True
         if accelerator.is_main_process:
-            documents = len({name for held in rows.held or () for name, _, _ in held})
+            lanes, texts = len(set(rows.lane.tolist())), len({name for held in rows.held or () for name, _, _ in held})
             tqdm.write(
-                f"no window has a negative, though contexts ask for {choice.wanted} in this batch: its "
-                f"{len(set(rows.lane.tolist()))} lanes read {documents} different document(s); give more documents, or more lanes",
+                f"no window has a negative, though contexts ask for {choice.wanted} in this batch: its {lanes} lanes "
+                f"read {texts} different text(s); give more documents, or more lanes",
                 file=sys.stderr,
             )
 
