@@ -121,6 +121,15 @@ def test_the_same_is_found_out_where_negatives_come_from_anywhere() -> None:
     assert rows_reached_by_their_future(SHAPES["open-llama-7b"], (2,), choose_in_any_order) == 0
 
 
+def test_isolated_windows_get_the_contexts_they_always_got() -> None:
+    """They were safe: rows that are read read nothing."""
+    for name, shape in SHAPES.items():
+        lane = torch.arange(6).repeat_interleave(shape.windows)
+        table, d = Rows(lane, torch.arange(shape.windows).repeat(6), lane), max(shape.schedule.values)
+        one, other = (pick(shape.schedule, table, d, "0", shape.isolated) for pick in (choose, choose_in_any_order))
+        assert (one == other) == shape.isolated, name
+
+
 # The same text in several lanes
 
 

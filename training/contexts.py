@@ -177,7 +177,8 @@ class _Overlaps:
         real: rows that are not all padding.
         earlier: for each row, rows before it in its lane of the same document, the nearest first.
         kin: for each row, those of its lane, and those that have something of its documents: never negatives.
-        follows: for each row, those that hold what follows in its documents, but for its own window, as bits.
+        follows: for each row, those that hold what follows in its documents, as bits; but for itself and those after it
+            in its lane, which the order keeps from it.
     """
 
     def __init__(self, rows: Rows) -> None:
@@ -204,7 +205,8 @@ class _Overlaps:
             for name, first, _ in parts:
                 for other, end in holders[name]:
                     self.kin[row].add(other)
-                    if other != row and end > first:
+                    comes_later = lane[other] == lane[row] and index[other] >= index[row]
+                    if end > first and not comes_later:
                         self.follows[row] |= 1 << other
 
 
