@@ -25,11 +25,11 @@ from fot.evaluation.machine import default_dtype, describe_machine, find_device,
 from fot.evaluation.report import write_json
 from training.allocator import keep_freed_memory
 from training.batches import Batch
+from training.contexts import choose_contexts, rows_of
 from training.crossbatch import disable_crossbatch, enable_crossbatch
 from training.recipe import Recipe, load_recipe
-from training.schedule import Rows, choose_contexts
 from training.setup import build_model, choose_trainable
-from training.train import Step
+from training.step import Step
 
 
 def random_batch(recipe: Recipe, window: int, vocabulary: int) -> Batch:
@@ -38,8 +38,11 @@ def random_batch(recipe: Recipe, window: int, vocabulary: int) -> Batch:
     ids = torch.randint(vocabulary, (rows, window + 1), generator=torch.Generator().manual_seed(recipe.seed))
     lane = torch.arange(rows) // recipe.windows
     nothing = torch.zeros(rows, window, dtype=torch.bool)
-    return Batch(ids[:, :-1], ids[:, 1:], torch.ones(rows, window), nothing, lane, torch.arange(rows) % recipe.windows,
-                 lane)  # fmt: skip
+    index = torch.arange(rows) % recipe.windows
+    position = index[:, None] * window + torch.arange(window)
+    content = lane[:, None].expand(rows, window)
+    weights = torch.ones(rows, window)
+    return Batch(ids[:, :-1], ids[:, 1:], weights, nothing, lane, index, lane, content, position, nothing)
 
 
 # What is measured: (with crossbatch, keeping freed memory).
@@ -58,7 +61,7 @@ def measure(recipe: Recipe, steps: int, *, with_crossbatch: bool, keep: bool) ->
     if recipe.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     batch = random_batch(recipe, config.window, model.config.vocab_size).to(device)
-    rows = Rows(batch.lane, batch.index, batch.document)
+    rows = rows_of(batch)
     d = recipe.schedule().contexts_at(recipe.steps, 1.0, recipe.seed)
     crossbatch.contexts = choose_contexts(
         recipe.schedule(), rows, range(len(batch.lane)), d, "0", isolated=config.isolated_windows

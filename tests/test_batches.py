@@ -38,7 +38,7 @@ def test_cutting_keeps_every_token_and_its_successor(lengths: list[int], count: 
     ids = np.arange(sum(lengths), dtype=np.int32)
     starts = np.cumsum([0, *lengths[:-1]])
     pieces = [
-        Piece(n, ids[start : start + length], np.full(length, n, np.float32))
+        Piece(n, ids[start : start + length], np.full(length, n, np.float32), n)
         for n, (start, length) in enumerate(zip(starts, lengths, strict=True))
     ]
     seen: list[int] = []
@@ -170,6 +170,7 @@ def test_tasks_take_steps_of_their_own_and_texts_go_on(tmp_path: Path, tokenizer
     loader = loader_of([DataSource(str(tmp_path), weight=2), TaskSource(Counting())], tokenizer)
     rows: dict[bool, list[Any]] = {True: [], False: []}
     text: list[list[int]] = [[], []]
+    starts = [-1, -1]
     for _ in range(60):
         batch = next(loader)
         for lane in (0, 1):
@@ -177,11 +178,16 @@ def test_tasks_take_steps_of_their_own_and_texts_go_on(tmp_path: Path, tokenizer
             generated = "counting" in loader.origin(int(batch.document[mine][0]))
             rows[generated].append(batch.weights[mine].flatten().tolist())
             if not generated:
+                starts[lane] = int(batch.position[mine][0, 0]) if starts[lane] < 0 else starts[lane]
                 text[lane] += batch.input_ids[mine].flatten().tolist()
     assert len(rows[True]) / 120 == pytest.approx(1 / 3, abs=0.02)
     assert all(weights == [0.0] * 7 + [1.0] for weights in rows[True])
-    for stream in text:
-        assert tokenizer.decode(stream[1:]) == "".join(chr(97 + n % 26) for n in range(len(stream) - 1))
+    whole = "".join(chr(97 + n % 26) for n in range(2000))
+    assert min(starts) == 0
+    assert 1000 <= max(starts) <= 1010  # of two lanes that read the only text, one starts halfway on
+    for stream, start in zip(text, starts, strict=True):
+        letters = stream[1:] if start == 0 else stream  # without BOS
+        assert tokenizer.decode(letters) == whole[max(0, start - 1) :][: len(letters)]
 
 
 def test_short_tasks_are_padded_and_need_no_tokenizer() -> None:
@@ -288,6 +294,34 @@ def test_a_position_of_other_settings_is_refused(tmp_path: Path, tokenizer: Any,
     state = loader_of(DataSource(str(tmp_path)), tokenizer).state_dict()
     with pytest.raises(ValueError, match=f"has {next(iter(changed))} .*resume with the same"):
         loader_of(DataSource(str(tmp_path)), tokenizer, **changed).load_state_dict(state)
+
+
+def test_a_position_of_another_version_is_refused(tmp_path: Path, tokenizer: Any) -> None:
+    write_texts(tmp_path, 2)
+    state = loader_of(DataSource(str(tmp_path)), tokenizer).state_dict()
+    with pytest.raises(ValueError, match="saved by another version of this program: start a new run"):
+        loader_of(DataSource(str(tmp_path)), tokenizer).load_state_dict(state | {"layout": 1})
+
+
+@pytest.mark.parametrize("lanes", [2, 3, 5])
+def test_lanes_start_at_different_places_of_one_text(tmp_path: Path, tokenizer: Any, lanes: int) -> None:
+    write_texts(tmp_path, 1, longest=5000)
+    batch = next(loader_of(DataSource(str(tmp_path)), tokenizer, lanes=lanes, windows=1, window=8))
+    places = sorted(batch.position[:, 0].tolist())
+    assert places[0] == 0
+    assert len(set(batch.content.flatten().tolist())) == 1
+    assert min(b - a for a, b in pairwise(places)) > 100
+
+
+def test_equal_texts_of_two_sources_have_one_content(tmp_path: Path, tokenizer: Any) -> None:
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "x.txt").write_text("the same text in both " * 9)
+    sources = [DataSource(str(tmp_path / folder)) for folder in ("a", "b")]
+    batch = next(loader_of(sources, tokenizer, lanes=2, windows=1, window=16))
+    assert batch.document[0] != batch.document[1]
+    assert len(set(batch.content.flatten().tolist())) == 1
+    assert batch.position[0, 0] != batch.position[1, 0]
 
 
 def test_a_position_of_another_process_is_refused(tmp_path: Path, tokenizer: Any) -> None:

@@ -90,7 +90,9 @@ def test_result_loads_in_plain_transformers_and_with_memory(recipe: Path, tmp_pa
     assert model.memory_config.mem_positionals is False
     assert json.loads((out / "model" / "recipe.json").read_text())["seed"] == 0
     lines = [json.loads(line) for line in (out / "model" / "log.jsonl").read_text().splitlines()]
-    assert {"loss", "answer_accuracy", "tokens_per_second", "d"} <= set(lines[0])
+    assert {"loss", "answer_accuracy", "token_accuracy", "tokens_per_second", "run_tokens_per_second", "d"} <= set(
+        lines[0]
+    )
     assert 1e7 < lines[0]["memory_bytes"] <= lines[1]["memory_bytes"]
 
 
@@ -235,10 +237,10 @@ def test_max_hours_ends_with_a_checkpoint_and_a_result(recipe: Path, tmp_path: P
 def test_loss_that_is_not_finite_names_the_batch(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    from training import train
+    from training import step
 
-    real = train.token_losses
-    monkeypatch.setattr(train, "token_losses", lambda *args: (real(*args)[0] * float("nan"), real(*args)[1]))
+    real = step.token_losses
+    monkeypatch.setattr(step, "token_losses", lambda *args: (real(*args)[0] * float("nan"), real(*args)[1]))
     assert main(["train", str(recipe), "eval_every=0", "--out", str(tmp_path / "out")]) == 2
     assert "the loss is nan at step 1, batch 1, documents [" in capsys.readouterr().err
 

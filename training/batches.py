@@ -26,16 +26,20 @@ Proportions are counted in tokens: a step of a lane goes to the task, or to the 
 its share, and a lane that needs a text takes it from the text source that is, counting documents in whole when drawn.
 A document that is long against the run is over-represented until it ends.
 
-``document`` is the same number for the same document in another lane, epoch or process, so that a copy need not be
-taken for a negative where documents are few. Processes have disjoint shares of the documents, the same in every epoch.
+``document`` is the same number for the same document in another lane, epoch or process, and ``content`` the same for
+the same tokens, whatever source or number they come under. With ``position`` it says what a row holds of which text, so
+that no row is shown what follows in its own document (``training.schedule``). Processes have disjoint shares of the
+documents, the same in every epoch.
+
+Where lanes outnumber documents, several read the same one. Then a lane's first document starts in the widest gap
+between the places where the others are in it, so that lanes do not go through the same tokens side by side.
 """
 
-import base64
 import math
 import random
-import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -45,10 +49,12 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from training.data import DataSource, DocumentStream
+from training.pieces import Piece, Span, take, task_span, whole_piece
 from training.tasks import Task
 
 IGNORED = -100  # label of tokens without loss, as in transformers
 NO_DOCUMENT = -1  # document of a row that is all padding
+LAYOUT = 2  # of a position in the data; raised when older ones can't be gone on from
 _NUMBERS = 2**40  # document = number of its source * _NUMBERS + its number there
 
 
@@ -66,6 +72,10 @@ class Batch:
         index: (R,) int64, place among the lane's k windows.
         document: (R,) int64, the document that most of the row's tokens belong to (of equals the first in the row);
             -1 if the row is all padding. Equal on all lanes and processes for the same document.
+        content: (R, W) int64, names the tokens of the document that each token is of; -1 at padding. Documents of the
+            same tokens have the same, in all lanes, epochs, sources and processes.
+        position: (R, W) int64, place of each token in its document; 0 at padding.
+        answers: (R, W) bool, labels that are answers to questions; none of plain text is.
     """
 
     input_ids: Tensor
@@ -75,73 +85,13 @@ class Batch:
     lane: Tensor
     index: Tensor
     document: Tensor
+    content: Tensor
+    position: Tensor
+    answers: Tensor
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on another device."""
         return Batch(*(getattr(self, f.name).to(device) for f in fields(self)))
-
-
-@dataclass(frozen=True)
-class Piece:
-    """What is left of a document.
-
-    Attributes:
-        document: its number.
-        ids: (n,) int32.
-        weights: (n,) float32, of each token as a target; that of the first counts if another document comes before it.
-    """
-
-    document: int
-    ids: NDArray[np.int32]
-    weights: NDArray[np.float32]
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def __getitem__(self, place: slice) -> "Piece":
-        return Piece(self.document, self.ids[place], self.weights[place])
-
-    def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return {"document": self.document, "ids": _pack(self.ids), "weights": _pack(self.weights)}
-
-    @staticmethod
-    def from_dict(state: dict[str, Any]) -> "Piece":
-        """What ``to_dict`` gave."""
-        ids, weights = _unpack(state["ids"], "<i4"), _unpack(state["weights"], "<f4")
-        return Piece(state["document"], ids, weights)
-
-
-@dataclass(frozen=True)
-class Span:
-    """Consecutive tokens of one lane: (n,) inputs, the tokens after them, their weights, the inputs' documents."""
-
-    inputs: NDArray[np.int32]
-    targets: NDArray[np.int32]
-    weights: NDArray[np.float32]
-    documents: NDArray[np.int64]
-
-
-def take(pieces: Sequence[Piece], count: int) -> tuple[Span, list[Piece]]:
-    """Cut the next tokens off a lane.
-
-    Args:
-        pieces: what the lane holds, in order; at least 2 tokens.
-        count: inputs wanted. With fewer than count + 1 tokens there are as many as have a token after them.
-
-    Returns:
-        the tokens, and the rest; its first token was the last target, and is the next input.
-    """
-    needed, parts = count + 1, []
-    for piece in pieces:
-        parts.append(piece[:needed])
-        needed -= len(parts[-1])
-        if not needed:
-            break
-    ids = np.concatenate([part.ids for part in parts])
-    weights = np.concatenate([part.weights for part in parts])
-    documents = np.concatenate([np.full(len(part), part.document, np.int64) for part in parts])
-    return Span(ids[:-1], ids[1:], weights[1:], documents[:-1]), _drop(pieces, len(ids) - 1)
 
 
 def batch_of(spans: Sequence[Span], windows: int, window: int, pad_token_id: int) -> Batch:
@@ -163,6 +113,9 @@ def batch_of(spans: Sequence[Span], windows: int, window: int, pad_token_id: int
         lane=torch.arange(rows) // windows,
         index=torch.arange(rows) % windows,
         document=torch.tensor([_document_of(row) for row in documents]),
+        content=torch.from_numpy(table([span.contents for span in spans], NO_DOCUMENT, np.int64)),
+        position=torch.from_numpy(table([span.positions for span in spans], 0, np.int64)),
+        answers=torch.from_numpy(table([span.answers for span in spans], False, np.bool_)),
     )
 
 
@@ -244,6 +197,7 @@ class DocumentLoader(Iterator[Batch]):
         self._drawn = [0] * len(sources)  # documents
         self._tokens = [0] * len(sources)  # of the documents drawn
         self._text_tokens = 0  # in batches
+        self._begun = [False] * lanes  # has drawn a text
 
     def __next__(self) -> Batch:
         spans = [self._next_span(lane) for lane in range(len(self._lanes))]
@@ -273,6 +227,8 @@ class DocumentLoader(Iterator[Batch]):
             "drawn": list(self._drawn),
             "tokens": list(self._tokens),
             "text_tokens": self._text_tokens,
+            "begun": list(self._begun),
+            "layout": LAYOUT,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -281,6 +237,11 @@ class DocumentLoader(Iterator[Batch]):
         Raises:
             ValueError: the position is of a loader with other settings, or the documents have changed.
         """
+        if state.get("layout") != LAYOUT:
+            raise ValueError(
+                "the checkpoint's position in the data was saved by another version of this program: start a new run "
+                "from its last result"
+            )
         for name, value in self._settings().items():
             if state["settings"].get(name) != value:
                 was = state["settings"].get(name)
@@ -289,7 +250,7 @@ class DocumentLoader(Iterator[Batch]):
             stream.load_state_dict(state["streams"][str(n)])
         self._lanes = [[Piece.from_dict(piece) for piece in pieces] for pieces in state["lanes"]]
         self._drawn, self._tokens = list(state["drawn"]), list(state["tokens"])
-        self._text_tokens = state["text_tokens"]
+        self._text_tokens, self._begun = state["text_tokens"], list(state["begun"])
 
     def _settings(self) -> dict[str, Any]:
         return {
@@ -306,15 +267,22 @@ class DocumentLoader(Iterator[Batch]):
             shares[-1] = self._text_tokens / sum(self._weights[n] for n in self._streams)
         turn = min(shares, key=lambda n: shares[n])
         if turn >= 0:
-            return take([self._task_document(turn)], count)[0]
+            return self._task_document(turn)
         pieces = self._lanes[lane]
         while not pieces or (not self._aligned and sum(map(len, pieces)) <= count):
-            pieces.append(self._text_document())
+            pieces.append(self._text_document() if self._begun[lane] else self._first_document())
+            self._begun[lane] = True
         span, rest = take(pieces, count)
         # An aligned document whose last token has been a target is done.
         self._lanes[lane] = [] if self._aligned and len(rest[0]) == 1 else rest
         self._text_tokens += len(span.inputs)
         return span
+
+    def _first_document(self) -> Piece:
+        """A lane's first text, from a place where no other lane is."""
+        piece = self._text_document()
+        taken = [other.first for pieces in self._lanes for other in pieces if other.content == piece.content]
+        return piece[_between(taken, len(piece)) :]
 
     def _text_document(self) -> Piece:
         n = min(self._streams, key=lambda n: self._tokens[n] / self._weights[n])
@@ -323,9 +291,9 @@ class DocumentLoader(Iterator[Batch]):
         ids = [*([] if self._bos is None else [self._bos]), *ids, *([] if self._eos is None or shared else [self._eos])]
         weights = np.ones(len(ids), np.float32)
         weights[0] = shared
-        return self._count(n, number, np.array(ids, np.int32), weights)
+        return whole_piece(self._count(n, number, len(ids)), ids, weights)
 
-    def _task_document(self, n: int) -> Piece:
+    def _task_document(self, n: int) -> Span:
         number, most = self._drawn[n], self._windows * self._window + 1
         rng = random.Random(f"{self._seed}/{self._labels[n]}/{number * self._world_size + self._rank}")
         ids, weights = self._tasks[n].document(rng)
@@ -337,12 +305,13 @@ class DocumentLoader(Iterator[Batch]):
             raise ValueError(
                 f"task {self._labels[n]!r}: {len(ids)} tokens need as many weights, finite and not below 0"
             )
-        return self._count(n, number, np.array(ids, np.int32), np.array(weights, np.float32))
+        return task_span(self._count(n, number, len(ids)), ids, weights)
 
-    def _count(self, n: int, number: int, ids: NDArray[np.int32], weights: NDArray[np.float32]) -> Piece:
+    def _count(self, n: int, number: int, tokens: int) -> int:
+        """Count a document that was drawn; returns its number on all processes."""
         self._drawn[n] += 1
-        self._tokens[n] += len(ids)
-        return Piece(n * _NUMBERS + number * self._world_size + self._rank, ids, weights)
+        self._tokens[n] += tokens
+        return n * _NUMBERS + number * self._world_size + self._rank
 
 
 def _special_ids(tokenizer: PreTrainedTokenizerBase | None) -> tuple[int | None, int | None, int]:
@@ -361,20 +330,11 @@ def _document_of(row: NDArray[np.int64]) -> int:
     return int(present[np.lexsort((first, -counts))[0]])
 
 
-def _drop(pieces: Sequence[Piece], count: int) -> list[Piece]:
-    rest = []
-    for piece in pieces:
-        if count < len(piece):
-            rest.append(piece[count:])
-        count -= min(count, len(piece))
-    return rest
-
-
-def _pack(values: NDArray[Any]) -> str:
-    """Little-endian bytes, compressed, as text: a long novel's tokens take about half a megabyte."""
-    little_endian = values.astype(values.dtype.newbyteorder("<"))
-    return base64.b64encode(zlib.compress(little_endian.tobytes())).decode("ascii")
-
-
-def _unpack(text: str, dtype: str) -> NDArray[Any]:
-    return np.frombuffer(zlib.decompress(base64.b64decode(text)), dtype).astype(np.dtype(dtype).newbyteorder("="))
+def _between(taken: Sequence[int], length: int) -> int:
+    """Where to start in a document of ``length`` tokens that others read from the places ``taken`` on: farthest from
+    all of them, at its start or halfway between two."""
+    if not taken:
+        return 0
+    halfway = [(one + two) // 2 for one, two in pairwise(sorted({*taken, length}))]
+    place = max([0, *halfway], key=lambda place: min(abs(place - other) for other in taken))
+    return min(place, max(0, length - 2))  # a token and the one after it

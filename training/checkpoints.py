@@ -60,13 +60,6 @@ class Best:
         return load_file(self.path / TENSORS)
 
 
-def score(evaluation: dict[str, float]) -> float | None:
-    """Higher is better: the accuracy of answers, or else the perplexity, negated; None if neither was measured."""
-    if "eval_answer_accuracy" in evaluation:
-        return evaluation["eval_answer_accuracy"]
-    return -evaluation["eval_perplexity"] if "eval_perplexity" in evaluation else None
-
-
 def save_best(folder: Path, step: int, tensors: dict[str, Tensor], evaluation: dict[str, float]) -> None:
     """Write ``folder/best`` anew: trained parameters and what they were measured at; nothing to resume from."""
     with whole_folder(folder / BEST) as temporary:

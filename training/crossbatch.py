@@ -50,15 +50,18 @@ class Crossbatch:
     """Switch between batches; made by ``enable_crossbatch``.
 
     Attributes:
-        contexts: for the next forward pass and its backward pass; None: every window on its own.
+        contexts: for the next forward pass and its backward pass; None: every window on its own. On several processes
+            all have contexts, if only of none of their rows, or none has: whoever has them gathers.
         gather: (R, G, T, D) of this process -> (C, G, T, D) of all, differentiably.
         attention_mass: if a list, memory layers append (layer, (R, M) share of attention that each chosen row got).
+        warned: it has been said that there are no negatives.
     """
 
     config: MemoryConfig
     contexts: Contexts | None = None
     gather: Gather = field(default=lambda tensor: gather_from_all(tensor))
     attention_mass: list[tuple[int, list[Tensor]]] | None = None
+    warned: bool = False
 
 
 def enable_crossbatch(model: Any, config: MemoryConfig) -> Crossbatch:
@@ -106,7 +109,7 @@ def crossbatch_layer(
     if crossbatch.config.mem_positionals:
         queries, rotated = rotate(queries, keys, position_embeddings)
     contexts = crossbatch.contexts
-    if contexts is None or not any(len(rows) for rows in contexts.rows):
+    if contexts is None:
         candidates = (keys[:0], values[:0])
         contexts = Contexts([torch.empty(0, dtype=torch.int64, device=keys.device)] * len(keys))
     else:
@@ -148,7 +151,9 @@ def attend_batch(
         return _FusedCrossbatch.apply(queries, keys, values, context_keys, context_values, contexts, scale)
     tensors = (queries, keys, values, context_keys, context_values)
     if torch.is_grad_enabled():
-        return checkpoint(_attend_in_parts, *tensors, contexts, scale, use_reentrant=False)[0]
+        output = checkpoint(_attend_in_parts, *tensors, contexts, scale, use_reentrant=False)[0]
+        # Rows of other processes may have been gathered, and their backward pass waits for this process's part.
+        return _TakePart.apply(output, context_keys, context_values)
     return _attend_in_parts(*tensors, contexts, scale)[0]
 
 
@@ -156,9 +161,7 @@ def gather_from_all(tensor: Tensor) -> Tensor:
     """Rows of every process, in the order of ranks; gradients flow back to the process that a row came from."""
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return tensor
-    from torch.distributed.nn.functional import all_gather
-
-    return torch.cat(all_gather(tensor.contiguous()), dim=0)
+    return _GatherFromAll.apply(tensor)
 
 
 def context_mass(
@@ -181,6 +184,41 @@ def context_mass(
                 lses.append(attend(queries[row : row + 1], one, one, scale=scale)[1][0])
             shares.append(torch.stack(lses).softmax(0)[1:].flatten(1).mean(1))
         return shares
+
+
+class _GatherFromAll(torch.autograd.Function):
+    """(R, ...) of each process -> (processes * R, ...); the backward pass, too, takes all processes at once."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        gathered = tensor.new_empty(dist.get_world_size() * len(tensor), *tensor.shape[1:])
+        dist.all_gather_into_tensor(gathered, tensor.contiguous())
+        return gathered
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        grad, rows = grads[0].contiguous(), len(grads[0]) // dist.get_world_size()
+        if dist.get_backend() == dist.Backend.GLOO:  # has no sum of which each process gets its part alone
+            total = grad.clone()
+            dist.all_reduce(total)
+            return total[dist.get_rank() * rows :][:rows]
+        mine = grad.new_empty(rows, *grad.shape[1:])
+        dist.reduce_scatter_tensor(mine, grad)
+        return mine
+
+
+class _TakePart(torch.autograd.Function):
+    """The output as it is, and a gradient of 0 for each candidate, which may have had no part in it."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, *candidates: Tensor) -> Tensor:
+        ctx.candidates = [(tensor.shape, tensor.dtype, tensor.device) for tensor in candidates]
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        zeros = [torch.zeros((), dtype=dtype, device=device).expand(shape) for shape, dtype, device in ctx.candidates]
+        return grads[0], *zeros
 
 
 class _FusedCrossbatch(torch.autograd.Function):

@@ -22,7 +22,10 @@ class Recipe:
         memory: settings of ``MemoryConfig``: ``mem_layers``, ``local_context``, ``mem_positionals``.
         sources: texts to train on, entries of ``training.data.DataSource``.
         tasks: synthetic documents, entries of ``training.tasks``, each with ``kind``, ``weight`` and its settings.
-        held_out: texts whose perplexity is measured, entries like those of ``sources``; never trained on.
+        held_out: texts whose loss is measured, without a memory and with one, entries like those of ``sources``; never
+            trained on.
+        held_out_memory: sizes in tokens of the memories with which it is measured; none: 2 and 8 windows, as far as
+            the texts are that long.
         lanes: documents side by side, on each process.
         windows: consecutive windows of each document in a batch (k).
         contexts: settings of ``ContextSchedule``.
@@ -31,8 +34,9 @@ class Recipe:
         strength: the result's weights lie so far from those it started with towards the trained ones (Wortsman et al.,
             arXiv 2109.01903): a little less than 1 keeps more of what the model could do, and most of what it learnt.
             The log's figures are of the trained weights.
-        result: weights of the ``last`` step, or of the ``best`` evaluation: most answers right, or, without tasks, the
-            lowest perplexity.
+        result: weights of the ``last`` step, or of the ``best`` evaluation.
+        best_by: what the best evaluation is best by, a name from the log such as ``held_out_loss_memory_2048``; None:
+            most answers right, or, without tasks, the lowest loss of held-out text with the largest memory.
         optimizer: ``adamw`` or ``adafactor``.
         learning_rate: its highest value.
         lr_schedule: ``constant``, ``cosine`` (to a hundredth) or ``inverse_sqrt``, after the warm-up.
@@ -57,6 +61,7 @@ class Recipe:
     sources: Sequence[dict[str, Any]] = ()
     tasks: Sequence[dict[str, Any]] = ()
     held_out: Sequence[dict[str, Any]] = ()
+    held_out_memory: Sequence[int] = ()
     lanes: int = 4
     windows: int = 2
     contexts: dict[str, Any] = field(default_factory=dict)
@@ -64,6 +69,7 @@ class Recipe:
     lora: dict[str, Any] = field(default_factory=dict)
     strength: float = 1.0
     result: Literal["last", "best"] = "last"
+    best_by: str | None = None
     optimizer: Literal["adamw", "adafactor"] = "adamw"
     learning_rate: float = 2e-5
     lr_schedule: Literal["constant", "cosine", "inverse_sqrt"] = "constant"
@@ -109,7 +115,13 @@ class Recipe:
             )
         if not self.sources and not self.tasks:
             raise ValueError("recipe: neither sources nor tasks are given, so there is nothing to train on")
-        self.schedule()
+        if any(not isinstance(size, int) or size < 1 for size in self.held_out_memory):
+            raise ValueError(f"recipe: held_out_memory is {self.held_out_memory}; it takes numbers of at least 1 token")
+        if self.schedule().kind == "accuracy" and not self.tasks:
+            raise ValueError(
+                "recipe: contexts of kind 'accuracy' wait until answers are right, and without tasks there are no "
+                "answers: use kind 'steps', or add a task"
+            )
         self.memory_config()
 
     def _check_numbers(self) -> None:

@@ -1,14 +1,8 @@
-"""How many other windows each row attends to, and which: d over time, positives and negatives."""
+"""How many other windows each row attends to: d over time, or by segments of the batch."""
 
 import random
 from dataclasses import dataclass
 from typing import Any, Literal
-
-import torch
-from torch import Tensor
-
-from training.batches import NO_DOCUMENT
-from training.crossbatch import Contexts
 
 Demand = tuple[int, int]  # positives, negatives
 
@@ -22,8 +16,8 @@ class ContextSchedule:
             ``[(0, 0), (1, 1), (2, 1), (3, 0)]``, for 7B ``[(0, 0), (1, 2), (2, 5), (3, 4)]``. Excludes ``d``.
         kind: how d goes over time: ``constant`` (``values[0]``), ``steps`` (from step ``at[i]`` on, ``values[i]``),
             ``ramp`` (from ``values[0]`` to ``values[1]`` over the first ``at[0]`` steps), ``accuracy``
-            (``values[0]`` until the answer accuracy has reached ``at[0]``, then ``values[1]``), ``drawn`` (one of
-            ``values`` at every step).
+            (``values[0]`` until the accuracy of answers to tasks' questions has reached ``at[0]``, then
+            ``values[1]``), ``drawn`` (one of ``values`` at every step).
         values: numbers of contexts d: as many positives as there are, up to ``previous_windows``, the rest negatives.
         at: steps or an accuracy, see ``kind``.
         previous_windows: w, earlier windows of its own document that a row may see.
@@ -75,78 +69,6 @@ class ContextSchedule:
         if self.kind == "drawn":
             return random.Random(f"{seed}/{step}/d").choice(self.values)
         return self.values[0]
-
-
-@dataclass(frozen=True)
-class Rows:
-    """What is known of the C candidate rows of all processes.
-
-    Attributes:
-        lane: (C,) which document stream a row belongs to; no two processes share one.
-        index: (C,) place among its lane's windows in this batch.
-        document: (C,) document of most of its tokens, -1 if it is all padding; positives are of the same document.
-        padding: (C, T) bool, True at padding; None if there is none.
-    """
-
-    lane: Tensor
-    index: Tensor
-    document: Tensor
-    padding: Tensor | None = None
-
-
-def choose_contexts(
-    schedule: ContextSchedule, rows: Rows, mine: range, d: int, seed: str, *, isolated: bool = False
-) -> Contexts:
-    """Draw the rows that each row of this process attends to.
-
-    Never a row itself, never a later window of its own lane, never another document's window as a positive, nor an
-    own one as a negative. Where fewer are there than wanted, all of them are taken.
-
-    Args:
-        schedule: says how many positives and negatives.
-        rows: all candidates.
-        mine: rows of this process among them.
-        d: number of contexts, unless the schedule has segments.
-        seed: draws negatives; a row's are the same however the rows are spread over processes.
-        isolated: as in the memory's settings: a window that others read reads nothing itself. So the last window of
-            each lane reads, and the others are read.
-    """
-    lane, index, document = rows.lane.tolist(), rows.index.tolist(), rows.document.tolist()
-    lanes = sorted(set(lane))
-    last = max(index, default=0)
-    readable = [number < last or not isolated for number in index]
-    chosen, copies = [], []
-    for row in mine:
-        before = [
-            other
-            for other in range(len(lane))
-            if lane[other] == lane[row] and index[other] < index[row] and document[other] == document[row]
-        ]
-        before.sort(key=lambda other: -index[other])
-        if schedule.segments:
-            segment = lanes.index(lane[row]) * len(schedule.segments) // len(lanes)
-            positives, negatives = schedule.segments[segment]
-            positives = min(positives, len(before))
-        else:
-            positives = min(d, schedule.previous_windows, len(before))
-            negatives = d - positives
-        others = [
-            other
-            for other in range(len(lane))
-            if readable[other] and lane[other] != lane[row] and document[other] not in (document[row], NO_DOCUMENT)
-        ]
-        rng = random.Random(f"{seed}/{row}")
-        drawn = rng.sample(others, min(negatives, len(others)))
-        times = schedule.copies ** rng.random()
-        picked = [] if isolated and index[row] < last else before[:positives] + drawn
-        chosen.append(torch.tensor(picked, dtype=torch.int64))
-        copies.append(torch.tensor([1.0 if other in before else times for other in picked]))
-    device = rows.lane.device
-    return Contexts(
-        [picked.to(device) for picked in chosen],
-        rows.padding,
-        [times.to(device) for times in copies] if schedule.copies > 1 else None,
-    )
 
 
 def schedule_from(settings: dict[str, Any]) -> ContextSchedule:

@@ -1,6 +1,5 @@
 """From a recipe to what the loop needs: model, trained parameters, data."""
 
-import random
 import re
 import sysconfig
 from collections.abc import Iterable, Iterator
@@ -13,7 +12,7 @@ from fot.config import MemoryConfig
 from fot.evaluation.dictionary_data import DictionaryTask
 from fot.loading import load_model
 from fot.model import detach_memory
-from training.batches import IGNORED, Batch, DocumentLoader, Span, TaskSource, batch_of
+from training.batches import DocumentLoader, TaskSource
 from training.data import DataSource, describe, read_documents
 from training.recipe import Recipe
 from training.tasks import SyntheticRetrieval, Task, filler_from
@@ -23,9 +22,6 @@ FILLER_TOKENS = 4_000_000
 
 # Where choose_trainable leaves the peft model that knows how to save what was trained.
 PEFT_WRAPPER = "_peft_wrapper"
-
-# Its synthetic documents are drawn from another stream of random numbers than those trained on.
-EVALUATION_SEED = "evaluation"
 
 
 def build_model(recipe: Recipe) -> tuple[Any, MemoryConfig, Any]:
@@ -111,58 +107,14 @@ def build_task(entry: dict[str, Any], recipe: Recipe, config: MemoryConfig, toke
     if entry.get("kind") == "dictionary":
         return DictionaryTask(**(shape | settings))
     if entry.get("kind") == "retrieval":
-        filler = filler_from([ids for source in entry["filler"] for ids in _tokenised(source, tokenizer)])
+        filler = filler_from([ids for source in entry["filler"] for ids in tokenised(source, tokenizer)])
         if "facts" in settings:
             settings["facts"] = tuple(settings["facts"])
         return SyntheticRetrieval(tokenizer, filler, **(shape | settings))
     raise ValueError(f"task: kind is {entry.get('kind')!r}; choose retrieval or dictionary")
 
 
-def evaluation_batches(recipe: Recipe, config: MemoryConfig, tokenizer: Any) -> Iterator[Batch]:
-    """Batches of synthetic documents that are never trained on; the same in every evaluation."""
-    for entry in recipe.tasks[:1]:
-        task = build_task(entry, recipe, config, tokenizer)
-        pad = 0 if tokenizer is None else tokenizer.pad_token_id or 0
-        for number in range(recipe.eval_batches):
-            spans = [_span(task, number * recipe.lanes + lane) for lane in range(recipe.lanes)]
-            yield batch_of(spans, recipe.windows, config.window, pad)
-
-
-def held_out_windows(recipe: Recipe, config: MemoryConfig, tokenizer: Any) -> Tensor:
-    """(rows, window) of held-out text, cut from its documents' starts; none if the recipe names none."""
-    rows: list[list[int]] = []
-    wanted = recipe.eval_batches * recipe.lanes * recipe.windows
-    for entry in recipe.held_out:
-        for ids in _tokenised(entry, tokenizer):
-            whole = len(ids) // config.window * config.window
-            rows += [ids[start : start + config.window] for start in range(0, whole, config.window)]
-            if len(rows) >= wanted:
-                break
-    return torch.tensor(rows[:wanted], dtype=torch.int64).reshape(-1, config.window)
-
-
-def text_batch(windows: Tensor) -> Batch:
-    """(R, T) windows of text, each alone, as a batch in which every token but the first of a window counts once."""
-    rows = torch.arange(len(windows))
-    labels = torch.nn.functional.pad(windows[:, 1:], (0, 1), value=IGNORED)
-    nothing = torch.zeros_like(windows, dtype=torch.bool)
-    return Batch(windows, labels, (labels != IGNORED).float(), nothing, rows, torch.zeros_like(rows), rows)
-
-
-def _span(task: Task, number: int) -> Span:
-    import numpy as np
-
-    ids, weights = task.document(random.Random(f"{EVALUATION_SEED}/{task.name}/{number}"))
-    count = len(ids) - 1
-    return Span(
-        np.asarray(ids[:-1], np.int32),
-        np.asarray(ids[1:], np.int32),
-        np.asarray(weights[1:], np.float32),
-        np.full(count, number, np.int64),
-    )
-
-
-def _tokenised(entry: dict[str, Any], tokenizer: Any) -> Iterator[list[int]]:
+def tokenised(entry: dict[str, Any], tokenizer: Any) -> Iterator[list[int]]:
     """Documents of a source as token ids, up to ``FILLER_TOKENS`` in all."""
     total = 0
     for ids in read_documents(data_source(entry), tokenizer):

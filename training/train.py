@@ -5,18 +5,17 @@ import math
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object, set_seed
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from fot.evaluation.machine import default_dtype, find_device, peak_memory_bytes
-from fot.loss import token_losses
 from training.allocator import keep_freed_memory
 from training.batches import Batch
 from training.checkpoints import (
@@ -26,60 +25,23 @@ from training.checkpoints import (
     remove_leftovers,
     save_best,
     save_checkpoint,
-    score,
 )
-from training.crossbatch import Crossbatch, enable_crossbatch
+from training.crossbatch import enable_crossbatch
+from training.evaluation import build_evaluation, score
 from training.log import Log, summary_writer
 from training.recipe import Recipe
 from training.results import write_result
-from training.schedule import Rows, choose_contexts
-from training.setup import (
-    build_loader,
-    build_model,
-    choose_trainable,
-    describe_data,
-    evaluation_batches,
-    held_out_windows,
-    text_batch,
-)
+from training.setup import build_loader, build_model, choose_trainable, describe_data
 from training.sharding import (
     check_sharding,
-    clip_gradients,
     load_optimizer_state,
+    on_any_process,
     spread_like,
     whole,
     whole_optimizer_state,
     whole_parameters,
 )
-
-# An answer's tokens count in full; text around them counts for less or not at all.
-ANSWER_WEIGHT = 1.0
-
-# What one batch is summed up to, over all processes.
-SUMS = ("loss", "weight", "correct", "answers")
-
-
-class Step(nn.Module):
-    """What is done with one batch; a module, so that DDP and FSDP see every forward pass."""
-
-    def __init__(self, model: Any, crossbatch: Crossbatch) -> None:
-        super().__init__()
-        self.model = model
-        self.crossbatch = crossbatch
-
-    def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """Sums over this batch: ``loss`` (weighted), ``weight``, ``correct`` and ``answers`` (answer tokens)."""
-        hidden = self.model.model(input_ids=batch.input_ids, use_cache=False).last_hidden_state
-        counts = (batch.weights > 0) & (batch.labels != -100)
-        targets, weights = batch.labels[counts], batch.weights[counts]
-        losses, correct = token_losses(hidden[counts], targets, self.model.lm_head)
-        answers = weights >= ANSWER_WEIGHT
-        return {
-            "loss": (losses * weights).sum(),
-            "weight": weights.sum(),
-            "correct": (correct & answers).sum().float(),
-            "answers": answers.sum().float(),
-        }
+from training.step import Step, accuracies, train_step
 
 
 def train(recipe: Recipe, out: Path, *, resume: bool = False, max_hours: float | None = None) -> dict[str, Any]:
@@ -125,7 +87,7 @@ def train(recipe: Recipe, out: Path, *, resume: bool = False, max_hours: float |
         first, best, data_state = _resume(out, trained, optimizer, accelerator)
         loader.load_state_dict(data_state)
     log = Log(out, first, active=accelerator.is_main_process, tensorboard=recipe.tensorboard)
-    evaluate = _evaluation(recipe, config, tokenizer, step_module, crossbatch, accelerator)
+    evaluate = build_evaluation(recipe, config, tokenizer, step_module, crossbatch, accelerator)
     line = log.last
     batches: Iterator[Batch] = iter(loader)
     tokens_done, clock = 0, time.perf_counter()
@@ -135,20 +97,22 @@ def train(recipe: Recipe, out: Path, *, resume: bool = False, max_hours: float |
             rate = learning_rate_at(recipe, step)
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            sums = _one_step(recipe, step, d, batches, step_module, crossbatch, optimizer, trained, accelerator)
-            accuracy = sums["correct"] / sums["answers"] if sums["answers"] else 0.0
-            best = max(best, accuracy)
+            began = time.perf_counter()
+            sums = train_step(recipe, step, d, batches, step_module, crossbatch, optimizer, trained, accelerator)
+            seconds = time.perf_counter() - began
             tokens_done += int(sums["tokens"])
-            line = {"step": step + 1, "loss": sums["loss"], "answer_accuracy": accuracy, "d": d,
+            line = {"step": step + 1, "loss": sums["loss"], **accuracies(sums), "d": d,
                     "learning_rate": rate, "gradient_norm": sums["norm"], "tokens": int(sums["tokens"]),
-                    "tokens_per_second": tokens_done / (time.perf_counter() - clock),
+                    "tokens_per_second": sums["tokens"] / seconds,
+                    "run_tokens_per_second": tokens_done / (time.perf_counter() - clock),
                     "memory_bytes": peak_memory_bytes(accelerator.device)}  # fmt: skip
+            best = max(best, line.get("answer_accuracy", 0.0))
             out_of_time = max_hours is not None and time.monotonic() - started > max_hours * 3600
-            last = step + 1 == recipe.steps or out_of_time
+            last = step + 1 == recipe.steps or on_any_process(out_of_time, accelerator)
             if last or (recipe.eval_every and (step + 1) % recipe.eval_every == 0):
                 found = evaluate()
                 line |= found
-                _keep_if_best(out / "checkpoints", step + 1, found, trained, accelerator)
+                _keep_if_best(out / "checkpoints", step + 1, found, recipe.best_by, trained, accelerator)
             if last or (step + 1) % recipe.log_every == 0:
                 log(line)
             if last or (step + 1) % recipe.save_every == 0:
@@ -158,7 +122,8 @@ def train(recipe: Recipe, out: Path, *, resume: bool = False, max_hours: float |
                 if accelerator.is_main_process:
                     save_checkpoint(out / "checkpoints", step + 1, tensors, optimizer_state, state)
                 accelerator.wait_for_everyone()
-            bar.set_postfix(loss=f"{line['loss']:.3f}", answers=f"{accuracy:.2f}", d=d)
+            right = {name.split("_")[0]: f"{value:.2f}" for name, value in accuracies(sums).items()}
+            bar.set_postfix({"loss": f"{line['loss']:.3f}", **right, "d": d})
             bar.update()
             if last:
                 break
@@ -178,11 +143,16 @@ def train(recipe: Recipe, out: Path, *, resume: bool = False, max_hours: float |
 
 
 def _keep_if_best(
-    folder: Path, step: int, evaluation: dict[str, float], trained: dict[str, Tensor], accelerator: Accelerator
+    folder: Path,
+    step: int,
+    evaluation: dict[str, float],
+    best_by: str | None,
+    trained: dict[str, Tensor],
+    accelerator: Accelerator,
 ) -> None:
     """Keep the weights of an evaluation that came out better than all before it."""
-    kept, found = read_best(folder), score(evaluation)
-    before = None if kept is None else score(kept.evaluation)
+    kept, found = read_best(folder), score(evaluation, best_by)
+    before = None if kept is None else score(kept.evaluation, best_by)
     better = [found is not None and (before is None or found > before)]
     broadcast_object_list(better)  # one process decides: gathering the weights takes all of them
     if better[0]:
@@ -206,107 +176,6 @@ def learning_rate_at(recipe: Recipe, step: int) -> float:
     if recipe.lr_schedule == "inverse_sqrt":
         return recipe.learning_rate * math.sqrt(max(1, recipe.warmup_steps) / max(1, step + 1))
     return recipe.learning_rate
-
-
-def _one_step(
-    recipe: Recipe,
-    step: int,
-    d: int,
-    batches: Iterator[Batch],
-    module: nn.Module,
-    crossbatch: Crossbatch,
-    optimizer: Any,
-    trained: dict[str, Tensor],
-    accelerator: Accelerator,
-) -> dict[str, float]:
-    """One optimiser step over ``accumulation`` batches; sums over all processes."""
-    total = dict.fromkeys((*SUMS, "tokens"), 0.0)
-    for part in range(recipe.accumulation):
-        batch = next(batches).to(accelerator.device)
-        set_contexts(crossbatch, recipe, batch, d, f"{recipe.seed}/{step}/{part}", accelerator)
-        with accelerator.autocast():
-            sums = module(batch)
-        mine = torch.stack([sums[name].detach() for name in SUMS])
-        found = dict(zip(SUMS, accelerator.reduce(mine).tolist(), strict=True))
-        if not math.isfinite(found["loss"]):
-            raise FloatingPointError(
-                f"the loss is {found['loss']} at step {step + 1}, batch {part + 1}, documents "
-                f"{batch.document.tolist()}: "
-                "lower learning_rate or use dtype float32, and go on with --resume from the last checkpoint"
-            )
-        # DDP averages gradients over processes, the loss is a sum over all of them divided by all weights.
-        scale = accelerator.num_processes / max(found["weight"], 1e-8) / recipe.accumulation
-        accelerator.backward(sums["loss"] * scale)
-        for name in SUMS:
-            total[name] += found[name]
-        total["tokens"] += batch.input_ids.numel() * accelerator.num_processes
-    norm = clip_gradients(list(trained.values()), recipe.clip or math.inf)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return total | {"loss": total["loss"] / max(total["weight"], 1e-8), "norm": norm}
-
-
-def set_contexts(
-    crossbatch: Crossbatch, recipe: Recipe, batch: Batch, d: int, seed: str, accelerator: Accelerator
-) -> None:
-    """Choose what each row of this process sees, among the rows of all processes."""
-    rank, world, count = accelerator.process_index, accelerator.num_processes, len(batch.input_ids)
-    lane = batch.lane + rank * recipe.lanes
-    table = [lane, batch.index, batch.document]
-    padding = batch.padding
-    if world > 1:
-        table = [accelerator.gather(column) for column in table]
-        padding = accelerator.gather(padding)
-    rows = Rows(table[0], table[1], table[2], padding if bool(padding.any()) else None)
-    mine = range(rank * count, (rank + 1) * count)
-    crossbatch.contexts = choose_contexts(
-        recipe.schedule(), rows, mine, d, seed, isolated=crossbatch.config.isolated_windows
-    )
-
-
-def _evaluation(
-    recipe: Recipe, config: Any, tokenizer: Any, module: nn.Module, crossbatch: Crossbatch, accelerator: Accelerator
-) -> Callable[[], dict[str, float]]:
-    """Accuracy on synthetic documents never trained on, and perplexity of held-out text within one window."""
-    documents = list(evaluation_batches(recipe, config, tokenizer))
-    windows = held_out_windows(recipe, config, tokenizer)
-    widest = max(recipe.schedule().values)
-
-    def perplexity() -> float:
-        crossbatch.contexts = None
-        total = count = 0.0
-        for rows in windows.split(recipe.lanes * recipe.windows):
-            sums = accelerator.unwrap_model(module)(text_batch(rows).to(accelerator.device))
-            total, count = total + float(sums["loss"]), count + float(sums["weight"])
-        return math.exp(total / count)
-
-    @torch.no_grad()
-    def run() -> dict[str, float]:
-        module.eval()
-        correct = answers = 0.0
-        for number, batch in enumerate(documents):
-            batch = batch.to(accelerator.device)
-            rows = Rows(batch.lane, batch.index, batch.document, batch.padding if bool(batch.padding.any()) else None)
-            crossbatch.contexts = choose_contexts(
-                recipe.schedule(),
-                rows,
-                range(len(batch.input_ids)),
-                widest,
-                f"evaluation/{number}",
-                isolated=config.isolated_windows,
-            )
-            gather, crossbatch.gather = crossbatch.gather, lambda tensor: tensor  # every process has all of it
-            with accelerator.autocast():
-                sums = accelerator.unwrap_model(module)(batch)
-            crossbatch.gather = gather
-            correct, answers = correct + float(sums["correct"]), answers + float(sums["answers"])
-        found = {"eval_answer_accuracy": correct / answers} if answers else {}
-        if len(windows):
-            found["eval_perplexity"] = perplexity()
-        module.train()
-        return found
-
-    return run
 
 
 def _precision(recipe: Recipe) -> str:

@@ -1,0 +1,80 @@
+"""One training step: the gradient is that of the loss in the log, over batches and processes; no process waits."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from joint_batch import D, joint_batch, one_step, tiny_model
+from torch.nn import functional
+
+from training.contexts import choose_contexts, rows_of
+from training.crossbatch import enable_crossbatch
+from training.recipe import SHIPPED
+from training.schedule import ContextSchedule
+from training.step import accuracies
+
+TESTS = Path(__file__).parent
+
+
+def test_the_gradient_is_that_of_one_mean_over_all_labels_of_a_step() -> None:
+    """Of two batches, one with thirty times as many labels; against plain autograd on the whole."""
+    loss, gradients = one_step(Accelerator(cpu=True))
+    model, config = tiny_model()
+    crossbatch = enable_crossbatch(model, config)
+    total, weight = torch.zeros(()), 0.0
+    counts = []
+    for number in range(2):
+        batch = joint_batch(number)
+        rows = range(len(batch.input_ids))
+        crossbatch.contexts = choose_contexts(ContextSchedule(values=(D,)), rows_of(batch), rows, D, f"0/0/{number}")
+        logits = model(batch.input_ids, use_cache=False).logits
+        losses = functional.cross_entropy(logits.mT, batch.labels, ignore_index=-100, reduction="none")
+        total = total + (losses * batch.weights).sum()
+        weight += float(batch.weights.sum())
+        counts.append(int((batch.labels != -100).sum()))
+    assert counts[0] > 30 * counts[1] > 0
+    mean = total / weight
+    assert loss == pytest.approx(mean.item(), abs=1e-5)
+    names = [name for name, _ in model.named_parameters()]
+    for name, gradient in zip(names, torch.autograd.grad(mean, list(model.parameters())), strict=True):
+        torch.testing.assert_close(gradients[name], gradient, atol=1e-5, rtol=1e-3)
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, Any]]:
+    """What ``ranks_run.py`` found on 2, 3 and 4 processes; whoever waits for ever is ended."""
+    out = tmp_path_factory.mktemp("ranks") / "found.json"
+    command = [sys.executable, str(TESTS / "ranks_run.py"), str(out), "2", "3", "4"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, env=environment, start_new_session=True, stderr=subprocess.PIPE, text=True)
+    try:
+        _, errors = process.communicate(timeout=150)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        pytest.fail("a process waits for ever")
+    assert process.returncode == 0, errors[-2000:]
+    return {world: json.loads(out.with_suffix(f".{world}.json").read_text()) for world in (2, 3, 4)}
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in SHIPPED.glob("*.yaml")))
+def test_processes_of_one_lane_each_do_not_wait_for_ever(name: str, ranks: dict[int, dict[str, Any]]) -> None:
+    for world, found in ranks.items():
+        assert found[name]["loss"] > 0
+        assert found[name]["leaks"] == 0, world
+    recomputed = ranks[4][f"{name}, recomputed"]
+    assert recomputed["loss"] == pytest.approx(ranks[4][name]["loss"], abs=1e-5)
+    assert recomputed["leaks"] == 0
+
+
+def test_accuracy_of_answers_is_told_from_that_of_text() -> None:
+    sums = {"correct": 6.0, "labels": 8.0, "correct_answers": 0.0, "answers": 0.0}
+    assert accuracies(sums) == {"token_accuracy": 0.75}
+    sums |= {"correct_answers": 1.0, "answers": 4.0}
+    assert accuracies(sums) == {"token_accuracy": 0.75, "answer_accuracy": 0.25}

@@ -1,0 +1,154 @@
+"""One optimiser step: batches, the contexts of their rows, loss and gradients over all processes."""
+
+import math
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from fot.loss import token_losses
+from training.batches import Batch
+from training.contexts import Rows, choose_all, held_by, rows_of
+from training.crossbatch import Crossbatch
+from training.recipe import Recipe
+from training.sharding import clip_gradients
+
+# What one batch is summed up to, over all processes.
+SUMS = ("loss", "weight", "correct", "labels", "correct_answers", "answers")
+
+
+class Step(nn.Module):
+    """What is done with one batch; a module, so that DDP and FSDP see every forward pass."""
+
+    def __init__(self, model: Any, crossbatch: Crossbatch) -> None:
+        super().__init__()
+        self.model = model
+        self.crossbatch = crossbatch
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """Sums over this batch, by the names in ``SUMS``: ``loss`` is weighted and ``weight`` what it is divided by;
+        ``labels`` count tokens with loss and ``answers`` those that are answers, of which so many are ``correct``."""
+        hidden = self.model.model(input_ids=batch.input_ids, use_cache=False).last_hidden_state
+        counts = (batch.weights > 0) & (batch.labels != -100)
+        targets, weights = batch.labels[counts], batch.weights[counts]
+        losses, correct = token_losses(hidden[counts], targets, self.model.lm_head)
+        answers = batch.answers[counts]
+        return {
+            "loss": (losses * weights).sum(),
+            "weight": weights.sum(),
+            "correct": correct.sum().float(),
+            "labels": counts.sum().float(),
+            "correct_answers": (correct & answers).sum().float(),
+            "answers": answers.sum().float(),
+        }
+
+
+def train_step(
+    recipe: Recipe,
+    step: int,
+    d: int,
+    batches: Iterator[Batch],
+    module: nn.Module,
+    crossbatch: Crossbatch,
+    optimizer: Any,
+    trained: dict[str, Tensor],
+    accelerator: Accelerator,
+) -> dict[str, float]:
+    """One optimiser step over ``accumulation`` batches, on the mean loss over all their labels, of all processes.
+
+    Args:
+        step: 0, 1, ...
+        d: contexts of a row.
+        batches: gives the next ones of this process.
+        module: a prepared ``Step``.
+        trained: parameters by name.
+
+    Returns:
+        sums over all batches and processes by the names in ``SUMS``, but ``loss`` is their weighted mean; ``tokens``
+        read; ``norm`` of the gradient before clipping.
+
+    Raises:
+        FloatingPointError: the loss, or the gradient, is not finite; no weight has changed.
+    """
+    parts = [next(batches).to(accelerator.device) for _ in range(recipe.accumulation)]
+    # Of all parts, before the first backward pass: a mean of their means would favour those with few labels.
+    weight = float(accelerator.reduce(torch.stack([part.weights[part.labels != -100].sum() for part in parts]).sum()))
+    total = dict.fromkeys((*SUMS, "tokens"), 0.0)
+    for number, part in enumerate(parts):
+        set_contexts(crossbatch, recipe, part, d, f"{recipe.seed}/{step}/{number}", accelerator)
+        with accelerator.autocast():
+            sums = module(part)
+        mine = torch.stack([sums[name].detach() for name in SUMS])
+        found = dict(zip(SUMS, accelerator.reduce(mine).tolist(), strict=True))
+        if not math.isfinite(found["loss"]):
+            raise FloatingPointError(
+                f"the loss is {found['loss']} at step {step + 1}, batch {number + 1}, documents "
+                f"{part.document.tolist()}: "
+                "lower learning_rate or use dtype float32, and go on with --resume from the last checkpoint"
+            )
+        # DDP averages gradients over processes; the loss is a sum over all of them, divided by all weights.
+        accelerator.backward(sums["loss"] * (accelerator.num_processes / max(weight, 1e-8)))
+        for name in SUMS:
+            total[name] += found[name]
+        total["tokens"] += part.input_ids.numel() * accelerator.num_processes
+    norm = clip_gradients(list(trained.values()), recipe.clip or math.inf)
+    if not math.isfinite(norm):
+        raise FloatingPointError(
+            f"the gradient's norm is {norm} at step {step + 1}, and no weight was changed: lower learning_rate or use "
+            "dtype float32, and go on with --resume from the last checkpoint"
+        )
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return total | {"loss": total["loss"] / max(total["weight"], 1e-8), "norm": norm}
+
+
+def accuracies(sums: dict[str, float]) -> dict[str, float]:
+    """The shares of likeliest tokens that were right, for the log: of all labels, and of answers if there were any."""
+    found = {"token_accuracy": sums["correct"] / max(sums["labels"], 1.0)}
+    if sums["answers"]:
+        found["answer_accuracy"] = sums["correct_answers"] / sums["answers"]
+    return found
+
+
+def set_contexts(
+    crossbatch: Crossbatch, recipe: Recipe, batch: Batch, d: int, seed: str, accelerator: Accelerator
+) -> None:
+    """Choose what each row of this process sees, among the rows of all processes.
+
+    Every process chooses for all rows, so all know whether any row has contexts, and then all of them gather.
+    """
+    rank, count = accelerator.process_index, len(batch.input_ids)
+    rows = gathered_rows(batch, recipe.lanes, accelerator)
+    choice = choose_all(recipe.schedule(), rows, d, seed, isolated=crossbatch.config.isolated_windows)
+    mine = range(rank * count, (rank + 1) * count)
+    found = choice.of(mine, rows.padding, batch.input_ids.device)
+    crossbatch.contexts = found if any(choice.rows) else None
+    if choice.wanted and not choice.found and not crossbatch.warned:
+        crossbatch.warned = True
+        if accelerator.is_main_process:
+            lanes, texts = len(set(rows.lane.tolist())), len({name for held in rows.held or () for name, _, _ in held})
+            tqdm.write(
+                f"no window has a negative, though contexts ask for {choice.wanted} in this batch: its {lanes} lanes "
+                f"read {texts} different text(s); give more documents, or more lanes",
+                file=sys.stderr,
+            )
+
+
+def gathered_rows(batch: Batch, lanes: int, accelerator: Accelerator) -> Rows:
+    """The rows of all processes, in the order of their ranks; lanes are numbered through."""
+    if accelerator.num_processes == 1:
+        return rows_of(batch)
+    lane = batch.lane + accelerator.process_index * lanes
+    table = torch.cat(
+        [torch.stack([lane, batch.index, batch.document], dim=1), batch.padding, batch.content, batch.position], dim=1
+    )
+    table = accelerator.gather(table)
+    width = batch.input_ids.shape[1]
+    head, padding, content, position = table.split([3, width, width, width], dim=1)
+    padding = padding.bool()
+    lane, index, document = head.unbind(1)
+    return Rows(lane, index, document, padding if bool(padding.any()) else None, held_by(content, position))
