@@ -18,6 +18,7 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 import fot
+from fot.compat import CACHE
 from fot.evaluation.machine import describe_machine
 from fot.evaluation.report import write_json
 
@@ -25,12 +26,12 @@ from fot.evaluation.report import write_json
 @torch.no_grad()
 def fed_losses(model: Any, ids: Tensor, step: int) -> Tensor:
     """Losses (T - 1,) of a text's tokens (T,) but the first, fed ``step`` at a time."""
-    logits, cache = [], None
-    for part in tqdm(ids.split(step), desc="fed", unit="step", leave=False, disable=None):
-        output = model(part[None], past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
-        logits.append(output.logits[0])
-    return cross_entropy(torch.cat(logits)[:-1].float(), ids[1:], reduction="none")
+    losses, cache, following = [], None, ids[1:].split(step)
+    for part, targets in zip(tqdm(ids[:-1].split(step), desc="fed", leave=False, disable=None), following, strict=True):
+        output = model(part[None], use_cache=True, **{CACHE: cache})
+        cache = getattr(output, CACHE)
+        losses.append(cross_entropy(output.logits[0].float(), targets, reduction="none"))
+    return torch.cat(losses)
 
 
 @torch.no_grad()
