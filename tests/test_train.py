@@ -324,7 +324,7 @@ def test_tensorboard_that_is_missing_is_named_before_the_work(
 
 def test_learning_rates() -> None:
     def at(step: int, **settings: Any) -> float:
-        return learning_rate_at(Recipe(tasks=[{}], learning_rate=1.0, steps=100, **settings), step)
+        return learning_rate_at(Recipe(tasks=[{"kind": "dictionary"}], learning_rate=1.0, steps=100, **settings), step)
 
     assert [at(step, warmup_steps=4) for step in (0, 1, 3, 4, 99)] == [0.25, 0.5, 1.0, 1.0, 1.0]
     assert at(0, lr_schedule="cosine") == 1.0
@@ -364,9 +364,8 @@ def test_bad_recipes(override: str, message: str, recipe: Path, tmp_path: Path, 
 
 def test_folders_that_hold_another_run_or_none(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     out = tmp_path / "out"
-    assert main(["train", str(recipe), "--out", str(out), "--resume"]) == 2
-    assert "holds no checkpoint to resume from" in capsys.readouterr().err
-    assert main(["train", str(recipe), "steps=2", "--out", str(out)]) == 0
+    assert main(["train", str(recipe), "steps=2", "--out", str(out), "--resume"]) == 0
+    assert "holds no checkpoint to resume from: starting from the beginning" in capsys.readouterr().err
     assert main(["train", str(recipe), "steps=2", "--out", str(out)]) == 2
     assert "holds a run already" in capsys.readouterr().err
     assert main(["train", "nosuch", "--out", str(out)]) == 2

@@ -12,9 +12,12 @@ from torch import Tensor
 from fot import __version__
 from fot.adapter import AdapterDescription, save_adapter
 from fot.config import CONFIG_KEY, MemoryConfig
-from training.checkpoints import whole_folder
+from training.files import whole_folder
 from training.recipe import Recipe
 from training.setup import PEFT_WRAPPER
+
+# Folders of results: all weights, or an adapter.
+RESULTS = ("model", "adapter")
 
 
 def write_result(
@@ -49,7 +52,7 @@ def write_result(
         "torch": torch.__version__,
         "python": sys.version.split()[0],
     }
-    final = out / ("model" if recipe.trainable == "all" else "adapter")
+    final = out / RESULTS[recipe.trainable != "all"]
     with whole_folder(final) as folder:
         if recipe.trainable == "all":
             setattr(model.config, CONFIG_KEY, recipe.memory_config().to_dict() | {"mem_layers": list(config.layers)})
