@@ -16,6 +16,7 @@ import torch
 import yaml
 from peft import PeftModel
 from safetensors.torch import load_file
+from train_helpers import SMALL, losses, write_recipe
 from transformers import LlamaForCausalLM
 
 import fot
@@ -26,31 +27,10 @@ from training.train import learning_rate_at
 
 TESTS = Path(__file__).parent
 
-SMALL: dict[str, Any] = {
-    "model": {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3,
-              "num_attention_heads": 4, "max_position_embeddings": 64, "pad_token_id": 0},
-    "memory": {"mem_layers": [1], "local_context": 40, "mem_positionals": False},
-    "tasks": [{"kind": "dictionary"}],
-    "contexts": {"kind": "ramp", "values": [1, 5], "at": [4]},
-    "learning_rate": 0.003,
-    "steps": 8,
-    "save_every": 2,
-    "eval_every": 4,
-    "eval_batches": 1,
-    "dtype": "float32",
-}  # fmt: skip
-
 
 @pytest.fixture
 def recipe(tmp_path: Path) -> Path:
-    path = tmp_path / "recipe.yaml"
-    path.write_text(yaml.safe_dump(SMALL))
-    return path
-
-
-def losses(out: Path) -> list[tuple[int, float]]:
-    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    return [(line["step"], line["loss"]) for line in lines]
+    return write_recipe(tmp_path / "recipe.yaml")
 
 
 def test_resumed_run_has_the_losses_of_an_undisturbed_one(recipe: Path, tmp_path: Path) -> None:

@@ -48,11 +48,21 @@ def save_checkpoint(
         torch.save(optimizer, temporary / "optimizer.pt")
         torch.save(torch.get_rng_state(), temporary / "rng.pt")
         (temporary / "state.json").write_text(json.dumps(state | {"step": step}))
-    saved = list_checkpoints(folder)
-    up_to = saved.index(final) + 1
-    for old in saved[: max(0, up_to - KEEP)] + saved[up_to:]:
-        shutil.rmtree(old, ignore_errors=True)
+    remove_old(folder, final)
+    for later in list_checkpoints(folder):
+        if later > final:
+            shutil.rmtree(later, ignore_errors=True)
+    for failed in folder.glob(f"{SET_ASIDE}*"):
+        if failed.name.removeprefix(SET_ASIDE) < final.name:  # the run has come past it
+            shutil.rmtree(failed, ignore_errors=True)
     return final
+
+
+def remove_old(folder: Path, newest: Path) -> None:
+    """Of the checkpoints up to one, leave the last ``KEEP``."""
+    saved = [path for path in list_checkpoints(folder) if path <= newest]
+    for old in saved[:-KEEP]:
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def list_checkpoints(folder: Path) -> list[Path]:

@@ -20,6 +20,7 @@ from training.schema import (
     Natural,
     NotNegative,
     Positive,
+    Rate,
     Source,
     TaskEntry,
     Tracker,
@@ -88,7 +89,7 @@ class Recipe:
     strength: AboveZeroShare = 1.0
     result: Literal["last", "best"] = "last"
     optimizer: Literal["adamw", "adafactor"] = "adamw"
-    learning_rate: AboveZero = 2e-5
+    learning_rate: Rate = 2e-5
     lr_schedule: Literal["constant", "linear", "cosine", "inverse_sqrt", "warmup_stable_decay"] = "constant"
     warmup_steps: Natural = 0
     decay_steps: Natural = 0

@@ -21,6 +21,7 @@ from training.checkpoints import (
     load_checkpoint,
     read_best,
     read_state,
+    remove_old,
     step_of,
 )
 from training.files import recover, write_file
@@ -164,10 +165,12 @@ def claim(out: Path, recipe: Recipe, data: dict[str, Any], start: Path | None) -
         for old in (folder / BEST, out / "tensorboard"):
             shutil.rmtree(old, ignore_errors=True)
         (out / "log.jsonl").unlink(missing_ok=True)
-    elif broken := drop_broken_best(folder):
-        _say(f"the weights of the best evaluation so far are lost ({broken}); the best from here on are kept")
-    elif (kept := read_best(folder)) is not None and kept.step > step_of(start):
-        shutil.rmtree(kept.path)  # of a future that will come again
+    else:
+        remove_old(folder, start)
+        if broken := drop_broken_best(folder):
+            _say(f"the weights of the best evaluation so far are lost ({broken}); the best from here on are kept")
+        elif (kept := read_best(folder)) is not None and kept.step > step_of(start):
+            shutil.rmtree(kept.path)  # of a future that will come again
     write_file(out / "recipe.json", json.dumps(recipe.to_dict(), indent=1) + "\n")
     write_file(out / "data.json", json.dumps(data, indent=1) + "\n")
 
@@ -179,6 +182,10 @@ def restore(path: Path, trained: dict[str, Tensor], optimizer: Any, accelerator:
         ValueError: it was made by another number of processes.
     """
     tensors, optimizer_state, state = load_checkpoint(path)
+    if {n: t.shape for n, t in tensors.items()} != {n: p.shape for n, p in trained.items()}:
+        raise ValueError(
+            f"{path} has other parameters than the model: it has changed since the run began; bring it back"
+        )
     if len(state["data"]) != accelerator.num_processes:
         raise ValueError(
             f"{path} was made by {len(state['data'])} processes, each with its own share of the data, and this run has "

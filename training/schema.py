@@ -43,6 +43,7 @@ Natural = Annotated[int, BeforeValidator(_whole), Field(ge=0)]
 Whole = Annotated[int, BeforeValidator(_whole)]
 NotNegative = Annotated[float, BeforeValidator(_number), Field(ge=0)]
 AboveZero = Annotated[float, BeforeValidator(_number), Field(gt=0)]
+Rate = Annotated[float, BeforeValidator(_number), Field(gt=0, le=1000)]
 Share = Annotated[float, BeforeValidator(_number), Field(ge=0, le=1)]
 AboveZeroShare = Annotated[float, BeforeValidator(_number), Field(gt=0, le=1)]
 Decay = Annotated[float, BeforeValidator(_number), Field(ge=0, lt=1)]
@@ -187,8 +188,12 @@ def _remedy(kind: str, context: dict[str, Any], message: str, place: str) -> str
         return "it must be a text"
     if kind in ("too_short", "too_long"):
         return f"it must have {'at least' if kind == 'too_short' else 'at most'} {_count(context)}"
-    if kind in ("list_type", "tuple_type", "sequence_str") or (kind == "is_instance_of" and context["class"] == "Sequence"):
-        example = " of mappings such as [{path: books/*.txt}]" if re.search(r"(sources|held_out|filler)$", place) else ""
+    if kind in ("list_type", "tuple_type", "sequence_str") or (
+        kind == "is_instance_of" and context["class"] == "Sequence"
+    ):
+        example = (
+            " of mappings such as [{path: books/*.txt}]" if re.search(r"(sources|held_out|filler)$", place) else ""
+        )
         return f"it must be a list{example}"
     if kind in ("dict_type", "model_type", "dataclass_type", "mapping_type"):
         return "it must be a mapping"

@@ -57,7 +57,9 @@ def _new_config(settings: dict[str, Any]) -> Any:
     try:
         known = set(AutoConfig.for_model(family).to_dict())
     except (KeyError, ValueError):
-        raise ValueError(f"recipe: model.model_type is {family!r}, which transformers does not know: try llama") from None
+        raise ValueError(
+            f"recipe: model.model_type is {family!r}, which transformers does not know: try llama"
+        ) from None
     for key, value in settings.items():
         if key not in known:  # transformers would keep it and not use it
             raise ValueError(f"recipe: model.{key} is {value!r}; {family} models have no such setting: correct the key")
@@ -186,7 +188,9 @@ def check_texts(recipe: Recipe, config: MemoryConfig, tokenizer: Any) -> None:
 def _check_length(place: str, settings: dict[str, Any], needed: int, config: MemoryConfig, tokenizer: Any) -> None:
     with entry(place):
         if tokenizer is None:
-            raise ValueError(f"{settings['path']!r} is text, and the model has no tokenizer to read it with: name a model")
+            raise ValueError(
+                f"{settings['path']!r} is text, and the model has no tokenizer to read it with: name a model"
+            )
         source = data_source(settings)
         if find_files(source) is None:
             return  # on the hub, where looking costs a download
@@ -218,7 +222,9 @@ def build_task(settings: dict[str, Any], recipe: Recipe, config: MemoryConfig, t
     if settings["kind"] == "dictionary":
         return DictionaryTask(**(shape | own))
     if tokenizer is None:
-        raise ValueError("kind is 'retrieval', which is text, and the model has no tokenizer to read it with: name a model")
+        raise ValueError(
+            "kind is 'retrieval', which is text, and the model has no tokenizer to read it with: name a model"
+        )
     texts = []
     for number, source in enumerate(settings["filler"]):
         with entry(f"filler[{number}]"):

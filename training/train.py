@@ -293,8 +293,7 @@ def _one_step(
         found = dict(zip(SUMS, accelerator.reduce(mine).tolist(), strict=True))
         if not math.isfinite(found["loss"]):
             raise FloatingPointError(
-                f"the loss is {found['loss']} at step {step + 1}, batch {part + 1}, documents "
-                f"{batch.document.tolist()}"
+                f"the loss is {found['loss']} at step {step + 1}, batch {part + 1}, documents {batch.document.tolist()}"
             )
         # DDP averages gradients over processes, the loss is a sum over all of them divided by all weights.
         scale = accelerator.num_processes / max(found["weight"], 1e-8) / recipe.accumulation
