@@ -1,7 +1,7 @@
 """Checkpoints of a run: written whole or not at all, so that a run killed at any moment goes on from the last one.
 
-A checkpoint is a folder ``step-N`` with the sums of its files, written last: one that was cut short, or whose bytes have
-changed since, is noticed, and the one before it is taken. ``best`` holds the weights of the best evaluation.
+A checkpoint is a folder ``step-N`` with the sums of its files, written last: one that was cut short, or whose bytes
+have changed since, is noticed, and the one before it is taken. ``best`` holds the weights of the best evaluation.
 """
 
 import json
@@ -77,7 +77,7 @@ def step_of(path: Path) -> int:
 
 def last_whole_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint whose files are as they were written, and what is wrong with those after it."""
-    broken = []
+    broken: list[str] = []
     for path in reversed(list_checkpoints(folder)):
         found = damage(path)
         if found is None:

@@ -38,7 +38,7 @@ class Progress:
 
     def update(self, step: int, *, ending: bool, **figures: str) -> None:
         """After a step (1, 2, ...); ``figures`` are shown with it."""
-        self._bar.set_postfix(**figures)
+        self._bar.set_postfix(figures)
         self._bar.update()
         now = time.monotonic()
         if self._lines and (ending or now - self._said >= INTERVAL):

@@ -12,11 +12,11 @@ from pydantic import BaseModel, Field, ValidationError
 from fot.config import MemoryConfig
 from training.schedule import ContextSchedule, schedule_from
 from training.schema import (
-    AboveZero,
     AboveZeroShare,
-    As,
+    Contexts,
     Decay,
-    LoraEntry,
+    Lora,
+    Memory,
     Natural,
     NotNegative,
     Positive,
@@ -24,8 +24,8 @@ from training.schema import (
     Source,
     TaskEntry,
     Tracker,
-    Whole,
     complaint,
+    no_true_for_one,
     validator,
 )
 
@@ -55,10 +55,10 @@ class Recipe:
             lowest perplexity.
         optimizer: ``adamw`` or ``adafactor``.
         learning_rate: its highest value.
-        lr_schedule: after the warm-up ``constant``, ``linear`` (to 0), ``cosine`` (to a hundredth), ``inverse_sqrt``, or
-            ``warmup_stable_decay``: constant, and over the last ``decay_steps`` linear to 0.
+        lr_schedule: after the warm-up ``constant``, ``linear`` (to 0), ``cosine`` (to a hundredth), ``inverse_sqrt``,
+            or ``warmup_stable_decay``: constant, and over the last ``decay_steps`` linear to 0.
         warmup_steps: linear, from 0.
-        decay_steps: of ``warmup_stable_decay``.
+        decay_steps: of ``warmup_stable_decay``; 0 for a tenth of all steps.
         betas: of AdamW.
         weight_decay: of matrices; norms and biases have none.
         clip: largest norm of the gradient; 0 for none.
@@ -77,15 +77,15 @@ class Recipe:
     """
 
     model: Annotated[str, Field(min_length=1)] | dict[str, Any] = "smollm2-135m"
-    memory: Annotated[dict[str, Any], As(MemoryConfig)] = field(default_factory=dict)
+    memory: Memory = field(default_factory=dict)
     sources: Sequence[Source] = ()
     tasks: Sequence[TaskEntry] = ()
     held_out: Sequence[Source] = ()
     lanes: Positive = 4
     windows: Positive = 2
-    contexts: Annotated[dict[str, Any], As(ContextSchedule)] = field(default_factory=dict)
+    contexts: Contexts = field(default_factory=dict)
     trainable: Literal["all", "memory", "lora"] = "all"
-    lora: LoraEntry = field(default_factory=LoraEntry)
+    lora: Lora = field(default_factory=dict)
     strength: AboveZeroShare = 1.0
     result: Literal["last", "best"] = "last"
     optimizer: Literal["adamw", "adafactor"] = "adamw"
@@ -100,7 +100,7 @@ class Recipe:
     steps: Positive = 1000
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     checkpointing: bool = False
-    seed: Whole = 0
+    seed: int = 0
     log_every: Positive = 1
     eval_every: Natural = 0
     eval_batches: Positive = 4
@@ -110,12 +110,16 @@ class Recipe:
     trackers: Sequence[Tracker] = ()
 
     def __post_init__(self) -> None:
+        given = {f.name: getattr(self, f.name) for f in fields(self)}
         try:
-            checked = _schema().model_validate({f.name: getattr(self, f.name) for f in fields(self)})
+            checked = dict(_schema().model_validate(given))
+            no_true_for_one(given, checked)
         except ValidationError as error:
-            raise ValueError(complaint(error, [f.name for f in fields(self)])) from None
-        for f in fields(self):
-            object.__setattr__(self, f.name, getattr(checked, f.name))
+            raise ValueError(complaint(error, list(given))) from None
+        except ValueError as error:
+            raise ValueError(f"recipe: {error}") from None
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
         self._check_together()
 
     def _check_together(self) -> None:
@@ -129,8 +133,8 @@ class Recipe:
             )
         if self.trainable != "all" and isinstance(self.model, dict):
             raise ValueError(
-                f"recipe: trainable is {self.trainable!r}, which leaves an adapter, but model is made from random weights "
-                "that nobody could load it over: set trainable: all, or name a model"
+                f"recipe: trainable is {self.trainable!r}, which leaves an adapter, but model is made from random "
+                "weights that nobody could load it over: set trainable: all, or name a model"
             )
         if self.lora and self.trainable != "lora":
             raise ValueError(f"recipe: lora is {self.lora}, but trainable is {self.trainable!r}: set trainable: lora")

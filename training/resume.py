@@ -33,8 +33,8 @@ from training.sharding import load_optimizer_state, spread_like
 FREE = ("steps", "result", "strength", "clip", "patience", "log_every", "eval_every", "save_every", "tensorboard",
         "trackers")  # fmt: skip
 # What may change if it is said on the command line, so that no edited or mistaken recipe file changes it.
-SAID = ("learning_rate", "lr_schedule", "warmup_steps", "decay_steps", "betas", "weight_decay", "accumulation", "contexts",
-        "dtype", "checkpointing", "held_out", "eval_batches")  # fmt: skip
+SAID = ("learning_rate", "lr_schedule", "warmup_steps", "decay_steps", "betas", "weight_decay", "accumulation",
+        "contexts", "dtype", "checkpointing", "held_out", "eval_batches")  # fmt: skip
 
 Result = TypeVar("Result")
 
@@ -124,7 +124,9 @@ def check_same_run(saved: dict[str, Any], recipe: Recipe, changed: Collection[st
     """
     defaults = {f.name: f.default for f in fields(Recipe) if f.default is not MISSING}
     given = recipe.to_dict()
-    allowed, unsaid, fixed = [], [], []
+    allowed: list[str] = []
+    unsaid: list[str] = []
+    fixed: list[str] = []
     for key in given:
         for place, before, now in _differences(key, saved.get(key, defaults.get(key)), given[key]):
             words = f"{place} was {_short(before)} and is {_short(now)}"
@@ -140,8 +142,8 @@ def check_same_run(saved: dict[str, Any], recipe: Recipe, changed: Collection[st
     if unsaid:
         keys = " ".join(f"{words.split()[0].split('.')[0].split('[')[0]}=..." for words in unsaid)
         raise ValueError(
-            f"the run was made by another recipe: {'; '.join(unsaid)}; put that back, or say on the command line that it "
-            f"shall change: {keys}"
+            f"the run was made by another recipe: {'; '.join(unsaid)}; put that back, or say on the command line that "
+            f"it shall change: {keys}"
         )
     return allowed
 

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterable
 from dataclasses import fields, is_dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_type_hints
 
 from pydantic import (
     BaseModel,
@@ -25,50 +25,55 @@ from training.schedule import ContextSchedule
 CONFIG = ConfigDict(extra="forbid", allow_inf_nan=False, arbitrary_types_allowed=True)
 
 
-def _number(value: Any) -> Any:
-    """True is no number, though Python counts it as 1."""
-    if isinstance(value, bool):
-        raise ValueError("it must be a number")
-    return value
-
-
-def _whole(value: Any) -> Any:
-    if isinstance(value, bool):
-        raise ValueError("it must be a whole number")
-    return value
-
-
-Positive = Annotated[int, BeforeValidator(_whole), Field(ge=1)]
-Natural = Annotated[int, BeforeValidator(_whole), Field(ge=0)]
-Whole = Annotated[int, BeforeValidator(_whole)]
-NotNegative = Annotated[float, BeforeValidator(_number), Field(ge=0)]
-AboveZero = Annotated[float, BeforeValidator(_number), Field(gt=0)]
-Rate = Annotated[float, BeforeValidator(_number), Field(gt=0, le=1000)]
-Share = Annotated[float, BeforeValidator(_number), Field(ge=0, le=1)]
-AboveZeroShare = Annotated[float, BeforeValidator(_number), Field(gt=0, le=1)]
-Decay = Annotated[float, BeforeValidator(_number), Field(ge=0, lt=1)]
+Positive = Annotated[int, Field(ge=1)]
+Natural = Annotated[int, Field(ge=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+AboveZero = Annotated[float, Field(gt=0)]
+Rate = Annotated[float, Field(gt=0, le=1000)]
+Share = Annotated[float, Field(ge=0, le=1)]
+AboveZeroShare = Annotated[float, Field(gt=0, le=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class As:
-    """Checks a mapping as the arguments of a dataclass, its own checks included, and leaves it as it is written."""
+    """Checks a mapping as the arguments of a dataclass, its own checks included, or as a ``TypedDict``.
 
-    def __init__(self, kind: type) -> None:
+    It stays a mapping of the keys that are given, with numbers and lists for what could be read as such: to YAML, 2e-5
+    without a point is a text.
+    """
+
+    def __init__(self, kind: Any, example: str = "") -> None:
         self.kind = kind
+        self.example = example
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         """Of pydantic's protocol for annotations."""
         inner = handler.generate_schema(self.kind)
 
-        def check(value: Any, validate: core_schema.ValidatorFunctionWrapHandler) -> Any:
+        def check(value: Any, validate: core_schema.ValidatorFunctionWrapHandler) -> dict[str, Any]:
             if not isinstance(value, dict):  # pydantic would also take an instance
-                raise ValueError(f"it must be a mapping{' such as {path: books/*.txt}' * (self.kind is DataSource)}")
-            validate(value)
-            return value
+                raise ValueError(f"it must be a mapping{self.example}")
+            checked = validate(value)
+            found = checked if isinstance(checked, dict) else {key: getattr(checked, key) for key in value}
+            no_true_for_one(value, found)
+            return found
 
         return core_schema.no_info_wrap_validator_function(check, inner)
 
 
-Source = Annotated[dict[str, Any], As(DataSource)]
+def no_true_for_one(given: dict[str, Any], checked: dict[str, Any]) -> None:
+    """Refuse true and false as numbers, which they are to Python.
+
+    Raises:
+        ValueError: names the key.
+    """
+    for key, value in given.items():
+        if isinstance(value, bool) and isinstance(checked[key], int | float) and not isinstance(checked[key], bool):
+            kind = "whole number" if isinstance(checked[key], int) else "number"
+            raise ValueError(f"{key} is {value}; it must be a {kind}")
+
+
+Source = Annotated[dict[str, Any], As(DataSource, " such as {path: books/*.txt}")]
 
 
 class DictionaryEntry(TypedDict, total=False):
@@ -120,8 +125,6 @@ class LoraEntry(TypedDict, total=False):
 
 def _known_task(value: Any) -> Any:
     kinds = ("retrieval", "dictionary")
-    if not isinstance(value, dict):
-        raise ValueError("it must be a mapping such as {kind: dictionary}")
     if "kind" not in value:
         raise ValueError(f"it has no kind: add kind: {' or kind: '.join(kinds)}")
     if value["kind"] not in kinds:
@@ -131,18 +134,19 @@ def _known_task(value: Any) -> Any:
     return value
 
 
-TaskEntry = Annotated[
-    Annotated[DictionaryEntry | RetrievalEntry, Field(discriminator="kind")],
-    BeforeValidator(_known_task),
+_AnyTask = Annotated[
+    Annotated[DictionaryEntry | RetrievalEntry, Field(discriminator="kind")], BeforeValidator(_known_task)
 ]
-
-
+TaskEntry = Annotated[dict[str, Any], As(_AnyTask, " such as {kind: dictionary}")]
+Memory = Annotated[dict[str, Any], As(MemoryConfig)]
+Contexts = Annotated[dict[str, Any], As(ContextSchedule)]
+Lora = Annotated[dict[str, Any], As(LoraEntry)]
 Tracker = Literal["aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "trackio", "wandb"]
 
 
 def validator(recipe: type) -> type[BaseModel]:
     """A pydantic model of a dataclass's annotations."""
-    hints = recipe.__annotations__
+    hints = get_type_hints(recipe, include_extras=True)
     entries: Any = {f.name: (hints[f.name], ...) for f in fields(recipe)}
     return create_model("RecipeSchema", __config__=CONFIG, **entries)
 

@@ -78,11 +78,11 @@ def entry(place: str) -> Iterator[None]:
         yield
     except Exception as error:  # transformers has many kinds
         message = str(error).removeprefix("recipe: ") or type(error).__name__
-        joint = "." if isinstance(error, _Placed) else ": "
-        raise _Placed(f"recipe: {place}{joint}{' '.join(message.split())}") from error
+        joint = "." if isinstance(error, PlacedError) else ": "
+        raise PlacedError(f"recipe: {place}{joint}{' '.join(message.split())}") from error
 
 
-class _Placed(ValueError):
+class PlacedError(ValueError):
     """Already says where in an entry; an outer entry comes before it."""
 
 
@@ -200,8 +200,8 @@ def _check_length(place: str, settings: dict[str, Any], needed: int, config: Mem
             if total >= needed:
                 return
         raise ValueError(
-            f"{settings['path']!r} has {total} tokens, and {needed} are needed for windows of {config.window}: add text, "
-            "or lower memory.local_context or windows"
+            f"{settings['path']!r} has {total} tokens, and {needed} are needed for windows of {config.window}: add "
+            "text, or lower memory.local_context or windows"
         )
 
 
