@@ -1,10 +1,11 @@
-"""Sources of documents: the hub, tables (jsonl, parquet, csv) and text files; shuffled, repeated, resumed where they were.
+"""Sources of documents: the hub, tables (jsonl, parquet, csv), texts; shuffled, repeated, resumed where they were.
 
     stream = DocumentStream(DataSource("novels", pattern="**/*.txt"), tokenizer)
     number, ids = stream.draw()
 
-Rows of the hub, JSON, parquet and CSV come through Hugging Face ``datasets``, streamed. Text files are opened directly, one
-document a file: ``datasets`` can't pass over a file that is not UTF-8, and a list of files can be shuffled as a whole.
+Rows of the hub, JSON, parquet and CSV come through Hugging Face ``datasets``, streamed. Text files are opened directly,
+one document a file: ``datasets`` can't pass over a file that is not UTF-8, and a list of files can be shuffled as a
+whole.
 
 Shuffling is by blocks: ``shuffle_buffer`` rows are read and permuted (files: all of them). A rolling buffer, such as
 that of ``datasets``, mixes further, but its content would have to be read or kept to resume exactly; for a block it is
