@@ -2,13 +2,16 @@
 
 import json
 import shutil
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import accelerate.tracking
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from accelerate.utils import LoggerType
 from safetensors.torch import load_file
 from train_helpers import SMALL, losses, train, write_recipe
 
@@ -208,3 +211,56 @@ def test_weights_after_a_resume_are_those_of_an_undisturbed_run(begun: Path, tmp
     assert train(tmp_path / "recipe.yaml", tmp_path / "whole") == 0
     found, wanted = (load_file(place / "model/model.safetensors") for place in (out, tmp_path / "whole"))
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def test_trackers_of_accelerate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    recipe = write_recipe(tmp_path / "recipe.yaml", **(FEW | {"trackers": ["wandb"]}))
+    monkeypatch.setattr(accelerate.tracking, "_available_trackers", [])
+    assert train(recipe, tmp_path / "out") == 2
+    assert "trackers: wandb needs its package: pip install wandb" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    told: list[Any] = []
+
+    class Wandb(accelerate.tracking.GeneralTracker):
+        name, requires_logging_directory = "wandb", False
+
+        def __init__(self, run_name: str, **_: Any) -> None:
+            told.append(run_name)
+
+        tracker = None
+
+        def store_init_configuration(self, values: dict[str, Any]) -> None:
+            told.append(values)
+
+        def log(self, values: dict[str, Any], step: int | None = None, **_: Any) -> None:
+            told.append((step, values["loss"]))
+
+        def finish(self) -> None:
+            told.append("end")
+
+    monkeypatch.setattr(accelerate.tracking, "_available_trackers", [LoggerType.WANDB])
+    monkeypatch.setitem(accelerate.tracking.LOGGER_TYPE_TO_CLASS, "wandb", Wandb)
+    assert train(recipe, tmp_path / "out") == 0
+    assert told[0] == "fot"
+    assert told[1]["steps"] == 2
+    assert json.loads(told[1]["memory"])["mem_layers"] == [1]
+    assert told[2:] == [*losses(tmp_path / "out"), "end"]
+
+
+def test_warnings_come_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    import training.train as loop
+
+    real, shown = loop.learning_rate_at, []
+
+    def warning(*args: Any) -> float:
+        with warnings.catch_warnings():  # resets what Python remembers
+            pass
+        warnings.warn("over and over", UserWarning, stacklevel=1)
+        return real(*args)
+
+    monkeypatch.setattr(loop, "learning_rate_at", warning)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = lambda message, *_, **__: shown.append(str(message))
+        assert train(write_recipe(tmp_path / "recipe.yaml"), tmp_path / "out") == 0
+    assert shown.count("over and over") == 1

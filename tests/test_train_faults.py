@@ -447,6 +447,9 @@ def test_a_second_signal_stops_at_once(tmp_path: Path) -> None:
     process.send_signal(signal.SIGTERM)
     while process.stderr.readline().strip() != "saving":
         assert process.poll() is None
+    process.send_signal(signal.SIGTERM)  # at once: the same wish, told twice
+    time.sleep(1.2)
+    assert process.poll() is None
     started = time.monotonic()
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=30)

@@ -1,12 +1,15 @@
-"""What a run writes down as it goes: JSON lines, and TensorBoard's scalars if the recipe asks for them."""
+"""What a run writes down as it goes: JSON lines; TensorBoard's scalars and others' if the recipe asks for them."""
 
 import json
 import math
 import os
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import accelerate.tracking
 
 from training.files import write_file
 
@@ -58,9 +61,8 @@ class Log:
                 f"{self._path} could not be written ({error.strerror}): make room, and go on with --resume"
             ) from error
         if self._writer is not None:
-            for name, value in self.last.items():
-                if name not in ("step", "time") and value is not None:
-                    self._writer.add_scalar(name, value, line["step"])
+            for name, value in numbers(line).items():
+                self._writer.add_scalar(name, value, line["step"])
             self._writer.flush()  # nothing is lost if the run is killed
 
     def sync(self) -> None:
@@ -89,6 +91,34 @@ def finite(line: dict[str, Any]) -> dict[str, Any]:
     return {
         name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in line.items()
     }
+
+
+def numbers(line: dict[str, Any]) -> dict[str, float]:
+    """The figures of a line that can be drawn."""
+    return {
+        name: value
+        for name, value in line.items()
+        if name != "step" and isinstance(value, int | float) and math.isfinite(value)
+    }
+
+
+def flat(settings: dict[str, Any]) -> dict[str, Any]:
+    """A recipe as trackers take it: one level, of numbers and texts."""
+    return {
+        key: value if isinstance(value, int | float | str) else json.dumps(value) for key, value in settings.items()
+    }
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Say before the work that a tracker is missing; accelerate would leave it out.
+
+    Raises:
+        ImportError: its package is not installed.
+    """
+    present = {str(name) for name in accelerate.tracking.get_available_trackers()}
+    for name in names:
+        if name not in present:
+            raise ImportError(f"trackers: {name} needs its package: pip install {name.replace('_', '-')}")
 
 
 def _parse(text: str) -> dict[str, Any] | None:

@@ -2,8 +2,12 @@
 
 import sys
 import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from types import TracebackType
+from typing import Any
 
 from tqdm import tqdm
 
@@ -47,3 +51,21 @@ class Progress:
             shown = ", ".join(f"{name} {value}" for name, value in figures.items())
             rest = "the last" if ending else f"{timedelta(seconds=round(left))} left"
             print(f"step {step} of {self._total}: {shown}; {rest}", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def each_warning_once(*, active: bool) -> Iterator[None]:
+    """Within the block a warning is shown once, however often its filters are reset; on one process."""
+    shown: set[tuple[str, type[Warning]]] = set()
+    show = warnings.showwarning
+
+    def show_once(message: Any, category: type[Warning], *rest: Any, **options: Any) -> None:
+        if active and (str(message), category) not in shown:
+            shown.add((str(message), category))
+            show(message, category, *rest, **options)
+
+    warnings.showwarning = show_once
+    try:
+        yield
+    finally:
+        warnings.showwarning = show

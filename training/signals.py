@@ -3,10 +3,14 @@
 import os
 import signal
 import threading
+import time
 from types import FrameType
 from typing import Any
 
 ASKED = (signal.SIGINT, signal.SIGTERM)
+
+# A signal so soon after the first is the same wish: Ctrl-C reaches torchrun and its processes, and torchrun tells them.
+SECONDS = 1.0
 
 
 class Stopped(Exception):  # noqa: N818 - nothing went wrong
@@ -22,7 +26,7 @@ class Stopped(Exception):  # noqa: N818 - nothing went wrong
 
 
 class Signals:
-    """Within the block, the first signal is noted and the second ends the process at once, as without the block.
+    """Within the block, the first signal is noted, and the next, ``SECONDS`` later, ends the process as without it.
 
     Python lets the main thread alone handle signals; in another, nothing is noted.
 
@@ -33,6 +37,7 @@ class Signals:
     def __init__(self) -> None:
         self.received = 0
         self._before: dict[int, Any] = {}
+        self._first = 0.0
 
     def __enter__(self) -> "Signals":
         if threading.current_thread() is threading.main_thread():
@@ -43,10 +48,11 @@ class Signals:
         self._restore()
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
-        if self.received:
+        if not self.received:
+            self.received, self._first = signum, time.monotonic()
+        elif time.monotonic() - self._first > SECONDS:
             self._restore()
             os.kill(os.getpid(), signum)
-        self.received = signum
 
     def _restore(self) -> None:
         for number, handler in self._before.items():

@@ -19,8 +19,8 @@ from training.batches import Batch
 from training.checkpoints import list_checkpoints, read_best, save_best, save_checkpoint, score, set_aside
 from training.crossbatch import Crossbatch, enable_crossbatch
 from training.launch import lone_process
-from training.log import Log, finite, summary_writer
-from training.progress import Progress
+from training.log import Log, check_trackers, finite, flat, numbers, summary_writer
+from training.progress import Progress, each_warning_once
 from training.rates import learning_rate_at
 from training.recipe import Recipe
 from training.results import write_result
@@ -108,9 +108,16 @@ def train(
     started = time.monotonic()
     if recipe.tensorboard:
         summary_writer()  # missing, it must be said before the work
+    check_trackers(recipe.trackers)
     # Unless told of the CPU, accelerate takes processes that were launched together without a GPU for lone ones.
     cpu = not torch.accelerator.is_available()
-    accelerator = Accelerator(cpu=cpu, gradient_accumulation_steps=1, mixed_precision=_precision(recipe))
+    accelerator = Accelerator(
+        cpu=cpu,
+        gradient_accumulation_steps=1,
+        mixed_precision=_precision(recipe),
+        log_with=list(recipe.trackers) or None,
+        project_dir=out,
+    )
     check_sharding(accelerator)
     if accelerator.num_processes == 1 and (words := lone_process()):
         print(f"fot: {words}", file=sys.stderr)
@@ -139,6 +146,8 @@ def train(
         loader.load_state_dict(start.data)
     on_main(accelerator, lambda: claim(out, recipe, data, checkpoint))
     log = Log(out, start.step, active=accelerator.is_main_process, tensorboard=recipe.tensorboard)
+    if recipe.trackers:
+        accelerator.init_trackers("fot", config=flat(recipe.to_dict()))
     line, best, waited, step = log.last, start.best_accuracy, start.waited, start.step
     batches: Iterator[Batch] = iter(loader)
     tokens_done, clock = 0, time.perf_counter()
@@ -160,7 +169,12 @@ def train(
         accelerator.wait_for_everyone()
 
     try:
-        with Progress(recipe.steps, start.step, active=accelerator.is_main_process) as progress, Signals() as signals:
+        main = accelerator.is_main_process
+        with (
+            each_warning_once(active=main),
+            Signals() as signals,
+            Progress(recipe.steps, start.step, active=main) as bar,
+        ):
             for step in range(start.step, recipe.steps):
                 d = recipe.schedule().contexts_at(step, best, recipe.seed)
                 rate = learning_rate_at(recipe, step)
@@ -188,12 +202,14 @@ def train(
                     line |= judge(step + 1)
                 if last or logs:
                     log(line)
+                    accelerator.log(numbers(line), step=step + 1)
                 if last or signum or (step + 1) % recipe.save_every == 0:
                     save(step + 1)
-                progress.update(step + 1, ending=last, loss=f"{line['loss']:.3f}", answers=f"{accuracy:.2f}", d=f"{d}")
+                bar.update(step + 1, ending=last, loss=f"{line['loss']:.3f}", answers=f"{accuracy:.2f}", d=f"{d}")
                 if last:
                     break
                 if signum:
+                    accelerator.end_training()
                     raise Stopped(signum, f"stopped after step {step + 1}, which is saved: go on with --resume")
     except FloatingPointError as error:
         raise FloatingPointError(f"{error}; {_way_on(out / 'checkpoints', step, accelerator)}") from error
