@@ -264,3 +264,17 @@ def test_warnings_come_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
         warnings.showwarning = lambda message, *_, **__: shown.append(str(message))
         assert train(write_recipe(tmp_path / "recipe.yaml"), tmp_path / "out") == 0
     assert shown.count("over and over") == 1
+
+
+def test_mfu_is_the_share_of_the_peak(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path / "recipe.yaml", **FEW)
+    assert train(recipe, tmp_path / "out", "--peak-tflops", "0.5") == 0
+    lines = [json.loads(text) for text in (tmp_path / "out/log.jsonl").read_text().splitlines()]
+    shape = SMALL["model"]
+    weights = 3 * (4 * 32 * 32 + 3 * 32 * 64) + 64 * 32  # the table of embeddings is looked up, the head multiplied
+    for line in lines:
+        keys = 40 * (shape["num_hidden_layers"] + line["d"])
+        flops = 6 * weights + 12 * 32 * keys
+        assert line["mfu"] == pytest.approx(flops * line["tokens_per_second"] / 0.5e12)
+    assert train(recipe, tmp_path / "none") == 0
+    assert "mfu" not in json.loads((tmp_path / "none/log.jsonl").read_text().splitlines()[0])

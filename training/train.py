@@ -18,6 +18,7 @@ from training.allocator import keep_freed_memory
 from training.batches import Batch
 from training.checkpoints import list_checkpoints, read_best, save_best, save_checkpoint, score, set_aside
 from training.crossbatch import Crossbatch, enable_crossbatch
+from training.flops import flops_per_token
 from training.launch import lone_process
 from training.log import Log, check_trackers, finite, flat, numbers, summary_writer
 from training.progress import Progress, each_warning_once
@@ -82,6 +83,7 @@ def train(
     max_hours: float | None = None,
     changed: Collection[str] = (),
     callbacks: Sequence[Watcher] = (),
+    peak_tflops: float | None = None,
 ) -> dict[str, Any]:
     """Train as the recipe says.
 
@@ -94,6 +96,7 @@ def train(
         changed: entries of the recipe that are meant to differ from those that the run in ``out`` was made with.
         callbacks: called on the main process with each record of the log before it is written; one that returns True
             ends the run after this step, with a checkpoint and a result.
+        peak_tflops: of one device at the run's precision; with it, the log has ``mfu``, the share of it that is used.
 
     Returns:
         the last line of the log.
@@ -188,6 +191,9 @@ def train(
                         "learning_rate": rate, "gradient_norm": sums["norm"], "tokens": int(sums["tokens"]),
                         "tokens_per_second": tokens_done / (time.perf_counter() - clock),
                         "memory_bytes": peak_memory_bytes(accelerator.device)}  # fmt: skip
+                if peak_tflops:
+                    flops = flops_per_token(model, config.window, len(config.layers), d) * line["tokens_per_second"]
+                    line["mfu"] = flops / (peak_tflops * 1e12 * accelerator.num_processes)
                 evaluates = step + 1 == recipe.steps or bool(recipe.eval_every and (step + 1) % recipe.eval_every == 0)
                 if evaluates:
                     line |= judge(step + 1)
