@@ -1,7 +1,8 @@
 """Adapters: the few tensors that fine-tuning changed, over a base model that is loaded by name.
 
-A folder with ``adapter.safetensors`` (tensors under the base model's own names, which replace its own) and
-``fot_adapter.json`` (the base model's name, memory settings, and how the adapter was made).
+A folder with ``fot_adapter.json`` (the base model's name, memory settings, and how the adapter was made), and either
+``adapter.safetensors`` (tensors under the base model's own names, which replace its own) or what ``peft`` saves, which
+is added to the base model's.
 """
 
 import json
@@ -14,9 +15,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fot.config import MemoryConfig
-from fot.pretrained import ADAPTER_DESCRIPTION
+from fot.pretrained import ADAPTER_DESCRIPTION, aliases, shipped_models
 
 TENSORS = "adapter.safetensors"
+PEFT_CONFIG = "adapter_config.json"
 FORMAT = 1
 
 
@@ -25,7 +27,8 @@ class AdapterDescription:
     """What an adapter folder says of itself.
 
     Attributes:
-        base: name or path of the model it belongs to.
+        base: name or absolute path of the model it belongs to; a relative path is looked for from the working folder
+            and from the folders that the adapter lies in.
         memory: memory settings it was trained with.
         made_by: recipe, seed and figures; for people.
     """
@@ -42,6 +45,11 @@ def save_adapter(
     folder.mkdir(parents=True, exist_ok=True)
     stored = {name: tensor.detach().cpu().to(dtype).contiguous() for name, tensor in tensors.items()}
     save_file(stored, folder / TENSORS)
+    write_description(folder, description)
+
+
+def write_description(folder: Path, description: AdapterDescription) -> None:
+    """Make a folder an adapter."""
     content = {
         "format": FORMAT,
         "base": description.base,
@@ -67,13 +75,58 @@ def read_description(folder: Path) -> AdapterDescription:
         raise ValueError(f"{path} is damaged ({error}); fetch the adapter again") from error
 
 
-@torch.no_grad()
+def base_name(model: str) -> str:
+    """How an adapter names its base model: paths absolute, so that it loads from any working folder."""
+    named = model in aliases() or model in shipped_models()
+    return model if named or not Path(model).expanduser().exists() else str(Path(model).expanduser().resolve())
+
+
+def find_base(folder: Path) -> str:
+    """Name or path of the model that the adapter in ``folder`` belongs to.
+
+    Raises:
+        FileNotFoundError: a path at which nothing is.
+    """
+    base = read_description(folder).base
+    if base in aliases() or base in shipped_models():
+        return base
+    places = [Path(base).expanduser(), *(parent / base for parent in folder.resolve().parents)]
+    found = next((place for place in places if place.exists()), None)
+    if found is None and Path(base).is_absolute():
+        raise FileNotFoundError(
+            f"the adapter in {folder} changes the model at {base}, where nothing is: put it back, or correct "
+            f'"base" in {folder / ADAPTER_DESCRIPTION}'
+        )
+    return base if found is None else str(found)
+
+
 def apply_adapter(model: Any, folder: Path) -> None:
     """Put an adapter's tensors into a loaded base model, in place.
 
     Raises:
         ValueError: tensors that the model does not have, or of another shape: an adapter of another base model.
+        ImportError: it was made by peft, which is not installed.
     """
+    if (folder / PEFT_CONFIG).is_file():
+        _merge_peft(model, folder)
+    else:
+        _replace(model, folder)
+
+
+def _merge_peft(model: Any, folder: Path) -> None:
+    try:
+        from peft import PeftModel
+    except ImportError as error:
+        raise ImportError(f"the adapter in {folder} takes peft: pip install 'fot[train]'") from error
+    try:
+        PeftModel.from_pretrained(model, folder).merge_and_unload()
+    except (RuntimeError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"the adapter in {folder} does not fit its base model: {reason}") from error
+
+
+@torch.no_grad()
+def _replace(model: Any, folder: Path) -> None:
     parameters = dict(model.named_parameters())
     tensors = load_file(folder / TENSORS)
     for name, tensor in tensors.items():

@@ -28,8 +28,9 @@ def load_model(name_or_path: str | Path, *args: Any, **kwargs: Any) -> FoTForCau
     options = {"trust_remote_code": False} | pretrained.gguf_options(checkpoint) | kwargs
     with pretrained.hub_errors(checkpoint):
         plain = AutoModelForCausalLM.from_pretrained(checkpoint.path, *args, **options)
-    if checkpoint.adapter is not None:
-        apply_adapter(plain, checkpoint.adapter)
+    for folder in (*checkpoint.under, checkpoint.adapter):
+        if folder is not None:
+            apply_adapter(plain, folder)
     model: Any = attach_memory(plain, _merge(plain.config, checkpoint, settings))
     model.eval()
     model.tokenizer = _tokenizer_or_none(checkpoint, hub)

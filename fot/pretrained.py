@@ -67,6 +67,7 @@ class Checkpoint:
         gguf_file: name of a GGUF file in the folder ``path``, or None for safetensors.
         mem_layers: memory layers that go with an alias (0-based), else None.
         adapter: folder of an adapter (``fot.adapter``) over the model at ``path``, or None.
+        under: adapters that come before it, if it was trained over one.
     """
 
     name: str
@@ -74,6 +75,7 @@ class Checkpoint:
     gguf_file: str | None = None
     mem_layers: tuple[int, ...] | None = None
     adapter: Path | None = None
+    under: tuple[Path, ...] = ()
 
 
 def aliases() -> dict[str, str]:
@@ -120,10 +122,11 @@ def resolve(name_or_path: str | Path, *, download: bool = True, subfolder: str =
     path_like = isinstance(name_or_path, Path) or _looks_like_path(name)
     local = Path(os.path.expanduser(name))
     if name and (local / ADAPTER_DESCRIPTION).is_file():
-        from fot.adapter import read_description
+        from fot.adapter import find_base
 
-        base = resolve(read_description(local).base, download=download)
-        return replace(base, name=name, adapter=local)
+        base = resolve(find_base(local), download=download)
+        under = base.under if base.adapter is None else (*base.under, base.adapter)
+        return replace(base, name=name, adapter=local, under=under)
     if name and local.exists():
         return _local_checkpoint(name, local, subfolder)
     if path_like:

@@ -63,7 +63,14 @@ def one_step(accelerator: Accelerator) -> tuple[float, dict[str, torch.Tensor]]:
     """Loss and gradients of a training step over both batches, as the change of the weights at a learning rate of 1."""
     rank, world = accelerator.process_index, accelerator.num_processes
     model, config = tiny_model()
-    recipe = Recipe(tasks=[{}], lanes=LANES // world, windows=WINDOWS, contexts={"values": [D]}, accumulation=2, clip=0)
+    recipe = Recipe(
+        tasks=[{"kind": "dictionary"}],
+        lanes=LANES // world,
+        windows=WINDOWS,
+        contexts={"values": [D]},
+        accumulation=2,
+        clip=0,
+    )
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     crossbatch = enable_crossbatch(model, config)

@@ -39,7 +39,9 @@ def lane_of(rank: int, windows: int, step: int) -> Batch:
 def step_of(name: str, fused: bool, accelerator: Accelerator) -> dict[str, Any]:
     """Loss of a step of two batches, and how many lanes their future reaches. Some ranks have no contexts."""
     shipped = load_recipe(name)
-    recipe = Recipe(tasks=[{}], lanes=1, windows=shipped.windows, contexts=shipped.contexts, accumulation=2)
+    recipe = Recipe(
+        tasks=[{"kind": "dictionary"}], lanes=1, windows=shipped.windows, contexts=shipped.contexts, accumulation=2
+    )
     set_seed(0)
     settings = {"vocab_size": 90, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 3,
                 "num_attention_heads": 2, "num_key_value_heads": 1, "initializer_range": 0.3}  # fmt: skip

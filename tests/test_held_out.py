@@ -35,8 +35,14 @@ def test_losses_are_those_of_a_model_with_memory_attached(
 ) -> None:  # fmt: skip
     """Each scored window after ingesting what precedes it, sizes that are whole windows and others."""
     settings = {"isolated_windows": isolated, "window_overlap": overlap}
-    recipe = Recipe(tasks=[{}], held_out=[{"path": write_text(tmp_path / "texts", 400)}], lanes=2, windows=2,
-                    eval_batches=2, held_out_memory=[WINDOW, 3 * WINDOW + 3])  # fmt: skip
+    recipe = Recipe(
+        tasks=[{"kind": "dictionary"}],
+        held_out=[{"path": write_text(tmp_path / "texts", 400)}],
+        lanes=2,
+        windows=2,
+        eval_batches=2,
+        held_out_memory=[WINDOW, 3 * WINDOW + 3],
+    )
     config = MemoryConfig(mem_layers=(1, 3), local_context=WINDOW, **settings).resolve(5, 64, "float32")
     held_out = build_held_out(recipe, config, tokenizer)
     assert held_out is not None
@@ -60,18 +66,25 @@ def test_losses_are_those_of_a_model_with_memory_attached(
 
 def test_sizes_fit_the_texts_or_are_refused(tokenizer: Any, tmp_path: Path) -> None:
     def of(count: int, **settings: Any) -> Any:
-        recipe = Recipe(tasks=[{}], held_out=[{"path": write_text(tmp_path / "texts", count)}], **settings)
+        recipe = Recipe(
+            tasks=[{"kind": "dictionary"}], held_out=[{"path": write_text(tmp_path / "texts", count)}], **settings
+        )
         return build_held_out(recipe, MemoryConfig(mem_layers=(1,), local_context=8), tokenizer)
 
     assert of(200).sizes == (16, 64)
     assert of(40).sizes == (16,)
     assert of(10).sizes == ()
-    assert build_held_out(Recipe(tasks=[{}]), MemoryConfig(mem_layers=(1,), local_context=8), tokenizer) is None
+    assert (
+        build_held_out(
+            Recipe(tasks=[{"kind": "dictionary"}]), MemoryConfig(mem_layers=(1,), local_context=8), tokenizer
+        )
+        is None
+    )
     with pytest.raises(ValueError, match="the longest text has 7 tokens, and a window of 8 takes 8"):
         of(7)
     with pytest.raises(ValueError, match="a window of 8 after a memory of 64 takes 72: give longer texts, or smaller"):
         of(60, held_out_memory=[16, 64])
-    with pytest.raises(ValueError, match="held_out_memory is"):
+    with pytest.raises(ValueError, match=r"held_out_memory\[0\] is 0; it must be at least 1"):
         of(60, held_out_memory=[0])
 
 

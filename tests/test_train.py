@@ -16,6 +16,7 @@ import torch
 import yaml
 from peft import PeftModel
 from safetensors.torch import load_file
+from train_helpers import SMALL, losses, write_recipe
 from transformers import LlamaForCausalLM
 
 import fot
@@ -26,31 +27,10 @@ from training.train import learning_rate_at
 
 TESTS = Path(__file__).parent
 
-SMALL: dict[str, Any] = {
-    "model": {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3,
-              "num_attention_heads": 4, "max_position_embeddings": 64, "pad_token_id": 0},
-    "memory": {"mem_layers": [1], "local_context": 40, "mem_positionals": False},
-    "tasks": [{"kind": "dictionary"}],
-    "contexts": {"kind": "ramp", "values": [1, 5], "at": [4]},
-    "learning_rate": 0.003,
-    "steps": 8,
-    "save_every": 2,
-    "eval_every": 4,
-    "eval_batches": 1,
-    "dtype": "float32",
-}  # fmt: skip
-
 
 @pytest.fixture
 def recipe(tmp_path: Path) -> Path:
-    path = tmp_path / "recipe.yaml"
-    path.write_text(yaml.safe_dump(SMALL))
-    return path
-
-
-def losses(out: Path) -> list[tuple[int, float]]:
-    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    return [(line["step"], line["loss"]) for line in lines]
+    return write_recipe(tmp_path / "recipe.yaml")
 
 
 def test_resumed_run_has_the_losses_of_an_undisturbed_one(recipe: Path, tmp_path: Path) -> None:
@@ -326,7 +306,7 @@ def test_tensorboard_that_is_missing_is_named_before_the_work(
 
 def test_learning_rates() -> None:
     def at(step: int, **settings: Any) -> float:
-        return learning_rate_at(Recipe(tasks=[{}], learning_rate=1.0, steps=100, **settings), step)
+        return learning_rate_at(Recipe(tasks=[{"kind": "dictionary"}], learning_rate=1.0, steps=100, **settings), step)
 
     assert [at(step, warmup_steps=4) for step in (0, 1, 3, 4, 99)] == [0.25, 0.5, 1.0, 1.0, 1.0]
     assert at(0, lr_schedule="cosine") == 1.0
@@ -366,9 +346,8 @@ def test_bad_recipes(override: str, message: str, recipe: Path, tmp_path: Path, 
 
 def test_folders_that_hold_another_run_or_none(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     out = tmp_path / "out"
-    assert main(["train", str(recipe), "--out", str(out), "--resume"]) == 2
-    assert "holds no checkpoint to resume from" in capsys.readouterr().err
-    assert main(["train", str(recipe), "steps=2", "--out", str(out)]) == 0
+    assert main(["train", str(recipe), "steps=2", "--out", str(out), "--resume"]) == 0
+    assert "holds no checkpoint to resume from: starting from the beginning" in capsys.readouterr().err
     assert main(["train", str(recipe), "steps=2", "--out", str(out)]) == 2
     assert "holds a run already" in capsys.readouterr().err
     assert main(["train", "nosuch", "--out", str(out)]) == 2

@@ -1,10 +1,11 @@
-"""Sources of documents: the hub, tables (jsonl, parquet) and text files; shuffled, repeated, resumed where they were.
+"""Sources of documents: the hub, tables (jsonl, parquet, csv), texts; shuffled, repeated, resumed where they were.
 
     stream = DocumentStream(DataSource("novels", pattern="**/*.txt"), tokenizer)
     number, ids = stream.draw()
 
-Rows of the hub, JSON and parquet come through Hugging Face ``datasets``, streamed. Text files are opened directly, one
-document a file: ``datasets`` can't pass over a file that is not UTF-8, and a list of files can be shuffled as a whole.
+Rows of the hub, JSON, parquet and CSV come through Hugging Face ``datasets``, streamed. Text files are opened directly,
+one document a file: ``datasets`` can't pass over a file that is not UTF-8, and a list of files can be shuffled as a
+whole.
 
 Shuffling is by blocks: ``shuffle_buffer`` rows are read and permuted (files: all of them). A rolling buffer, such as
 that of ``datasets``, mixes further, but its content would have to be read or kept to resume exactly; for a block it is
@@ -32,7 +33,7 @@ logger = logging.getLogger(__name__)
 # A block of rows ends at this many characters too, so that a buffer of books does not fill the machine.
 BLOCK_CHARACTERS = 100_000_000
 
-_BUILDERS = {".json": "json", ".jsonl": "json", ".ndjson": "json", ".parquet": "parquet"}
+_BUILDERS = {".json": "json", ".jsonl": "json", ".ndjson": "json", ".parquet": "parquet", ".csv": "csv", ".tsv": "csv"}
 _COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _TEXT_SUFFIX = re.compile(r"\.(txt|md|rst|tex|html?|py|c|h|cc|cpp|rs|go|js|ts|java|sh|yaml|yml|csv|tsv)")
@@ -43,8 +44,8 @@ class DataSource:
     """Where documents come from, as an entry of a recipe.
 
     Attributes:
-        path: a file, a folder, a glob such as ``books/*.txt``, or a data set's id on the hub. ``.jsonl``, ``.json``
-            and ``.parquet`` hold a document a row; any other file is one document, in UTF-8.
+        path: a file, a folder, a glob such as ``books/*.txt``, or a data set's id on the hub. ``.jsonl``, ``.json``,
+            ``.parquet``, ``.csv`` and ``.tsv`` hold a document a row; any other file is one document, in UTF-8.
         weight: share of the tokens, in proportion to the weights of other sources.
         split: of a data set on the hub.
         name: configuration of a data set on the hub.
@@ -321,6 +322,7 @@ class _Reader:
         from datasets import load_dataset
         from datasets.distributed import split_dataset_by_node
         from datasets.exceptions import DatasetsError
+        from datasets.io.csv import CsvDatasetReader
         from datasets.io.json import JsonDatasetReader
         from datasets.io.parquet import ParquetDatasetReader
 
@@ -330,8 +332,10 @@ class _Reader:
                 dataset = load_dataset(source.path, source.name, split=source.split, streaming=True)
             else:
                 # load_dataset would tell the hub that local files are read, and wait for it where there is no network.
-                reader = {"json": JsonDatasetReader, "parquet": ParquetDatasetReader}[str(self._builder)]
-                dataset = reader([glob.escape(str(f)) for f in self._files], split="train", streaming=True).read()
+                readers = {"json": JsonDatasetReader, "parquet": ParquetDatasetReader, "csv": CsvDatasetReader}
+                tabs = {"sep": "\t"} if any(".tsv" in file.suffixes for file in self._files) else {}
+                names = [glob.escape(str(file)) for file in self._files]
+                dataset = readers[str(self._builder)](names, split="train", streaming=True, **tabs).read()
         except StopIteration as error:  # of the JSON reader
             raise ValueError(f"source {source.label!r} holds no rows: add some, or leave it out") from error
         except (DatasetsError, OSError, ValueError) as error:

@@ -1,5 +1,6 @@
 """What is measured during a run: answers on synthetic documents never trained on, and the loss of held-out text."""
 
+import math
 import random
 import sys
 from collections.abc import Callable, Iterator
@@ -81,7 +82,7 @@ def build_evaluation(
 
 
 def score(evaluation: dict[str, float], best_by: str | None) -> float | None:
-    """Of an evaluation; higher is better. None if it was not measured.
+    """Of an evaluation; higher is better. None if it was not measured, or is no number.
 
     Args:
         best_by: one of its names; None: the accuracy of answers, or else the loss of held-out text with the largest
@@ -90,9 +91,10 @@ def score(evaluation: dict[str, float], best_by: str | None) -> float | None:
     if best_by is None:
         losses = [name for name in evaluation if name.startswith(LOSS)]  # without a memory first, the largest last
         best_by = ANSWERS if ANSWERS in evaluation or not losses else losses[-1]
-    if best_by not in evaluation:
+    found = evaluation.get(best_by, math.nan)
+    if not math.isfinite(found):
         return None
-    return evaluation[best_by] if best_by == ANSWERS else -evaluation[best_by]
+    return found if best_by == ANSWERS else -found
 
 
 def evaluation_batches(recipe: Recipe, config: MemoryConfig, tokenizer: Any) -> Iterator[Batch]:

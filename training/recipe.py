@@ -3,11 +3,31 @@
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
+from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, Field, ValidationError
 
 from fot.config import MemoryConfig
 from training.schedule import ContextSchedule, schedule_from
+from training.schema import (
+    AboveZeroShare,
+    Contexts,
+    Decay,
+    Lora,
+    Memory,
+    Natural,
+    NotNegative,
+    Positive,
+    Rate,
+    Source,
+    TaskEntry,
+    Tracker,
+    complaint,
+    no_true_for_one,
+    validator,
+)
 
 # Recipes shipped with the package; `fot train NAME` finds them.
 SHIPPED = Path(__file__).parent / "recipes"
@@ -39,8 +59,10 @@ class Recipe:
             most answers right, or, without tasks, the lowest loss of held-out text with the largest memory.
         optimizer: ``adamw`` or ``adafactor``.
         learning_rate: its highest value.
-        lr_schedule: ``constant``, ``cosine`` (to a hundredth) or ``inverse_sqrt``, after the warm-up.
+        lr_schedule: after the warm-up ``constant``, ``linear`` (to 0), ``cosine`` (to a hundredth), ``inverse_sqrt``,
+            or ``warmup_stable_decay``: constant, and over the last ``decay_steps`` linear to 0.
         warmup_steps: linear, from 0.
+        decay_steps: of ``warmup_stable_decay``; 0 for a tenth of all steps.
         betas: of AdamW.
         weight_decay: of matrices; norms and biases have none.
         clip: largest norm of the gradient; 0 for none.
@@ -52,89 +74,102 @@ class Recipe:
         log_every: steps between lines of the log.
         eval_every: steps between evaluations; 0 for none but the last.
         eval_batches: batches of an evaluation.
+        patience: end the run after so many evaluations without a better one; 0 for never.
         save_every: steps between checkpoints.
         tensorboard: write the log's numbers to ``tensorboard`` in the run's folder, too.
+        trackers: where to log the numbers besides, by accelerate: ``wandb``, ``mlflow``, ``comet_ml``, ...
     """
 
-    model: str | dict[str, Any] = "smollm2-135m"
-    memory: dict[str, Any] = field(default_factory=dict)
-    sources: Sequence[dict[str, Any]] = ()
-    tasks: Sequence[dict[str, Any]] = ()
-    held_out: Sequence[dict[str, Any]] = ()
-    held_out_memory: Sequence[int] = ()
-    lanes: int = 4
-    windows: int = 2
-    contexts: dict[str, Any] = field(default_factory=dict)
+    model: Annotated[str, Field(min_length=1)] | dict[str, Any] = "smollm2-135m"
+    memory: Memory = field(default_factory=dict)
+    sources: Sequence[Source] = ()
+    tasks: Sequence[TaskEntry] = ()
+    held_out: Sequence[Source] = ()
+    held_out_memory: Sequence[Positive] = ()
+    lanes: Positive = 4
+    windows: Positive = 2
+    contexts: Contexts = field(default_factory=dict)
     trainable: Literal["all", "memory", "lora"] = "all"
-    lora: dict[str, Any] = field(default_factory=dict)
-    strength: float = 1.0
+    lora: Lora = field(default_factory=dict)
+    strength: AboveZeroShare = 1.0
     result: Literal["last", "best"] = "last"
     best_by: str | None = None
     optimizer: Literal["adamw", "adafactor"] = "adamw"
-    learning_rate: float = 2e-5
-    lr_schedule: Literal["constant", "cosine", "inverse_sqrt"] = "constant"
-    warmup_steps: int = 0
-    betas: tuple[float, float] = (0.9, 0.95)
-    weight_decay: float = 0.01
-    clip: float = 1.0
-    accumulation: int = 1
-    steps: int = 1000
+    learning_rate: Rate = 2e-5
+    lr_schedule: Literal["constant", "linear", "cosine", "inverse_sqrt", "warmup_stable_decay"] = "constant"
+    warmup_steps: Natural = 0
+    decay_steps: Natural = 0
+    betas: tuple[Decay, Decay] = (0.9, 0.95)
+    weight_decay: NotNegative = 0.01
+    clip: NotNegative = 1.0
+    accumulation: Positive = 1
+    steps: Positive = 1000
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     checkpointing: bool = False
     seed: int = 0
-    log_every: int = 1
-    eval_every: int = 0
-    eval_batches: int = 4
-    save_every: int = 50
+    log_every: Positive = 1
+    eval_every: Natural = 0
+    eval_batches: Positive = 4
+    patience: Natural = 0
+    save_every: Positive = 50
     tensorboard: bool = False
+    trackers: Sequence[Tracker] = ()
 
     def __post_init__(self) -> None:
-        self._check_numbers()
-        object.__setattr__(self, "betas", tuple(self.betas))
-        for name, least in (("lanes", 1), ("windows", 1), ("accumulation", 1), ("steps", 1), ("log_every", 1),
-                            ("save_every", 1), ("warmup_steps", 0), ("eval_every", 0)):  # fmt: skip
-            if getattr(self, name) < least:
-                raise ValueError(f"recipe: {name} is {getattr(self, name)}; it must be at least {least}")
-        choices = {
-            "trainable": ("all", "memory", "lora"),
-            "result": ("last", "best"),
-            "optimizer": ("adamw", "adafactor"),
-            "lr_schedule": ("constant", "cosine", "inverse_sqrt"),
-            "dtype": ("auto", "float32", "bfloat16"),
-        }
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"recipe: {name} is {getattr(self, name)!r}; choose one of {', '.join(allowed)}")
-        if not self.learning_rate > 0:
-            raise ValueError(f"recipe: learning_rate is {self.learning_rate}; it must be above 0")
-        if not 0 < self.strength <= 1:
-            raise ValueError(f"recipe: strength is {self.strength}; it must be above 0 and at most 1")
-        if self.strength < 1 and (self.trainable == "lora" or isinstance(self.model, dict)):
-            raise ValueError(
-                "recipe: strength below 1 needs weights to start with, and no lora: lower lora_alpha there"
-            )
+        given = {f.name: getattr(self, f.name) for f in fields(self)}
+        try:
+            checked = dict(_schema().model_validate(given))
+            no_true_for_one(given, checked)
+        except ValidationError as error:
+            raise ValueError(complaint(error, list(given))) from None
+        except ValueError as error:
+            raise ValueError(f"recipe: {error}") from None
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
+        self._check_together()
+
+    def _check_together(self) -> None:
+        """What one entry alone does not show."""
         if not self.sources and not self.tasks:
             raise ValueError("recipe: neither sources nor tasks are given, so there is nothing to train on")
-        if any(not isinstance(size, int) or size < 1 for size in self.held_out_memory):
-            raise ValueError(f"recipe: held_out_memory is {self.held_out_memory}; it takes numbers of at least 1 token")
         if self.schedule().kind == "accuracy" and not self.tasks:
             raise ValueError(
-                "recipe: contexts of kind 'accuracy' wait until answers are right, and without tasks there are no "
-                "answers: use kind 'steps', or add a task"
+                "recipe: contexts.kind is 'accuracy', which waits until answers are right, and without tasks there are "
+                "no answers: use kind 'steps', or add a task"
             )
-        self.memory_config()
-
-    def _check_numbers(self) -> None:
-        """Numbers must be numbers; to YAML, 2e-5 without a point is a text, and here the number that was meant."""
-        for entry in fields(self):
-            value = getattr(self, entry.name)
-            if entry.type is float and not isinstance(value, bool):
-                try:
-                    object.__setattr__(self, entry.name, float(value))
-                except (TypeError, ValueError):
-                    raise ValueError(f"recipe: {entry.name} is {value!r}; it must be a number") from None
-            elif entry.type in (int, float) and (isinstance(value, bool) or not isinstance(value, int)):
-                raise ValueError(f"recipe: {entry.name} is {value!r}; it must be a whole number")
+        if self.strength < 1 and (self.trainable == "lora" or isinstance(self.model, dict)):
+            raise ValueError(
+                f"recipe: strength is {self.strength}; below 1 it needs weights to start with, and no lora: lower "
+                "lora_alpha there"
+            )
+        if self.trainable != "all" and isinstance(self.model, dict):
+            raise ValueError(
+                f"recipe: trainable is {self.trainable!r}, which leaves an adapter, but model is made from random "
+                "weights that nobody could load it over: set trainable: all, or name a model"
+            )
+        if self.lora and self.trainable != "lora":
+            raise ValueError(f"recipe: lora is {self.lora}, but trainable is {self.trainable!r}: set trainable: lora")
+        if self.warmup_steps + self.decay_steps > self.steps:
+            name = "warmup_steps" if self.warmup_steps > self.steps else "decay_steps"
+            raise ValueError(
+                f"recipe: {name} is {getattr(self, name)}, but the run has {self.steps} steps, warmup_steps and "
+                "decay_steps included: lower it"
+            )
+        if self.decay_steps and self.lr_schedule != "warmup_stable_decay":
+            raise ValueError(
+                f"recipe: decay_steps is {self.decay_steps}, but lr_schedule is {self.lr_schedule!r}: only "
+                "warmup_stable_decay has such steps"
+            )
+        for name, on in (("result", self.result == "best"), ("patience", self.patience > 0)):
+            if on and not self.tasks and not self.held_out:
+                raise ValueError(
+                    f"recipe: {name} is {getattr(self, name)!r}, but nothing is evaluated: add held_out or tasks"
+                )
+            if on and not 0 < self.eval_every < self.steps:
+                raise ValueError(
+                    f"recipe: eval_every is {self.eval_every} and {name} is {getattr(self, name)!r}, but the only "
+                    f"evaluation of {self.steps} steps would be the last: set eval_every to a part of the steps"
+                )
 
     def schedule(self) -> ContextSchedule:
         """``contexts``, checked."""
@@ -172,15 +207,24 @@ def load_recipe(name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         settings = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 ({error.reason} at byte {error.start}): convert it") from error
     if not isinstance(settings, dict):
         raise ValueError(f"{path} holds no settings; a recipe is a mapping such as 'steps: 1000'")
     for override in overrides:
         _override(settings, override)
     known = {f.name for f in fields(Recipe)}
-    unknown = sorted(set(settings) - known)
-    if unknown:
-        raise ValueError(f"{path}: unknown entry {unknown[0]!r}; known: {', '.join(sorted(known))}")
+    for key in settings:
+        if key not in known:
+            raise ValueError(
+                f"{path}: unknown entry {key!r}, which is {settings[key]!r}; known: {', '.join(sorted(known))}"
+            )
     return Recipe(**settings)
+
+
+@cache
+def _schema() -> type[BaseModel]:
+    return validator(Recipe)
 
 
 def _override(settings: dict[str, Any], override: str) -> None:
@@ -195,4 +239,7 @@ def _override(settings: dict[str, Any], override: str) -> None:
         place = place.setdefault(part, {})
         if not isinstance(place, dict):
             raise ValueError(f"override {override!r}: {part} is not a mapping")
-    place[last] = yaml.safe_load(value)
+    try:
+        place[last] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ValueError(f"override {override!r}: the value is not YAML: {' '.join(str(error).split())}") from error

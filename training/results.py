@@ -10,11 +10,14 @@ import torch
 from torch import Tensor
 
 from fot import __version__
-from fot.adapter import AdapterDescription, save_adapter
+from fot.adapter import AdapterDescription, base_name, save_adapter, write_description
 from fot.config import CONFIG_KEY, MemoryConfig
-from training.checkpoints import whole_folder
+from training.files import whole_folder
 from training.recipe import Recipe
 from training.setup import PEFT_WRAPPER
+
+# Folders of results: all weights, or an adapter.
+RESULTS = ("model", "adapter")
 
 
 def write_result(
@@ -49,20 +52,24 @@ def write_result(
         "torch": torch.__version__,
         "python": sys.version.split()[0],
     }
-    final = out / ("model" if recipe.trainable == "all" else "adapter")
+    final = out / RESULTS[recipe.trainable != "all"]
     with whole_folder(final) as folder:
         if recipe.trainable == "all":
             setattr(model.config, CONFIG_KEY, recipe.memory_config().to_dict() | {"mem_layers": list(config.layers)})
             model.save_pretrained(folder, state_dict=parameters)
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder)
-        elif recipe.trainable == "lora":
-            wrapped = {f"base_model.model.{name}": tensor for name, tensor in parameters.items()}  # as peft names them
-            model.__dict__[PEFT_WRAPPER].save_pretrained(folder, state_dict=wrapped)
         else:
             settings = MemoryConfig.from_dict(recipe.memory_config().to_dict() | {"mem_layers": config.layers})
-            changed = {name: parameters[name] for name in trained}
-            save_adapter(folder, changed, AdapterDescription(str(recipe.model), settings, made_by))
+            description = AdapterDescription(base_name(str(recipe.model)), settings, made_by)
+            if recipe.trainable == "lora":
+                wrapper = model.__dict__[PEFT_WRAPPER]
+                wrapper.peft_config["default"].base_model_name_or_path = description.base
+                named = {f"base_model.model.{name}": tensor for name, tensor in parameters.items()}  # as peft does
+                wrapper.save_pretrained(folder, state_dict=named)
+                write_description(folder, description)
+            else:
+                save_adapter(folder, {name: parameters[name] for name in trained}, description)
         for name in ("recipe.json", "data.json", "log.jsonl"):
             if (out / name).exists():
                 shutil.copy(out / name, folder / name)

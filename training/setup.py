@@ -2,18 +2,20 @@
 
 import re
 import sysconfig
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from fot.config import MemoryConfig
 from fot.evaluation.dictionary_data import DictionaryTask
 from fot.loading import load_model
 from fot.model import detach_memory
 from training.batches import DocumentLoader, TaskSource
-from training.data import DataSource, describe, read_documents
+from training.data import DataSource, describe, find_files, read_documents
 from training.recipe import Recipe
 from training.tasks import SyntheticRetrieval, Task, filler_from
 
@@ -31,15 +33,53 @@ def build_model(recipe: Recipe) -> tuple[Any, MemoryConfig, Any]:
     ``model_type``, Llama without one.
     """
     if isinstance(recipe.model, dict):
-        from transformers import AutoConfig, AutoModelForCausalLM
-
-        config = AutoConfig.for_model(**({"model_type": "llama"} | recipe.model))
-        model = AutoModelForCausalLM.from_config(config)
+        config = _new_config(recipe.model)
+        with entry("model"):
+            model = AutoModelForCausalLM.from_config(config)
         return model, _resolve(recipe, config), None
     loaded: Any = load_model(recipe.model, dtype=torch.float32)
     tokenizer = loaded.tokenizer
     model = detach_memory(loaded)
     return model, _resolve(recipe, model.config), tokenizer
+
+
+def _new_config(settings: dict[str, Any]) -> Any:
+    """The configuration of a new model.
+
+    Raises:
+        ValueError: a setting that its family does not have, or that does not fit.
+    """
+    family = settings.get("model_type", "llama")
+    try:
+        known = set(AutoConfig.for_model(family).to_dict())
+    except (KeyError, ValueError):
+        raise ValueError(
+            f"recipe: model.model_type is {family!r}, which transformers does not know: try llama"
+        ) from None
+    for key, value in settings.items():
+        if key not in known:  # transformers would keep it and not use it
+            raise ValueError(f"recipe: model.{key} is {value!r}; {family} models have no such setting: correct the key")
+    with entry("model"):
+        return AutoConfig.for_model(**({"model_type": "llama"} | settings))
+
+
+@contextmanager
+def entry(place: str) -> Iterator[None]:
+    """Put the place in the recipe before what is found wrong with an entry.
+
+    Raises:
+        ValueError: whatever was raised within.
+    """
+    try:
+        yield
+    except Exception as error:  # transformers has many kinds
+        message = str(error).removeprefix("recipe: ") or type(error).__name__
+        joint = "." if isinstance(error, PlacedError) else ": "
+        raise PlacedError(f"recipe: {place}{joint}{' '.join(message.split())}") from error
+
+
+class PlacedError(ValueError):
+    """Already says where in an entry; an outer entry comes before it."""
 
 
 def choose_trainable(model: Any, recipe: Recipe, config: MemoryConfig) -> dict[str, Tensor]:
@@ -53,7 +93,8 @@ def choose_trainable(model: Any, recipe: Recipe, config: MemoryConfig) -> dict[s
             "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"],
         } | recipe.lora
         # Into the dictionary: as an attribute, the wrapper would become a submodule of what it wraps.
-        model.__dict__[PEFT_WRAPPER] = get_peft_model(model, LoraConfig(**settings))
+        with entry("lora"):
+            model.__dict__[PEFT_WRAPPER] = get_peft_model(model, LoraConfig(**settings))
     elif recipe.trainable == "memory":
         pattern = re.compile(r"model\.layers\.(" + "|".join(map(str, config.layers)) + r")\.self_attn\.")
         for name, parameter in model.named_parameters():
@@ -65,11 +106,12 @@ def build_loader(
     recipe: Recipe, config: MemoryConfig, tokenizer: Any, rank: int = 0, world_size: int = 1
 ) -> DocumentLoader:
     """Batches of this process."""
-    tasks = [
-        TaskSource(build_task(entry, recipe, config, tokenizer), entry.get("weight", 1.0)) for entry in recipe.tasks
-    ]
+    tasks = []
+    for number, settings in enumerate(recipe.tasks):
+        with entry(f"tasks[{number}]"):
+            tasks.append(TaskSource(build_task(settings, recipe, config, tokenizer), settings.get("weight", 1.0)))
     return DocumentLoader(
-        [*(data_source(entry) for entry in recipe.sources), *tasks],
+        [*map(data_source, recipe.sources), *tasks],
         tokenizer,
         lanes=recipe.lanes,
         windows=recipe.windows,
@@ -83,41 +125,115 @@ def build_loader(
 def describe_data(recipe: Recipe) -> dict[str, Any]:
     """What a run reads: sources, tasks with their filler, held-out texts, each with its files."""
 
-    def all_of(entries: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-        # The path as the recipe has it: where {stdlib} lies differs from machine to machine.
-        return [describe(data_source(entry)) | {"path": entry["path"]} for entry in entries]
+    def all_of(place: str, entries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        found = []
+        for number, settings in enumerate(entries):
+            with entry(f"{place}[{number}]"):
+                # The path as the recipe has it: where {stdlib} lies differs from machine to machine.
+                found.append(describe(data_source(settings)) | {"path": settings["path"]})
+        return found
 
+    tasks = []
+    for number, task in enumerate(recipe.tasks):
+        filler = {"filler": all_of(f"tasks[{number}].filler", task["filler"])} if "filler" in task else {}
+        tasks.append(task | filler)
     return {
-        "sources": all_of(recipe.sources),
-        "tasks": [task | ({"filler": all_of(task["filler"])} if "filler" in task else {}) for task in recipe.tasks],
-        "held_out": all_of(recipe.held_out),
+        "sources": all_of("sources", recipe.sources),
+        "tasks": tasks,
+        "held_out": all_of("held_out", recipe.held_out),
     }
 
 
-def data_source(entry: dict[str, Any]) -> DataSource:
+def check_contexts(recipe: Recipe, world_size: int = 1) -> None:
+    """Refuse a number of contexts that no window of a batch can have.
+
+    Raises:
+        ValueError: more than there are windows of other documents and earlier ones of its own.
+    """
+    schedule = recipe.schedule()
+    own = min(recipe.windows - 1, schedule.previous_windows)
+    lanes = recipe.lanes * world_size
+    readable = recipe.windows - recipe.memory_config().isolated_windows  # the last window of a lane is read by none
+    others = (lanes - 1) * max(1, readable)
+    shape = f"{lanes} lanes of {recipe.windows} windows: add lanes or windows, or lower it"
+    for number, (positives, negatives) in enumerate(schedule.segments):
+        if positives > recipe.windows - 1 or negatives > others:
+            raise ValueError(
+                f"recipe: contexts.segments[{number}] is {[positives, negatives]}, but a window has at most "
+                f"{[recipe.windows - 1, others]} (positives, negatives) in {shape}"
+            )
+    for number, d in enumerate(() if schedule.segments else schedule.values):
+        if d > own + others:
+            raise ValueError(
+                f"recipe: contexts.values[{number}] is {d}, but a window has at most {own + others} others in {shape}"
+            )
+
+
+def check_texts(recipe: Recipe, config: MemoryConfig, tokenizer: Any) -> None:
+    """Refuse texts on this machine that do not fill a lane's windows once, or no held-out window.
+
+    Raises:
+        ValueError: too short a text.
+    """
+    for number, settings in enumerate(recipe.sources):
+        _check_length(f"sources[{number}]", settings, recipe.windows * config.window + 1, config, tokenizer)
+    for number, settings in enumerate(recipe.held_out):
+        _check_length(f"held_out[{number}]", settings, config.window, config, tokenizer)
+
+
+def _check_length(place: str, settings: dict[str, Any], needed: int, config: MemoryConfig, tokenizer: Any) -> None:
+    with entry(place):
+        if tokenizer is None:
+            raise ValueError(
+                f"{settings['path']!r} is text, and the model has no tokenizer to read it with: name a model"
+            )
+        source = data_source(settings)
+        if find_files(source) is None:
+            return  # on the hub, where looking costs a download
+        total = 0
+        for ids in read_documents(source, tokenizer):
+            total += len(ids)
+            if total >= needed:
+                return
+        raise ValueError(
+            f"{settings['path']!r} has {total} tokens, and {needed} are needed for windows of {config.window}: add "
+            "text, or lower memory.local_context or windows"
+        )
+
+
+def data_source(settings: dict[str, Any]) -> DataSource:
     """A ``DataSource`` from a recipe's entry; ``{stdlib}`` in its path is the folder of Python's own library."""
-    path = str(entry.get("path", "")).replace("{stdlib}", sysconfig.get_path("stdlib"))
-    return DataSource.from_dict(entry | {"path": path})
+    path = str(settings["path"]).replace("{stdlib}", sysconfig.get_path("stdlib"))
+    return DataSource.from_dict(settings | {"path": path})
 
 
-def build_task(entry: dict[str, Any], recipe: Recipe, config: MemoryConfig, tokenizer: Any) -> Task:
-    """A task from a recipe's entry: ``kind``, ``weight``, ``filler`` (sources), and the task's own settings."""
-    settings = {key: value for key, value in entry.items() if key not in ("kind", "weight", "filler")}
+def build_task(settings: dict[str, Any], recipe: Recipe, config: MemoryConfig, tokenizer: Any) -> Task:
+    """A task from a recipe's entry: ``kind``, ``weight``, ``filler`` (sources), and the task's own settings.
+
+    Raises:
+        ValueError: settings that do not fit, or a task of text for a model without a tokenizer.
+    """
+    own = {key: value for key, value in settings.items() if key not in ("kind", "weight", "filler")}
     shape = {"windows": recipe.windows, "window": config.window}
-    if entry.get("kind") == "dictionary":
-        return DictionaryTask(**(shape | settings))
-    if entry.get("kind") == "retrieval":
-        filler = filler_from([ids for source in entry["filler"] for ids in tokenised(source, tokenizer)])
-        if "facts" in settings:
-            settings["facts"] = tuple(settings["facts"])
-        return SyntheticRetrieval(tokenizer, filler, **(shape | settings))
-    raise ValueError(f"task: kind is {entry.get('kind')!r}; choose retrieval or dictionary")
+    if settings["kind"] == "dictionary":
+        return DictionaryTask(**(shape | own))
+    if tokenizer is None:
+        raise ValueError(
+            "kind is 'retrieval', which is text, and the model has no tokenizer to read it with: name a model"
+        )
+    texts = []
+    for number, source in enumerate(settings["filler"]):
+        with entry(f"filler[{number}]"):
+            texts += list(tokenised(source, tokenizer))
+    if "facts" in own:
+        own["facts"] = tuple(own["facts"])
+    return SyntheticRetrieval(tokenizer, filler_from(texts), **(shape | own))
 
 
-def tokenised(entry: dict[str, Any], tokenizer: Any) -> Iterator[list[int]]:
+def tokenised(settings: dict[str, Any], tokenizer: Any) -> Iterator[list[int]]:
     """Documents of a source as token ids, up to ``FILLER_TOKENS`` in all."""
     total = 0
-    for ids in read_documents(data_source(entry), tokenizer):
+    for ids in read_documents(data_source(settings), tokenizer):
         total += len(ids)
         yield ids
         if total >= FILLER_TOKENS:
@@ -125,4 +241,5 @@ def tokenised(entry: dict[str, Any], tokenizer: Any) -> Iterator[list[int]]:
 
 
 def _resolve(recipe: Recipe, config: Any) -> MemoryConfig:
-    return recipe.memory_config().resolve(config.num_hidden_layers, config.max_position_embeddings, "float32")
+    with entry("memory"):
+        return recipe.memory_config().resolve(config.num_hidden_layers, config.max_position_embeddings, "float32")

@@ -80,8 +80,3 @@ def load_optimizer_state(optimizer: Any, state: dict[str, Any]) -> None:
 def clip_gradients(parameters: list[Tensor], largest: float) -> float:
     """Clip the gradients' joint norm; returns what it was before."""
     return float(whole(torch.nn.utils.clip_grad_norm_(parameters, largest)))
-
-
-def on_any_process(here: bool, accelerator: Accelerator) -> bool:
-    """Whether something is so on any process: what leads to a step that all take part in must be decided alike."""
-    return bool(accelerator.reduce(torch.tensor(float(here), device=accelerator.device)) > 0)

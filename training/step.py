@@ -15,7 +15,7 @@ from training.batches import Batch
 from training.contexts import Rows, choose_all, held_by, rows_of
 from training.crossbatch import Crossbatch
 from training.recipe import Recipe
-from training.sharding import clip_gradients
+from training.sharding import clip_gradients, whole
 
 # What one batch is summed up to, over all processes.
 SUMS = ("loss", "weight", "correct", "labels", "correct_answers", "answers")
@@ -87,8 +87,7 @@ def train_step(
         if not math.isfinite(found["loss"]):
             raise FloatingPointError(
                 f"the loss is {found['loss']} at step {step + 1}, batch {number + 1}, documents "
-                f"{part.document.tolist()}: "
-                "lower learning_rate or use dtype float32, and go on with --resume from the last checkpoint"
+                f"{part.document.tolist()}"
             )
         # DDP averages gradients over processes; the loss is a sum over all of them, divided by all weights.
         accelerator.backward(sums["loss"] * (accelerator.num_processes / max(weight, 1e-8)))
@@ -96,14 +95,21 @@ def train_step(
             total[name] += found[name]
         total["tokens"] += part.input_ids.numel() * accelerator.num_processes
     norm = clip_gradients(list(trained.values()), recipe.clip or math.inf)
-    if not math.isfinite(norm):
-        raise FloatingPointError(
-            f"the gradient's norm is {norm} at step {step + 1}, and no weight was changed: lower learning_rate or use "
-            "dtype float32, and go on with --resume from the last checkpoint"
-        )
+    check_gradients(norm, trained, step)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return total | {"loss": total["loss"] / max(total["weight"], 1e-8), "norm": norm}
+
+
+def check_gradients(norm: float, trained: dict[str, Tensor], step: int) -> None:
+    """Stop before a step that would spoil the weights.
+
+    Raises:
+        FloatingPointError: the gradient's norm is not finite.
+    """
+    if not math.isfinite(norm):
+        names = (n for n, p in trained.items() if p.grad is not None and not bool(torch.isfinite(whole(p.grad)).all()))
+        raise FloatingPointError(f"the gradient is {norm} at step {step + 1} (first in {next(names, 'their sum')})")
 
 
 def accuracies(sums: dict[str, float]) -> dict[str, float]:

@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,16 @@ def add(commands: Any) -> None:
     parser = commands.add_parser(
         "train",
         help="fine-tune a model with crossbatch",
-        description="Crossbatch fine-tuning by a recipe. On several devices: accelerate launch -m fot train ...",
+        description="Crossbatch fine-tuning by a recipe. On several GPUs: accelerate launch -m fot train ...; "
+        "in several processes on CPUs: torchrun --nproc_per_node N -m fot train ...",
     )
     parser.add_argument("recipe", help="YAML or JSON file, or the name of a shipped recipe")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="entries to change, such as steps=100")
     parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints, log and result")
-    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out")
+    parser.add_argument("--resume", action="store_true", help="go on from the last whole checkpoint in --out")
     parser.add_argument("--max-hours", type=float, metavar="H", help="end in time, with a checkpoint and a result")
+    parser.add_argument("--peak-tflops", type=float, metavar="X",
+                        help="of a device at the run's precision; logs the share of it that is used")  # fmt: skip
     parser.add_argument("-v", "--verbose", action="store_true", help="say what is chosen and why")
     parser.set_defaults(command=_train)
 
@@ -27,13 +31,28 @@ def add(commands: Any) -> None:
 def _train(args: argparse.Namespace) -> int:
     try:
         from training.recipe import load_recipe
+        from training.signals import Stopped
         from training.train import train
     except ImportError as error:
         raise ImportError(f"training needs more packages ({error}): pip install 'fot[train]'") from error
 
     recipe = load_recipe(args.recipe, args.overrides)
+    changed = {override.partition("=")[0].partition(".")[0] for override in args.overrides}
     quiet()
-    line = train(recipe, args.out, resume=args.resume, max_hours=args.max_hours)
-    if os.environ.get("RANK", "0") == "0":  # of several processes, one speaks
+    speaks = os.environ.get("RANK", "0") == "0"  # of several processes, one
+    try:
+        line = train(
+            recipe,
+            args.out,
+            resume=args.resume,
+            max_hours=args.max_hours,
+            changed=changed,
+            peak_tflops=args.peak_tflops,
+        )
+    except Stopped as stopped:
+        if speaks:
+            print(f"fot: {stopped}", file=sys.stderr)
+        return 128 + stopped.signum
+    if speaks:
         print(json.dumps(line))
     return 0

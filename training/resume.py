@@ -1,0 +1,223 @@
+"""Whether a run may start or go on in a folder, and with which settings; and what it goes on from."""
+
+import json
+import shutil
+import sys
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from torch import Tensor
+
+from training.checkpoints import (
+    BEST,
+    drop_broken_best,
+    last_whole_checkpoint,
+    list_checkpoints,
+    load_checkpoint,
+    read_best,
+    read_state,
+    remove_old,
+    step_of,
+)
+from training.files import recover, write_file
+from training.recipe import Recipe
+from training.results import RESULTS
+from training.sharding import load_optimizer_state, spread_like
+
+# What may change when a run goes on, and is only told.
+FREE = ("steps", "result", "strength", "clip", "patience", "log_every", "eval_every", "save_every", "tensorboard",
+        "trackers")  # fmt: skip
+# What may change if it is said on the command line, so that no edited or mistaken recipe file changes it.
+SAID = ("learning_rate", "lr_schedule", "warmup_steps", "decay_steps", "betas", "weight_decay", "accumulation",
+        "contexts", "dtype", "checkpointing", "held_out", "held_out_memory", "best_by", "eval_batches")  # fmt: skip
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a run starts from.
+
+    Attributes:
+        step: steps done.
+        best_accuracy: highest accuracy of a step's answers so far.
+        waited: evaluations since the best one.
+        data: position of this process's loader; None at the beginning.
+    """
+
+    step: int = 0
+    best_accuracy: float = 0.0
+    waited: int = 0
+    data: Any = None
+
+
+def on_main(accelerator: Accelerator, function: Callable[[], Result]) -> Result:
+    """What a function gives on the main process, on all of them; so does the error that it raises."""
+    outcome: list[Any] = [None, None]
+    if accelerator.is_main_process:
+        try:
+            outcome[0] = function()
+        except (ValueError, OSError) as error:
+            outcome[1] = error
+    broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
+
+
+def find_start(out: Path, recipe: Recipe, *, resume: bool, changed: Collection[str]) -> Path | None:
+    """The checkpoint that a run in ``out`` goes on from; None for a new run.
+
+    Args:
+        out: the run's folder, which need not exist.
+        recipe: what is to be done.
+        resume: whether to go on with what is there.
+        changed: entries of the recipe that were said to differ from the run's.
+
+    Raises:
+        ValueError: the folder holds a run and ``resume`` is not set, or no checkpoint of it is whole, or it was made by
+            another recipe.
+    """
+    folder = out / "checkpoints"
+    for place in (out, folder):
+        recover(place)
+    found = list_checkpoints(folder)
+    if found and not resume:
+        raise ValueError(f"{out} holds a run already ({found[-1].name}): add --resume to go on, or give another --out")
+    results = [name for name in RESULTS if (out / name).exists()]
+    if results and not found:
+        raise ValueError(f"{out} holds the result of a run ({results[0]}) and no checkpoint: give another --out")
+    if not found:
+        if resume:
+            _say(f"{out} holds no checkpoint to resume from: starting from the beginning")
+        return None
+    path, broken = last_whole_checkpoint(folder)
+    if path is None:
+        raise ValueError(
+            f"no checkpoint in {folder} is whole ({'; '.join(broken)}): bring one back, or give another --out"
+        )
+    for words in broken:
+        _say(f"not resuming from {words}")
+    for words in check_same_run(read_state(path)["recipe"], recipe, changed):
+        _say(f"resuming with another recipe: {words}")
+    return path
+
+
+def check_same_run(saved: dict[str, Any], recipe: Recipe, changed: Collection[str]) -> list[str]:
+    """Compare the recipe of a run with the one to go on with.
+
+    Args:
+        saved: as ``Recipe.to_dict`` gave it; entries that were not known then have their defaults.
+        recipe: the one to go on with.
+        changed: entries that were said to differ.
+
+    Returns:
+        what differs and may, in words.
+
+    Raises:
+        ValueError: what differs and must not.
+    """
+    defaults = {f.name: f.default for f in fields(Recipe) if f.default is not MISSING}
+    given = recipe.to_dict()
+    allowed: list[str] = []
+    unsaid: list[str] = []
+    fixed: list[str] = []
+    for key in given:
+        for place, before, now in _differences(key, saved.get(key, defaults.get(key)), given[key]):
+            words = f"{place} was {_short(before)} and is {_short(now)}"
+            if key in FREE or (key in SAID and key in changed):
+                allowed.append(words)
+            else:
+                (unsaid if key in SAID else fixed).append(words)
+    if fixed:
+        raise ValueError(
+            f"this recipe can't go on with the run: {'; '.join(fixed + unsaid)}; put that back, or start a new run in "
+            "another --out"
+        )
+    if unsaid:
+        keys = " ".join(f"{words.split()[0].split('.')[0].split('[')[0]}=..." for words in unsaid)
+        raise ValueError(
+            f"the run was made by another recipe: {'; '.join(unsaid)}; put that back, or say on the command line that "
+            f"it shall change: {keys}"
+        )
+    return allowed
+
+
+def claim(out: Path, recipe: Recipe, data: dict[str, Any], start: Path | None) -> None:
+    """Make ``out`` the folder of this run: its recipe and data; what another run left there goes.
+
+    Args:
+        out: the run's folder.
+        recipe: of the run.
+        data: what it reads.
+        start: the checkpoint that it goes on from.
+
+    Raises:
+        OSError: it could not be written.
+    """
+    folder = out / "checkpoints"
+    folder.mkdir(parents=True, exist_ok=True)
+    if start is None:
+        # Of a run that was killed before its first checkpoint; its best weights must not become this one's.
+        for old in (folder / BEST, out / "tensorboard"):
+            shutil.rmtree(old, ignore_errors=True)
+        (out / "log.jsonl").unlink(missing_ok=True)
+    else:
+        remove_old(folder, start)
+        if broken := drop_broken_best(folder):
+            _say(f"the weights of the best evaluation so far are lost ({broken}); the best from here on are kept")
+        elif (kept := read_best(folder)) is not None and kept.step > step_of(start):
+            shutil.rmtree(kept.path)  # of a future that will come again
+    write_file(out / "recipe.json", json.dumps(recipe.to_dict(), indent=1) + "\n")
+    write_file(out / "data.json", json.dumps(data, indent=1) + "\n")
+
+
+def restore(path: Path, trained: dict[str, Tensor], optimizer: Any, accelerator: Accelerator) -> Start:
+    """Load a checkpoint into parameters and optimiser.
+
+    Raises:
+        ValueError: it was made by another number of processes.
+    """
+    tensors, optimizer_state, state = load_checkpoint(path)
+    if {n: t.shape for n, t in tensors.items()} != {n: p.shape for n, p in trained.items()}:
+        raise ValueError(
+            f"{path} has other parameters than the model: it has changed since the run began; bring it back"
+        )
+    if len(state["data"]) != accelerator.num_processes:
+        raise ValueError(
+            f"{path} was made by {len(state['data'])} processes, each with its own share of the data, and this run has "
+            f"{accelerator.num_processes}: resume with as many, or start a new run from the result"
+        )
+    with torch.no_grad():
+        for name, parameter in trained.items():
+            parameter.copy_(spread_like(tensors[name], parameter))
+    load_optimizer_state(optimizer, optimizer_state)
+    if accelerator.is_main_process:
+        _say(f"resuming at step {state['step']} of {path}")
+    return Start(state["step"], state["best"], state.get("waited", 0), state["data"][accelerator.process_index])
+
+
+def _differences(place: str, before: Any, now: Any) -> Iterator[tuple[str, Any, Any]]:
+    """Where two values of JSON differ: place, the one, the other."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in [*before, *(key for key in now if key not in before)]:
+            yield from _differences(f"{place}.{key}", before.get(key), now.get(key))
+    elif isinstance(before, list | tuple) and isinstance(now, list | tuple) and len(before) == len(now):
+        for number, pair in enumerate(zip(before, now, strict=True)):
+            yield from _differences(f"{place}[{number}]", *pair)
+    elif before != now:
+        yield place, before, now
+
+
+def _short(value: Any) -> str:
+    text = "not given" if value is None else json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _say(text: str) -> None:
+    print(f"fot: {text}", file=sys.stderr, flush=True)
