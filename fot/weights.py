@@ -85,20 +85,21 @@ def _deciding(decoder: Any, last_layer: int) -> Iterator[_Weight]:
 def _walk(module: Any, path: str, elsewhere: _Elsewhere) -> Iterator[_Weight]:
     """The weights of a module and those within it, named as without adapters."""
     elsewhere += _kept_elsewhere(module, "")
-    if hasattr(module, "modules_to_save") and hasattr(module, "original_module"):  # PEFT, of a whole module
+    parts = module._modules  # this runs at every generation, and named_modules() takes several times as long
+    if "modules_to_save" in parts and "original_module" in parts:  # PEFT, of a whole module
         active = [] if module.disable_adapters else [a for a in module.active_adapters if a in module.modules_to_save]
         inside = f"modules_to_save.{active[0]}" if active else "original_module"
         yield from _walk(module.get_submodule(inside), path, _within(elsewhere, inside))
-    elif hasattr(module, "base_layer") and hasattr(module, "active_adapters"):  # PEFT, around a layer
+    elif "base_layer" in parts and hasattr(module, "active_adapters"):  # PEFT, around a layer
         yield from _walk_tuned(module, path, elsewhere)
     else:
-        buffers = (
-            (n, b) for n, b in module.named_buffers(recurse=False) if n not in module._non_persistent_buffers_set
-        )
-        for name, tensor in (*module.named_parameters(recurse=False), *buffers):
-            yield _Weight(f"{path}.{name}", _find(tensor, name, f"{path}.{name}", elsewhere))
-        for name, child in module.named_children():
-            yield from _walk(child, f"{path}.{name}", _within(elsewhere, name))
+        saved = (item for item in module._buffers.items() if item[0] not in module._non_persistent_buffers_set)
+        for name, tensor in (*module._parameters.items(), *saved):
+            if tensor is not None:
+                yield _Weight(f"{path}.{name}", _find(tensor, name, f"{path}.{name}", elsewhere))
+        for name, child in parts.items():
+            if child is not None:
+                yield from _walk(child, f"{path}.{name}", _within(elsewhere, name))
 
 
 def _walk_tuned(module: Any, path: str, elsewhere: _Elsewhere) -> Iterator[_Weight]:
@@ -106,7 +107,8 @@ def _walk_tuned(module: Any, path: str, elsewhere: _Elsewhere) -> Iterator[_Weig
     active = [] if off else list(module.active_adapters)
     low_rank = bool(active) and all(_is_low_rank(module, adapter) for adapter in active)
     for weight in _walk(module.base_layer, path, _within(elsewhere, "base_layer")):
-        added = low_rank and weight.name == f"{path}.weight" and weight.tensor.is_floating_point()
+        dense = weight.tensor.is_floating_point() and weight.tensor.element_size() > 1
+        added = low_rank and dense and weight.name == f"{path}.weight"
         yield _Weight(weight.name, weight.tensor, module if added else None)
         low_rank = low_rank and (added or weight.name != f"{path}.weight")
     if low_rank:
@@ -172,13 +174,15 @@ def _to_cpu(values: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _kept_elsewhere(module: Any, name: str) -> _Elsewhere:
     """The map from which accelerate's hook on a module takes its tensors, and a name in it."""
-    hook = getattr(module, "_hf_hook", None)
+    hook = module.__dict__.get("_hf_hook")
+    if hook is None:
+        return ()
     hooks = getattr(hook, "hooks", [hook])  # several in a row
     return tuple((found, name) for one in hooks if (found := getattr(one, "weights_map", None)) is not None)
 
 
 def _within(elsewhere: _Elsewhere, name: str) -> _Elsewhere:
-    return tuple((found, f"{before}{name}.") for found, before in elsewhere)
+    return tuple((found, f"{before}{name}.") for found, before in elsewhere) if elsewhere else ()
 
 
 def _find(tensor: Tensor, name: str, full_name: str, elsewhere: _Elsewhere) -> Tensor:
