@@ -39,7 +39,7 @@ class Documents:
     texts: dict[Path, str] = field(default_factory=dict)
     left_out: Counter[str] = field(default_factory=Counter)
     named: list[str] = field(default_factory=list)
-    _kept: int = 0  # characters in texts, once all are found
+    _kept: int = field(default=0, init=False, repr=False)  # characters in texts, once all are found
 
     def add(self, path: Path, text: str) -> None:
         """One more file."""
