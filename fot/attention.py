@@ -90,13 +90,13 @@ def memory_attention(
     return module.o_proj(output.transpose(1, 2).flatten(2))
 
 
-def memory_key_scale(model: Any) -> float:
+def memory_key_scale(model: Any, config: MemoryConfig) -> float:
     """What turns an unrotated key into the key at position 0: the factor of rotary scalings such as YaRN and LongRoPE.
 
     They multiply rotated queries and keys alike. Without positions in memory layers nothing is multiplied there.
     """
     return (
-        float(getattr(model.model.rotary_emb, "attention_scaling", 1.0)) if model.memory_config.mem_positionals else 1.0
+        float(getattr(model.model.rotary_emb, "attention_scaling", 1.0)) if config.mem_positionals else 1.0
     )
 
 

@@ -57,7 +57,7 @@ def attach_memory(model: Any, config: MemoryConfig | None = None) -> "FoTForCaus
     for number, layer in enumerate(model.model.layers):
         _plain_forward(layer.self_attn)
         if number in resolved.layers:
-            make_memory_layer(layer.self_attn, resolved, memory_key_scale(model))
+            make_memory_layer(layer.self_attn, resolved, memory_key_scale(model, resolved))
     return model
 
 

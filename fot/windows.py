@@ -252,7 +252,7 @@ def fill_window(model: Any, inputs: Inputs, local: LocalCache) -> None:
     if weight.device.type != "meta":  # a model spread over devices: only whole layers move their inputs themselves
         hidden = hidden.to(weight.device)
     keys, values = project_keys_values(layer.self_attn, layer.input_layernorm(hidden))
-    local.stage(last, scaled(keys, memory_key_scale(model)))
+    local.stage(last, scaled(keys, memory_key_scale(model, model.memory_config)))
     local.update(keys, values, last)
 
 

@@ -136,6 +136,26 @@ def test_train_time_equals_inference_time(
     assert (model(windows, use_cache=False).logits[1] - logits[1]).abs().max() > 0.05
 
 
+@pytest.mark.parametrize("positionals", [True, False])
+@torch.no_grad()
+def test_scaled_rotary_positions_equal_inference_time(positionals: bool, ids: Draw) -> None:
+    """YaRN multiplies rotated keys by a factor; those of other windows have it, too."""
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "rope_theta": 10000.0}
+    found, windows = [], ids(WINDOW, rows=2)
+    for trains in (True, False):
+        set_seed(0)
+        model = AutoModelForCausalLM.from_config(LlamaConfig(**SHAPE, rope_parameters=yarn)).eval()
+        config = MemoryConfig(mem_layers=(1, 3), local_context=WINDOW, mem_positionals=positionals)
+        if trains:
+            cb.enable_crossbatch(model, config.resolve(5, 64, "float32")).contexts = contexts([], [0])
+            found.append(model(windows, use_cache=False).logits[1:])
+        else:
+            memory = fot.attach_memory(model, config).new_memory()
+            model.ingest(windows[:1], memory)
+            found.append(model(windows[1:], memory=memory).logits)
+    torch.testing.assert_close(found[0], found[1], **CLOSE)
+
+
 @torch.no_grad()
 def test_chain_of_windows_equals_inference_time(family: str, trained: Any, make_model: ModelMaker, ids: Draw) -> None:
     """Three windows, each with all before it: the third reads a memory whose second window read the first."""

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from fot.attention import project_keys_values, project_queries, rotate
+from fot.attention import memory_key_scale, project_keys_values, project_queries, rotate, scaled
 from fot.config import MemoryConfig
 from memory import attend, merge
 from memory.softmax import fused_backward, fused_backward_fits
@@ -52,6 +52,7 @@ class Crossbatch:
     Attributes:
         contexts: for the next forward pass and its backward pass; None: every window on its own. On several processes
             all have contexts, if only of none of their rows, or none has: whoever has them gathers.
+        key_scale: ``memory_key_scale`` of the model.
         gather: (R, G, T, D) of this process -> (C, G, T, D) of all, differentiably.
         attention_mass: if a list, memory layers append (layer, (R, M) share of attention that each chosen row got).
         warned: it has been said that there are no negatives.
@@ -59,6 +60,7 @@ class Crossbatch:
 
     config: MemoryConfig
     contexts: Contexts | None = None
+    key_scale: float = 1.0
     gather: Gather = field(default=lambda tensor: gather_from_all(tensor))
     attention_mass: list[tuple[int, list[Tensor]]] | None = None
     warned: bool = False
@@ -74,7 +76,7 @@ def enable_crossbatch(model: Any, config: MemoryConfig) -> Crossbatch:
     Returns:
         the switch. ``disable_crossbatch`` undoes it.
     """
-    crossbatch = Crossbatch(config)
+    crossbatch = Crossbatch(config, key_scale=memory_key_scale(model, config))
 
     def forward(
         self: Any, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], **kwargs: Any
@@ -113,7 +115,7 @@ def crossbatch_layer(
         candidates = (keys[:0], values[:0])
         contexts = Contexts([torch.empty(0, dtype=torch.int64, device=keys.device)] * len(keys))
     else:
-        candidates = (crossbatch.gather(keys), crossbatch.gather(values))
+        candidates = (crossbatch.gather(scaled(keys, crossbatch.key_scale)), crossbatch.gather(values))
     output = attend_batch(queries, rotated, values, *candidates, contexts, scale=module.scaling)
     if crossbatch.attention_mass is not None:
         mass = context_mass(queries, rotated, candidates[0], contexts, scale=module.scaling)
