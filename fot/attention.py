@@ -95,9 +95,7 @@ def memory_key_scale(model: Any, config: MemoryConfig) -> float:
 
     They multiply rotated queries and keys alike. Without positions in memory layers nothing is multiplied there.
     """
-    return (
-        float(getattr(model.model.rotary_emb, "attention_scaling", 1.0)) if config.mem_positionals else 1.0
-    )
+    return float(getattr(model.model.rotary_emb, "attention_scaling", 1.0)) if config.mem_positionals else 1.0
 
 
 def scaled(keys: Tensor, scale: float) -> Tensor:

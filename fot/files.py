@@ -51,9 +51,8 @@ def check_not_binary(path: Path, allowed: tuple[bytes, ...] = ()) -> None:
 
 
 def check_utf8(path: Path) -> None:
-    """Raise UnreadableFileError, naming file and byte, if a file is no file, binary, or not UTF-8 text."""
+    """Raise UnreadableFileError if a file is no file, not UTF-8 (the byte is named), or binary."""
     check_regular(path)
-    check_not_binary(path)
     decoder = codecs.getincrementaldecoder("utf-8")()
     start = 0
     with open(path, "rb") as file:
@@ -69,8 +68,9 @@ def check_utf8(path: Path) -> None:
                     remedy="convert it, for instance with iconv -t utf-8",
                 ) from error
             if not block:
-                return
+                break
             start += len(block)
+    check_not_binary(path)  # zero bytes are UTF-8
 
 
 def check_unicode(text: str, what: str) -> None:

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import WINDOW, ModelMaker
+from conftest import SHAPE, WINDOW, ModelMaker
+from transformers import AutoModelForCausalLM, LlamaConfig, set_seed
 
 import fot
 from fot.config import MemoryConfig

@@ -43,6 +43,7 @@ def readers() -> dict[str, Callable[[Path], str]]:
 
 
 def _read_text(path: Path) -> str:
+    check_not_binary(path)  # most binary files are not UTF-8 either: say the plainer
     check_utf8(path)
     with open(path, encoding="utf-8", newline="") as text:
         return text.read().removeprefix("\ufeff")
