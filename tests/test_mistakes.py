@@ -77,7 +77,9 @@ BAD_ONCE = {
     "inspect": "--max-new-tokens=0 --layer=99 --layer=-1 --layer=0 --head=99 --top=0 --html=nosuch/a.html "
     "--html=folder --html= --plot=a.xyz --plot=nosuch/a.png --chat",
     "train": "steps=0 steps=x steps nonsense=1 == model=nosuch memory.mem_layers=[9] sources=[] lanes=-1 dtype=int3 "
-    "sources=[{path:nosuch.txt}] learning_rate=-1 tasks=[{kind:x}] --max-hours=x --out=book.txt",
+    "sources=[{path:nosuch.txt}] learning_rate=-1 tasks=[{kind:x}] --max-hours=x --out=book.txt "
+    "memory=1 sources=1 sources=[1] tasks=[x] betas=1 contexts=1 held_out=1 lora=1 lora.nonsense=1 model=[ clip=-1 "
+    "--max-hours=-1 --max-hours=nan --peak-tflops=0 --peak-tflops=inf --out=",
     "dictionary": "--lengths=0 --lengths=1 --windows=0 --seed=x",
     "needles": "--lengths=0 --lengths=1 --needles=0 --trials=0 --chat",
     "perplexity": "--tokens=0 --lengths=-1 --lengths=1.5 --base=nosuch --base=other",

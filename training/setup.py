@@ -145,11 +145,13 @@ def describe_data(recipe: Recipe) -> dict[str, Any]:
 
 
 def check_contexts(recipe: Recipe, world_size: int = 1) -> None:
-    """Refuse a number of contexts that no window of a batch can have.
+    """Refuse a number of contexts, if the recipe asks for one, that no window of a batch can have.
 
     Raises:
         ValueError: more than there are windows of other documents and earlier ones of its own.
     """
+    if not recipe.contexts:
+        return
     schedule = recipe.schedule()
     own = min(recipe.windows - 1, schedule.previous_windows)
     lanes = recipe.lanes * world_size

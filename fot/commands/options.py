@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import math
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -159,6 +160,17 @@ def positive(text: str) -> int:
     number = int(text) if text.strip().lstrip("-").isdigit() else 0
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return number
+
+
+def above_zero(text: str) -> float:
+    """A finite number above 0, of an option."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not (math.isfinite(number) and number > 0):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
     return number
 
 

@@ -4,10 +4,9 @@ import argparse
 import json
 import os
 import sys
-from pathlib import Path
 from typing import Any
 
-from fot.commands.options import quiet
+from fot.commands.options import above_zero, named_path, quiet
 
 
 def add(commands: Any) -> None:
@@ -19,10 +18,10 @@ def add(commands: Any) -> None:
     )
     parser.add_argument("recipe", help="YAML or JSON file, or the name of a shipped recipe")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="entries to change, such as steps=100")
-    parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints, log and result")
+    parser.add_argument("--out", type=named_path, required=True, help="folder for checkpoints, log and result")
     parser.add_argument("--resume", action="store_true", help="go on from the last whole checkpoint in --out")
-    parser.add_argument("--max-hours", type=float, metavar="H", help="end in time, with a checkpoint and a result")
-    parser.add_argument("--peak-tflops", type=float, metavar="X",
+    parser.add_argument("--max-hours", type=above_zero, metavar="H", help="end in time, with a checkpoint and a result")
+    parser.add_argument("--peak-tflops", type=above_zero, metavar="X",
                         help="of a device at the run's precision; logs the share of it that is used")  # fmt: skip
     parser.add_argument("-v", "--verbose", action="store_true", help="say what is chosen and why")
     parser.set_defaults(command=_train)

@@ -112,6 +112,8 @@ def _judge(
         for needle in haystack.needles:
             prompt, target = question_ids(model.tokenizer, needle)
             ids = torch.tensor([prompt + target[:-1]], device=model.device)
+            if not layers:  # without a memory, only a window of a long question can be read
+                ids = ids[:, -model.memory_config.window :]
             logits: Tensor = model(ids, memory=memory, use_cache=False, logits_to_keep=len(target)).logits[0]
             wanted = torch.tensor(target, device=logits.device)
             losses.append(torch.nn.functional.cross_entropy(logits.float(), wanted, reduction="none"))
