@@ -27,7 +27,7 @@ class MemoryConfig:
             goes to the memory. An integer cuts every input so, as LongLLaMA's code does. None: inputs that fit the
             window stay whole, longer ones keep half a window.
         overflow_keep: newest tokens that stay local when generation outgrows the window and the older ones move to the
-            memory. 0 is LongLLaMA's rule. None: half a window.
+            memory. 0 is LongLLaMA's rule. None: with the sinks three quarters of a window.
         attention_sinks: first tokens of the window that stay local with them, in all layers that have no memory. They
             draw the attention that has nothing to look for; without them the model loses its way (StreamingLLM, arXiv
             2309.17453). None stay with ``overflow_keep=0``, where the next token starts a new window.
@@ -119,8 +119,8 @@ class MemoryConfig:
                 f"window_overlap is {self.window_overlap}, but a window has {window} tokens, so that it would hold "
                 "nothing new: use less"
             )
-        most = max(0, window - self.attention_sinks - 1)  # less than half of a window of a few tokens
-        keep = min(window // 2, most) if self.overflow_keep is None else self.overflow_keep
+        # Rather much: what layers without memory have lost of the text is lost to them (docs/results.md).
+        keep = max(0, window * 3 // 4 - self.attention_sinks) if self.overflow_keep is None else self.overflow_keep
         if keep and keep + self.attention_sinks >= window:
             raise ValueError(
                 f"overflow_keep is {keep} and attention_sinks {self.attention_sinks}; a window of {window} tokens "
