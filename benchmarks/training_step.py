@@ -67,7 +67,7 @@ def measure(recipe: Recipe, steps: int, *, with_crossbatch: bool, keep: bool) ->
         recipe.schedule(), rows, range(len(batch.lane)), d, "0", isolated=config.isolated_windows
     )
     if not with_crossbatch:
-        disable_crossbatch(model)
+        disable_crossbatch(model, crossbatch)
     optimizer = torch.optim.AdamW(trained, lr=recipe.learning_rate)
     dtype = default_dtype(device) if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
     module, seconds = Step(model, crossbatch), []

@@ -6,125 +6,113 @@ For a query q in a memory layer, with L the keys of its local window before it a
     output(q) = sum over i in L + M of  exp(s q'.k_i) v_i  /  sum over j in L + M of  exp(s q'.k_j)
 
 computed as attention over L and attention over M, merged by their log-sum-exp (``memory.softmax.merge``). Local
-queries and keys are rotated by their position in the window; the same rotated query meets unrotated memory keys,
-which is to say keys at position 0 (LongLLaMA). With ``mem_positionals=False`` nothing is rotated in memory layers.
+queries and keys are rotated by their position in the window; the same rotated query meets memory keys at position 0
+(LongLLaMA). With ``mem_positionals=False`` nothing is rotated in memory layers.
+
+transformers calls this by its ``AttentionInterface``: a model with memory has the implementation ``fot_sdpa`` (over
+``sdpa``; likewise for others), which is the one under it except in a memory layer that is handed a window or, in
+training, contexts by the keyword ``CONTEXT``.
 """
 
-import types
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from fot.cache import LocalCache
-from fot.compat import given_cache
 from fot.config import MemoryConfig
 from memory import Memory, attend, merge
 
+# Keyword of a decoder's forward that reaches the attention of every layer.
+CONTEXT = "fot_context"
+PREFIX = "fot_"
+IMPLEMENTATIONS = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention")
 
-def make_memory_layer(attention: Any, config: MemoryConfig, key_scale: float) -> None:
-    """Give a Hugging Face attention module access to the memory, in place. No parameter is added or renamed.
 
-    ``key_scale`` is ``memory_key_scale`` of its model. Without a ``LocalCache`` the module computes what it computed
-    before.
+def attention_forward(
+    under: str,
+    module: Any,
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """What transformers calls in every layer.
+
+    Args:
+        under: the implementation for all else, such as ``sdpa``.
+        module: the attention module; ``layer_idx`` is its layer.
+        queries: (B, H, T, D), rotated.
+        keys: (B, G, S, D), rotated, those of the cache included.
+        values: (B, G, S, D).
+        attention_mask: of the implementation under this one.
+        scaling: factor on inner products; None: D**-0.5.
+        kwargs: ``CONTEXT`` and what else the implementation under this one takes.
+
+    Returns:
+        (B, T, H, D), and weights if the implementation under this one gives any.
     """
+    context = kwargs.pop(CONTEXT, None)
+    if context is not None and module.layer_idx in context.memory_layers:
+        scale = queries.shape[-1] ** -0.5 if scaling is None else scaling
+        # Under autocast projections come in bfloat16, but norms and rotations leave float32.
+        queries, keys = queries.to(values.dtype), keys.to(values.dtype)
+        output = context.attend(module.layer_idx, queries, keys, values, scale)  # (B, H, T, D)
+        return output.transpose(1, 2).contiguous(), None
+    plain = _implementation(under, module)
+    return plain(module, queries, keys, values, attention_mask, scaling=scaling, **kwargs)
 
-    def forward(
-        self: Any,
-        hidden_states: Tensor,
-        position_embeddings: tuple[Tensor, Tensor],
-        attention_mask: Tensor | None = None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None]:
-        local = given_cache(kwargs)
-        if isinstance(local, LocalCache):
-            return memory_attention(self, hidden_states, position_embeddings, local, config, key_scale), None
-        return type(self).forward(
-            self, hidden_states, position_embeddings=position_embeddings, attention_mask=attention_mask, **kwargs
-        )
 
-    bound = types.MethodType(forward, attention)
-    if hasattr(attention, "_old_forward"):  # accelerate's device_map wraps forward and keeps the real one here
-        attention._old_forward = bound
-    else:
-        attention.forward = bound
+def _implementation(name: str, module: Any) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    if name == "eager":  # each family has its own
+        return sys.modules[type(module).__module__].eager_attention_forward
+    return ALL_ATTENTION_FUNCTIONS[name]
+
+
+for _name in IMPLEMENTATIONS:
+    AttentionInterface.register(PREFIX + _name, partial(attention_forward, _name))
+    AttentionMaskInterface.register(PREFIX + _name, ALL_MASK_ATTENTION_FUNCTIONS[_name])
 
 
 def memory_attention(
-    module: Any,
-    hidden_states: Tensor,
-    position_embeddings: tuple[Tensor, Tensor],
-    local: LocalCache,
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    mask: Tensor | None,
+    memories: Sequence[Sequence[Memory]],
+    layer: int,
+    *,
+    scale: float,
     config: MemoryConfig,
-    key_scale: float,
-) -> Tensor:
+) -> tuple[Tensor, list[Tensor]]:
     """Attention of one memory layer: local window and memory in one softmax.
 
     Args:
-        module: a Llama-shaped attention module.
-        hidden_states: (B, T, hidden_size), normalised.
-        position_embeddings: cosines and sines (B or 1, T, D) of the positions in the window.
-        local: the window so far, and the memories of each row; takes the new keys and values.
+        queries: (B, H, T, D), rotated, the last T tokens of the window.
+        keys: (B, G, S, D), rotated, what of the window is not in the memory.
+        values: likewise.
+        mask: (B, S) bool, False at padding; None if there is none.
+        memories: for each row, the memories it reads.
+        layer: index of the memory layer.
+        scale: factor on inner products.
         config: resolved.
-        key_scale: factor on keys that go to the memory.
 
     Returns:
-        (B, T, hidden_size).
+        output (B, H, T, D); log-sum-exps (B, H, T) float32 of the local part and, if anything is stored, of the memory.
     """
-    queries = project_queries(module, hidden_states)  # (B, H, T, D)
-    keys, values = project_keys_values(module, hidden_states)  # (B, G, T, D)
-    layer = module.layer_idx
-    local.stage(layer, scaled(keys, key_scale))
-    if config.mem_positionals:
-        queries, keys = rotate(queries, keys, position_embeddings)
-    keys, values = local.update(keys, values, layer)  # (B, G, S, D)
-    first, mask = local.unstored()
-    parts = [attend_local(queries, keys[:, :, first:], values[:, :, first:], mask, scale=module.scaling)]
-    if any(len(memory) for row in local.memories for memory in row):
-        parts.append(attend_memory(queries, local.memories, layer, scale=module.scaling, config=config))
-    if local.recorder is not None:
-        local.recorder.note(layer, queries, [lse for _, lse in parts], local, module.scaling)
-    output, _ = merge(parts)  # (B, H, T, D)
-    return module.o_proj(output.transpose(1, 2).flatten(2))
-
-
-def memory_key_scale(model: Any, config: MemoryConfig) -> float:
-    """What turns an unrotated key into the key at position 0: the factor of rotary scalings such as YaRN and LongRoPE.
-
-    They multiply rotated queries and keys alike. Without positions in memory layers nothing is multiplied there.
-    """
-    return float(getattr(model.model.rotary_emb, "attention_scaling", 1.0)) if config.mem_positionals else 1.0
-
-
-def scaled(keys: Tensor, scale: float) -> Tensor:
-    """Keys times a factor that is 1 for most models."""
-    return keys if scale == 1.0 else keys * scale
-
-
-def project_queries(module: Any, hidden_states: Tensor) -> Tensor:
-    """Unrotated queries (B, H, T, D), normalised where the model does so (Qwen3)."""
-    queries = module.q_proj(hidden_states).unflatten(-1, (-1, module.head_dim))
-    return _normalised(module, "q_norm", queries).transpose(1, 2)
-
-
-def project_keys_values(module: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
-    """Unrotated keys (B, G, T, D), normalised where the model does so (Qwen3), and values, likewise."""
-    keys = module.k_proj(hidden_states).unflatten(-1, (-1, module.head_dim))
-    values = module.v_proj(hidden_states).unflatten(-1, (-1, module.head_dim))
-    return _normalised(module, "k_norm", keys).transpose(1, 2), values.transpose(1, 2)
-
-
-def rotate(queries: Tensor, keys: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Queries (B, H, T, D) and keys (B, G, T, D) turned by their positions, in the dtypes they had."""
-    turned = apply_rotary_pos_emb(queries, keys, *position_embeddings)
-    return turned[0].to(queries.dtype), turned[1].to(keys.dtype)
-
-
-def _normalised(module: Any, name: str, heads: Tensor) -> Tensor:
-    # Under autocast projections come in bfloat16, and norms with float32 weights leave float32, as rotations do.
-    return getattr(module, name)(heads).to(heads.dtype) if hasattr(module, name) else heads
+    parts = [attend_local(queries, keys, values, mask, scale=scale)]
+    if any(len(memory) for row in memories for memory in row):
+        parts.append(attend_memory(queries, memories, layer, scale=scale, config=config))
+    output, _ = merge(parts)
+    return output, [lse for _, lse in parts]
 
 
 def attend_local(

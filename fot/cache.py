@@ -5,15 +5,17 @@
 """
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache
-from transformers.models.llama.modeling_llama import rotate_half
 
+from fot.attention import memory_attention
+from fot.config import MemoryConfig
+from fot.rotary import Rotary, rotary_of
 from memory import Memory
 
 if TYPE_CHECKING:
@@ -27,8 +29,8 @@ LAST = torch.iinfo(torch.int64).max  # behind every position
 class LocalCache(DynamicCache):
     """Keys and values of the local window of B rows, S slots each.
 
-    Rows shorter than the others have padding in their first slots. Memory layers also keep their keys unrotated
-    here, since it is those that move to the memory.
+    Rows shorter than the others have padding in their first slots. Handed to a decoder as its ``CONTEXT``, it attends
+    in the memory layers.
 
     Attributes:
         memories: for each row, the memories its memory layers read.
@@ -41,20 +43,41 @@ class LocalCache(DynamicCache):
         sinks: of each row, first tokens that are in its memory already and stay here as attention sinks.
         recorder: takes note of what memory layers attend to; None for nobody.
         is_last: whether the tokens that the layers run on are the last of their input: the next is chosen after them.
+        ends_at: the layer whose keys and values are all that is wanted; above it nothing is computed. None: run all.
     """
 
     is_last = True
+    ends_at: int | None = None
 
-    def __init__(self, memories: Sequence[Sequence[Memory]], recorder: "Recorder | None" = None) -> None:
+    def __init__(
+        self,
+        memories: Sequence[Sequence[Memory]],
+        config: MemoryConfig,
+        rotary: Rotary,
+        recorder: "Recorder | None" = None,
+    ) -> None:
+        """
+        Args:
+            memories: for each row, the memories it reads.
+            config: resolved.
+            rotary: of the model.
+            recorder: takes note of what is attended to.
+        """
         super().__init__()
         self.memories = memories
+        self.config = config
+        self.rotary = rotary
         self.recorder = recorder
         self.clear()
+
+    @property
+    def memory_layers(self) -> tuple[int, ...]:
+        """Layers in which ``attend`` takes the place of the model's attention."""
+        return self.config.layers
 
     def clear(self) -> None:
         """Forget the whole window."""
         self.layers: list[Any] = []
-        self.unrotated: dict[int, Tensor] = {}
         self.mask: Tensor | None = None
         self.token_ids: Tensor | None = None
         self.positions: Tensor | None = None
@@ -106,10 +129,32 @@ class LocalCache(DynamicCache):
         self.counts = [count + new for count, new in zip(self.counts, added, strict=True)]
         return places
 
-    def stage(self, layer: int, keys: Tensor) -> None:
-        """Keep the unrotated keys (B, G, T, D) of a memory layer until they move to the memory."""
-        before = self.unrotated.get(layer)
-        self.unrotated[layer] = keys if before is None else torch.cat([before, keys], dim=2)
+    def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
+        """What a memory layer computes: local window and memory in one softmax.
+
+        Args:
+            layer: its index.
+            queries: (B, H, T, D), rotated, of the newest T tokens.
+            keys: (B, G, S, D), rotated, of the window, these tokens included.
+            values: likewise.
+            scale: factor on inner products.
+
+        Returns:
+            (B, H, T, D).
+
+        Raises:
+            WindowStored: this is the layer that it ends at.
+        """
+        if layer == self.ends_at:
+            raise WindowStored
+        first, mask = self.unstored()
+        keys, values = keys[:, :, first:], values[:, :, first:]
+        output, lses = memory_attention(
+            queries, keys, values, mask, self.memories, layer, scale=scale, config=self.config
+        )
+        if self.recorder is not None:
+            self.recorder.note(layer, queries, lses, self, scale)
+        return output
 
     def unstored(self) -> tuple[int, Tensor | None]:
         """Which slots memory layers attend to here: sinks they find in the memory, with all else that has moved there.
@@ -140,11 +185,14 @@ class LocalCache(DynamicCache):
         They stay here, too, until ``keep_slots`` forgets them.
         """
         assert self.token_ids is not None
+        assert self.places is not None
         if self.recorder is not None:
             self.recorder.settle()
         first = self.sinks[row]
         slots = self.slots(row)[first + skip : first + count]
-        keys = {layer: self._take(self.unrotated[layer][row], slots) for layer in memory.layers}
+        places, keys = self.places[row, slots], {}
+        for layer in memory.layers:  # at position 0
+            keys[layer] = self.rotary.back(layer, self._take(self.layers[layer].keys[row], slots), places)
         values = {layer: self._take(self.layers[layer].values[row], slots) for layer in memory.layers}
         memory.append(keys, values, self.token_ids[row, slots], document=document, spans=spans)
 
@@ -154,9 +202,7 @@ class LocalCache(DynamicCache):
         slots = torch.arange(self.token_ids.shape[1], device=self.token_ids.device)
         return slots if self.mask is None else slots[self.mask[row]]
 
-    def keep_slots(
-        self, kept: Sequence[Tensor], sinks: Sequence[int], inv_freq: Tensor, rotated_layers: Sequence[int]
-    ) -> None:
+    def keep_slots(self, kept: Sequence[Tensor], sinks: Sequence[int]) -> None:
         """Forget all other slots, whose content has moved, and close the gap behind the sinks.
 
         Without its first tokens a window has no attention sink: every later key was made with them in sight, and none
@@ -165,8 +211,6 @@ class LocalCache(DynamicCache):
         Args:
             kept: for each row, slots of the tokens to keep, ascending.
             sinks: for each row, how many of those are its sinks.
-            inv_freq: (D / 2,) the model's rotary frequencies.
-            rotated_layers: layers whose keys here are rotated.
         """
         if not any(len(slots) for slots in kept):
             self.clear()
@@ -194,16 +238,13 @@ class LocalCache(DynamicCache):
         self.base = self.base + shift
         shift = torch.where(tail, shift, 0)
         self.places = places - shift
-        self.unrotated = {layer: _pick_slots(keys, where) for layer, keys in self.unrotated.items()}
         for number, layer in enumerate(self.layers):
-            layer.keys, layer.values = _pick_slots(layer.keys, where), _pick_slots(layer.values, where)
-            if number in rotated_layers:
-                layer.keys = _rotate_back(layer.keys, shift, inv_freq)
+            layer.values = _pick_slots(layer.values, where)
+            layer.keys = self.rotary.back(number, _pick_slots(layer.keys, where), shift)
 
     def select_rows(self, rows: Tensor) -> None:
         """Row i becomes what row ``rows[i]`` was (beam search); memories are the caller's."""
         super().reorder_cache(rows)
-        self.unrotated = {layer: keys.index_select(0, rows.to(keys.device)) for layer, keys in self.unrotated.items()}
         for name in ("token_ids", "positions", "places", "base", "mask"):
             tensor = getattr(self, name)
             setattr(self, name, None if tensor is None else tensor[rows.to(tensor.device)])
@@ -221,12 +262,8 @@ def _pick_slots(vectors: Tensor, where: Tensor) -> Tensor:
     return vectors.transpose(1, 2)[rows, where.to(vectors.device)].transpose(1, 2)
 
 
-def _rotate_back(keys: Tensor, shift: Tensor, inv_freq: Tensor) -> Tensor:
-    """Keys (B, G, S, D) moved back by ``shift`` (B, S) positions: R(p - shift) k = R(-shift) R(p) k."""
-    angle = -shift.float().unsqueeze(-1) * inv_freq.to(shift.device, torch.float32)  # (B, S, D / 2)
-    angle = torch.cat([angle, angle], dim=-1).unsqueeze(1).to(keys.device)  # (B, 1, S, D)
-    turned = keys.float()  # float32: the rotation must not add to bfloat16's rounding
-    return (turned * angle.cos() + rotate_half(turned) * angle.sin()).to(keys.dtype)
+class WindowStored(Exception):  # noqa: N818 - no error: all that was wanted of a decoder has been computed
+    """Ends a decoder's forward at the layer whose keys and values were wanted."""
 
 
 class Row:
@@ -280,17 +317,17 @@ class FoTCache(Cache):
         self.align_padding = align_padding
         self.write = write
         self.rows: list[Row] = []
-        self.local = LocalCache([])
+        self.local = LocalCache([], MemoryConfig(mem_layers=()), Rotary(()))  # until rows are opened
         self.recorder: Recorder | None = None
         self.seen = 0
         self.next_positions: Tensor | None = None
 
-    def open_rows(self, batch_size: int, new_memory: Callable[[], Memory]) -> None:
+    def open_rows(self, batch_size: int, model: Any) -> None:
         """Set up the memories of ``batch_size`` rows.
 
         Args:
             batch_size: rows; a multiple of the number of given memories (``num_beams`` repeats each prompt).
-            new_memory: makes an empty memory.
+            model: the ``FoTForCausalLM`` whose cache this is.
 
         Raises:
             ValueError: the given memories cannot be shared out.
@@ -308,13 +345,14 @@ class FoTCache(Cache):
         else:
             repeat = batch_size // count if count else 0
             reads = [[self.given[row // repeat]] if count else [] for row in range(batch_size)]
-            empty = new_memory()
+            empty = model.new_memory()
             self.rows = [Row(read, empty.clone()) for read in reads]
-        self.open_window()
+        self.local = local_window(model, [row.memories for row in self.rows], self.recorder)
 
     def open_window(self) -> None:
         """Start an empty local window that reads the rows' memories."""
-        self.local = LocalCache([row.memories for row in self.rows], self.recorder)
+        memories = [row.memories for row in self.rows]
+        self.local = LocalCache(memories, self.local.config, self.local.rotary, self.recorder)
 
     def watch(self, recorder: "Recorder | None") -> None:
         """Let a recorder take note of what is attended to from here on; None for nobody."""
@@ -389,6 +427,13 @@ class FoTCache(Cache):
         self.rows = rows
         self.local.select_rows(beam_idx)
         self.local.memories = [row.memories for row in self.rows]
+
+
+def local_window(model: Any, memories: Sequence[Sequence[Memory]], recorder: "Recorder | None" = None) -> LocalCache:
+    """An empty local window of a ``FoTForCausalLM`` that reads these memories, for each row."""
+    config = model.memory_config
+    without = () if config.mem_positionals else config.layers
+    return LocalCache(memories, config, rotary_of(model, without), recorder)
 
 
 def _copied(cache: Cache) -> dict[str, Any]:

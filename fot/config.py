@@ -90,13 +90,27 @@ class MemoryConfig:
             raise ValueError(f"align_padding is {self.align_padding!r}; choose row or batch")
         check_index(self.index)
 
-    def resolve(self, num_hidden_layers: int, max_position_embeddings: int, dtype: str) -> "MemoryConfig":
+    def resolve(
+        self,
+        num_hidden_layers: int,
+        max_position_embeddings: int,
+        dtype: str,
+        default_layers: tuple[int, ...] | None = None,
+    ) -> "MemoryConfig":
         """Fill in what is None and check the rest against the model.
+
+        Args:
+            num_hidden_layers: of the model.
+            max_position_embeddings: likewise.
+            dtype: in which it computes.
+            default_layers: memory layers where none are named; None: ``default_mem_layers``.
 
         Raises:
             ValueError: a memory layer or a length that this model does not have.
         """
-        mem_layers = default_mem_layers(num_hidden_layers) if self.mem_layers is None else self.mem_layers
+        mem_layers = self.mem_layers
+        if mem_layers is None:
+            mem_layers = default_layers or default_mem_layers(num_hidden_layers)
         for layer in mem_layers:
             if not 0 <= layer < num_hidden_layers:
                 raise ValueError(

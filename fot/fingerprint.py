@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fot.config import MemoryConfig
+from fot.families import key_value_shape
 from fot.weights import sample_weights
 
 VERSION = 2
@@ -60,7 +61,7 @@ class Fingerprint:
             ValueError: the weights are not loaded.
         """
         config = model.memory_config
-        samples = sample_weights(model.model, max(config.layers, default=-1))
+        samples = sample_weights(model.base_model, max(config.layers, default=-1))
         settings = {name: _plain(getattr(config, name)) for name in SETTINGS}
         return cls(settings, _computation(model), samples.digest, samples.values)
 
@@ -148,7 +149,7 @@ def _computation(model: Any) -> dict[str, Any]:
     rope = dict(getattr(config, "rope_parameters", None) or {"rope_theta": getattr(config, "rope_theta", None)})
     if rope.get("rope_type", "default") not in ("default", "linear", "llama3"):  # others look at it
         rope["max_position_embeddings"] = config.max_position_embeddings
-    found["head_dim"] = _plain(model.model.layers[0].self_attn.head_dim)
+    found["head_dim"] = _plain(key_value_shape(model)[1])
     found["rope_parameters"] = {name: _plain(value) for name, value in sorted(rope.items()) if value is not None}
     return found
 
@@ -206,7 +207,7 @@ def first_fingerprint(model: Any) -> str:
         repr((config.layers, config.local_context, config.mem_positionals, config.isolated_windows)).encode()
     )
     last = max(config.layers, default=-1)
-    for name, parameter in sorted(model.model.named_parameters()):
+    for name, parameter in sorted(model.base_model.named_parameters()):
         parts = name.split(".")
         if parts[0] == "layers" and int(parts[1]) > last:
             continue

@@ -3,6 +3,7 @@
 import functools
 import types
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +12,17 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from fot.attention import make_memory_layer, memory_key_scale
+from fot.attention import CONTEXT, PREFIX
 from fot.cache import FoTCache
 from fot.compat import CACHE, given_cache
 from fot.config import CONFIG_KEY, MemoryConfig, check_memory_layers
+from fot.families import attention_modules, check_supported, head, key_value_shape, whole_layers
 from fot.fingerprint import MADE_WITH, Fingerprint, difference, tokenizer_fingerprint, weights_fingerprint
 from fot.ingest import ingest
 from fot.loss import chunked_loss
 from fot.recording import recorder_of
 from fot.windows import Inputs, extend, prefill
 from memory import Memory
-
-# Decoders whose attention modules have the shape that fot.attention expects.
-SUPPORTED_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "longllama")
 
 
 def attach_memory(model: Any, config: MemoryConfig | None = None) -> "FoTForCausalLM":
@@ -44,20 +43,20 @@ def attach_memory(model: Any, config: MemoryConfig | None = None) -> "FoTForCaus
     """
     check_supported(model)
     config = config or MemoryConfig()
-    resolved = config.resolve(
-        model.config.num_hidden_layers, model.config.max_position_embeddings, str(model.dtype).removeprefix("torch.")
-    )
-    _check_sliding(model, resolved.window)
+    resolved = _resolve(model, config)
     if not isinstance(model, FoTForCausalLM):
         model.__class__ = _with_memory(type(model))  # type: ignore[arg-type]
-    _rebind_forward(model)
+        _bind_wrapped(model)
+    model.set_attn_implementation(model.config._attn_implementation)
+    _remove_hooks(model)
     model.memory_config = resolved
     if model.config.model_type != "longllama":  # that has fields of its own
         setattr(model.config, CONFIG_KEY, config.to_dict() | {"mem_layers": list(resolved.layers)})
-    for number, layer in enumerate(model.model.layers):
-        _plain_forward(layer.self_attn)
-        if number in resolved.layers:
-            make_memory_layer(layer.self_attn, resolved, memory_key_scale(model, resolved))
+    model.memory_hooks = []
+    if not resolved.mem_positionals:
+        for number, attention in enumerate(attention_modules(model)):
+            if number in resolved.layers:
+                model.memory_hooks.append(attention.register_forward_pre_hook(without_positions, with_kwargs=True))
     return model
 
 
@@ -66,42 +65,37 @@ def detach_memory(model: Any) -> PreTrainedModel:
 
     ``attach_memory(model, config)`` brings the memory back.
     """
-    for layer in model.model.layers:
-        _plain_forward(layer.self_attn)
-    model.__class__ = next(cls for cls in type(model).__mro__ if not issubclass(cls, FoTForCausalLM))
-    _rebind_forward(model)
+    _remove_hooks(model)
+    model.__class__ = _plain_class(model)
+    _bind_wrapped(model)
+    model.set_attn_implementation(model.config._attn_implementation.removeprefix(PREFIX))
     return model
 
 
-def check_supported(model: Any) -> None:
-    """Raise ValueError, naming the model, if memory cannot be attached to it."""
-    config = getattr(model, "config", None)
-    kind = getattr(config, "model_type", type(model).__name__)
-    if kind not in SUPPORTED_MODEL_TYPES:
-        raise ValueError(
-            f"{kind!r} models have no memory attention here; supported: {', '.join(SUPPORTED_MODEL_TYPES)}"
-        )
-    if not isinstance(model, PreTrainedModel):
-        raise ValueError(
-            f"a {type(model).__name__} is no transformers model; attach memory to the model inside it, as "
-            "peft_model.get_base_model() gives it"
-        )
-    if not (hasattr(model, "lm_head") and hasattr(model, "model")):
-        raise ValueError(
-            f"{type(model).__name__} is not a causal language model; load {kind} with AutoModelForCausalLM"
-        )
-
-
-def _check_sliding(model: Any, window: int) -> None:
-    """Raise ValueError if some layers would see less than a whole local window."""
-    config = model.config
-    sliding = getattr(config, "sliding_window", None)
-    kinds = getattr(config, "layer_types", None) or (["sliding_attention"] if sliding else [])
-    if "sliding_attention" in kinds and sliding and sliding < window:
+def _resolve(model: Any, config: MemoryConfig) -> MemoryConfig:
+    """Settings filled in for a model, its memory layers those that see a whole window."""
+    shape = (
+        model.config.num_hidden_layers,
+        model.config.max_position_embeddings,
+        str(model.dtype).removeprefix("torch."),
+    )
+    resolved = config.resolve(*shape)
+    whole, sliding = whole_layers(model.config, resolved.window), getattr(model.config, "sliding_window", None)
+    if not whole:
         raise ValueError(
             f"{type(model).__name__} attends within a sliding window of {sliding} tokens, shorter than the local "
-            f"window of {window}: use windows of at most {sliding} tokens (local_context={sliding})"
+            f"window of {resolved.window}: use windows of at most {sliding} tokens (local_context={sliding})"
         )
+    short = [layer for layer in resolved.layers if layer not in whole]
+    if short and config.mem_layers is not None:
+        raise ValueError(
+            f"layer {short[0]} of {type(model).__name__} attends within a sliding window of {sliding} tokens, shorter "
+            f"than the local window of {resolved.window}: choose mem_layers among {whole}, or local_context={sliding}"
+        )
+    if short:
+        near = {min(whole, key=lambda one: abs(one - layer)) for layer in resolved.layers}
+        resolved = config.resolve(*shape, default_layers=tuple(sorted(near)))
+    return resolved
 
 
 class FoTForCausalLM:
@@ -109,16 +103,17 @@ class FoTForCausalLM:
 
     Attributes:
         memory_config: resolved settings.
+        memory_hooks: handles of what ``attach_memory`` hung on memory layers.
         tokenizer: set by ``from_pretrained`` if the checkpoint has one; ``ingest`` of text needs it.
     """
 
     memory_config: MemoryConfig
+    memory_hooks: Sequence[Any] = ()
     tokenizer: Any = None
 
     # What every Hugging Face model that this is mixed into has.
     config: Any
-    model: Any
-    lm_head: Any
+    base_model: Any
 
     @classmethod
     def from_pretrained(cls, name_or_path: str | Path, *args: Any, **kwargs: Any) -> "FoTForCausalLM":
@@ -181,10 +176,10 @@ class FoTForCausalLM:
             ValueError: inputs that do not go together, or a memory made by other weights.
         """
         cache = self._open_cache(past_key_values if cache is None else cache, memory)
-        cache.watch(self.recorder)
         inputs = Inputs.make(input_ids, inputs_embeds, attention_mask, position_ids, cache)
         if not cache.rows:
-            cache.open_rows(inputs.batch_size, self.new_memory)
+            cache.open_rows(inputs.batch_size, self)
+        cache.watch(self.recorder)
         num_items = kwargs.pop("num_items_in_batch", None)
         needs_all = labels is not None or isinstance(logits_to_keep, Tensor) or logits_to_keep == 0
         keep = inputs.length if needs_all else min(int(logits_to_keep), inputs.length)
@@ -196,14 +191,14 @@ class FoTForCausalLM:
         else:
             outputs = extend(self, inputs, cache, keep, kwargs)
         hidden = outputs.last_hidden_state  # (B, keep, hidden_size)
-        loss = None if labels is None else chunked_loss(hidden, labels, self.lm_head, num_items)
+        loss = None if labels is None else chunked_loss(hidden, labels, partial(head, self), num_items)
         if isinstance(logits_to_keep, Tensor):
             hidden = hidden[:, logits_to_keep]
         elif logits_to_keep:
             hidden = hidden[:, -int(logits_to_keep) :]
         result = CausalLMOutputWithPast(
             loss=loss,
-            logits=self.lm_head(hidden),
+            logits=head(self, hidden),
             **{CACHE: cache if use_cache else None},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
@@ -223,7 +218,7 @@ class FoTForCausalLM:
                 f"of {self.memory_config.window}; pack fewer tokens, or give each text a row of its own"
             )
         given = {"input_ids": inputs.ids} if inputs.embeds is None else {"inputs_embeds": inputs.embeds}
-        outputs = self.model(**given, position_ids=inputs.positions, use_cache=False, **options)
+        outputs = self.base_model(**given, position_ids=inputs.positions, use_cache=False, **options)
         outputs.last_hidden_state = outputs.last_hidden_state[:, -keep:]
         return outputs
 
@@ -292,7 +287,7 @@ class FoTForCausalLM:
     def device(self) -> torch.device:
         """Where inputs go: to the parameters, or where accelerate brings them that it keeps elsewhere."""
         first: torch.device = super().device  # type: ignore[misc]
-        hook = getattr(self.model.embed_tokens, "_hf_hook", None) if first.type == "meta" else None
+        hook = getattr(self.base_model.get_input_embeddings(), "_hf_hook", None) if first.type == "meta" else None
         brought_to = getattr(hook, "execution_device", None)
         return first if brought_to is None else torch.device(brought_to)
 
@@ -319,11 +314,11 @@ class FoTForCausalLM:
             "top_k": config.top_k,
             "device": config.memory_device,
         }
-        head_dim = self.model.layers[0].self_attn.head_dim
+        heads, head_dim = key_value_shape(self)
         made_with = Fingerprint.of(self)
         memory = Memory(
             config.layers,
-            self.config.num_key_value_heads,
+            heads,
             head_dim,
             fingerprint=made_with.name,
             **(defaults | settings),
@@ -347,6 +342,19 @@ class FoTForCausalLM:
         """Names the weights and settings that a memory's keys and values depend on."""
         return weights_fingerprint(self)
 
+    def set_attn_implementation(self, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
+        """As in transformers: what computes attention in layers without memory, and elsewhere within one window."""
+        if isinstance(attn_implementation, str) and not attn_implementation.startswith(PREFIX):
+            attn_implementation = PREFIX + attn_implementation
+        super().set_attn_implementation(attn_implementation, *args, **kwargs)  # type: ignore[misc]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # The class is made when memory is attached, so pickle could not find it by its name.
+        plain = _plain_class(self)
+        if type(self) is not _with_memory(plain):  # LongLLaMA's, which can be found
+            return super().__reduce_ex__(protocol)
+        return _rebuilt, (plain,), self.__dict__
+
     def check_ids(self, ids: Tensor) -> None:
         """Raise ValueError if token ids are missing or outside the vocabulary."""
         if ids.numel() == 0:
@@ -361,7 +369,7 @@ class FoTForCausalLM:
     def check_memory(self, memory: Memory) -> None:
         """Raise ValueError, saying what differs, if a memory was made by other weights, settings or tokenizer."""
         check_memory_layers(self.memory_config)
-        heads, dim = self.config.num_key_value_heads, self.model.layers[0].self_attn.head_dim
+        heads, dim = key_value_shape(self)
         ours = (self.memory_config.layers, heads, dim)
         theirs = (memory.layers, memory.num_key_value_heads, memory.head_dim)
         if ours != theirs:
@@ -422,15 +430,32 @@ def _with_memory(plain: type) -> type:
     return type(plain.__name__, (FoTForCausalLM, plain), {"__module__": plain.__module__})
 
 
-def _plain_forward(attention: Any) -> None:
-    """Undo ``make_memory_layer``."""
-    if hasattr(attention, "_old_forward"):
-        _rebind_forward(attention)
-    else:
-        attention.__dict__.pop("forward", None)
+def without_positions(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """A hook of memory layers that use no positions: where they attend to a memory, nothing is turned."""
+    if kwargs.get(CONTEXT) is not None:
+        cos, sin = kwargs["position_embeddings"]
+        kwargs["position_embeddings"] = (torch.ones_like(cos), torch.zeros_like(sin))
+    return args, kwargs
 
 
-def _rebind_forward(module: Any) -> None:
+def _plain_class(model: Any) -> Any:
+    """The class of a model with memory, without it."""
+    return next(cls for cls in type(model).__mro__ if not issubclass(cls, FoTForCausalLM))
+
+
+def _rebuilt(plain: type) -> Any:
+    """An empty model of the class that ``attach_memory`` gives models of ``plain``; unpickling fills it."""
+    made: Any = _with_memory(plain)
+    return made.__new__(made)
+
+
+def _remove_hooks(model: Any) -> None:
+    for handle in model.memory_hooks:
+        handle.remove()
+    model.memory_hooks = []
+
+
+def _bind_wrapped(module: Any) -> None:
     """Where accelerate's device_map has put a wrapper around ``forward``, let it wrap that of the module's class."""
     if hasattr(module, "_old_forward"):
         module._old_forward = types.MethodType(type(module).forward, module)

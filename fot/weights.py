@@ -17,7 +17,10 @@ from torch import Tensor
 SAMPLES = 32
 
 # Of the last memory layer, what its keys and values come from.
-_LAST_LAYER = ("input_layernorm", "self_attn.k_proj", "self_attn.v_proj", "self_attn.k_norm")
+_LAST_LAYER = (
+    *("input_layernorm", "self_attn.k_proj", "self_attn.v_proj", "self_attn.k_norm"),
+    *("self_attn.qkv_proj", "attention.query_key_value"),  # with the queries, in one
+)
 
 # Where else accelerate keeps tensors that are on the meta device: maps, each with the name there so far.
 _Elsewhere = tuple[tuple[Any, str], ...]
@@ -68,7 +71,9 @@ def sample_weights(decoder: Any, last_layer: int) -> WeightSamples:
 
 
 def _deciding(decoder: Any, last_layer: int) -> Iterator[_Weight]:
-    yield from _walk(decoder.embed_tokens, "embed_tokens", _kept_elsewhere(decoder, "embed_tokens."))
+    embedding = decoder.get_input_embeddings()
+    name = next(name for name, module in decoder.named_children() if module is embedding)
+    yield from _walk(embedding, name, _kept_elsewhere(decoder, f"{name}."))
     for number, layer in enumerate(decoder.layers[: last_layer + 1]):
         name = f"layers.{number}"
         for weight in _walk(layer, name, _kept_elsewhere(decoder, f"{name}.")):
@@ -77,9 +82,11 @@ def _deciding(decoder: Any, last_layer: int) -> Iterator[_Weight]:
                 yield weight
     rotary = decoder.rotary_emb
     # Some kinds of scaling change the first of these in long inputs, longer than any window.
-    frequencies = getattr(rotary, "original_inv_freq", rotary.inv_freq)
     fixed = getattr(rotary, "rope_type", "default") not in ("dynamic", "longrope")
-    yield _Weight("rotary_emb.inv_freq", rotary.inv_freq if fixed else frequencies)
+    for name, buffer in rotary.named_buffers():  # one, or one for each kind of layer
+        if name.endswith("inv_freq") and "original" not in name:
+            frequencies = buffer if fixed else getattr(rotary, f"original_{name}", buffer)
+            yield _Weight(f"rotary_emb.{name}", frequencies)
 
 
 def _walk(module: Any, path: str, elsewhere: _Elsewhere) -> Iterator[_Weight]:

@@ -1,16 +1,16 @@
 """An input of any length, window by window: first what goes to the memory, then the local window."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from fot.attention import memory_key_scale, project_keys_values, scaled
-from fot.cache import UNKNOWN_TOKEN, FoTCache, LocalCache, Row
+from fot.attention import CONTEXT
+from fot.cache import UNKNOWN_TOKEN, FoTCache, LocalCache, Row, WindowStored, local_window
 from fot.compat import CACHE
 from fot.config import check_memory_layers
 from memory import Memory
@@ -159,8 +159,13 @@ def run_window(model: Any, inputs: Inputs, local: LocalCache, options: dict[str,
     positions = local.extend(inputs.ids, inputs.positions, inputs.mask)
     given = {"input_ids": inputs.ids} if inputs.embeds is None else {"inputs_embeds": inputs.embeds}
     mask = None if local.mask is None else local.mask.long()
-    return model.model(
-        **given, attention_mask=mask, position_ids=positions, use_cache=True, **{CACHE: local}, **options
+    return model.base_model(
+        **given,
+        attention_mask=mask,
+        position_ids=positions,
+        use_cache=True,
+        **{CACHE: local, CONTEXT: local},
+        **options,
     )
 
 
@@ -190,7 +195,7 @@ def store_window(
     """
     config, hidden = model.memory_config, None
     check_memory_layers(config)
-    local = LocalCache([row.memories])
+    local = local_window(model, [row.memories])
     if hidden_states:
         hidden = run_window(model, inputs, local, {}).last_hidden_state
     if config.isolated_windows:
@@ -222,38 +227,17 @@ def store_isolated(
         spans: for each window, the characters in the text of each token that is stored; None where they are not known.
     """
     check_memory_layers(model.memory_config)
-    local = LocalCache([[]] * inputs.batch_size)
+    local = local_window(model, [[]] * inputs.batch_size)
     fill_window(model, inputs, local)
     for row, (skip, characters) in enumerate(zip(skips, spans, strict=True)):
         local.move(row, inputs.length, memory, skip=skip, document=document, spans=characters)
 
 
 def fill_window(model: Any, inputs: Inputs, local: LocalCache) -> None:
-    """The layers below the last memory layer, and that layer's keys and values; nothing else."""
-    decoder = model.model
-    positions = local.extend(inputs.ids, inputs.positions, inputs.mask)
-    hidden = decoder.embed_tokens(inputs.ids) if inputs.embeds is None else inputs.embeds
-    rotary = decoder.rotary_emb(hidden, position_ids=positions)
-    mask = create_causal_mask(
-        config=model.config,
-        inputs_embeds=hidden,
-        attention_mask=None,
-        position_ids=positions,
-        **{CACHE: None},
-    )
-    last = model.memory_config.layers[-1]
-    for number, layer in enumerate(decoder.layers[:last]):
-        cache = local if number in model.memory_config.layers else None
-        hidden = layer(
-            hidden, attention_mask=mask, position_ids=positions, position_embeddings=rotary, **{CACHE: cache}
-        )
-    layer = decoder.layers[last]
-    weight = layer.self_attn.k_proj.weight
-    if weight.device.type != "meta":  # a model spread over devices: only whole layers move their inputs themselves
-        hidden = hidden.to(weight.device)
-    keys, values = project_keys_values(layer.self_attn, layer.input_layernorm(hidden))
-    local.stage(last, scaled(keys, memory_key_scale(model, model.memory_config)))
-    local.update(keys, values, last)
+    """The layers below the last memory layer, and that layer's keys and values; nothing above them."""
+    local.ends_at = model.memory_config.layers[-1]
+    with suppress(WindowStored):
+        run_window(model, inputs, local, {})
 
 
 def _local_prefill(
@@ -322,8 +306,7 @@ def _make_room(model: Any, cache: FoTCache, num_tokens: int) -> None:
         else:
             sinks.append(local.sinks[number])
             kept.append(slots)
-    rotated = [i for i in range(len(local.layers)) if config.mem_positionals or i not in config.layers]
-    local.keep_slots(kept, sinks, model.model.rotary_emb.inv_freq, rotated)
+    local.keep_slots(kept, sinks)
 
 
 def _local_length(model: Any, inputs: Inputs, cache: FoTCache, real: Tensor, last_context_length: int | None) -> int:
@@ -403,7 +386,7 @@ def _refuse_single_window_options(model: Any, options: dict[str, Any]) -> None:
 
 def _refuse_checkpointing(model: Any) -> None:
     # Checkpointed layers are called without a cache, and it is the cache that brings them the memory.
-    if model.training and getattr(model.model.layers[0], "gradient_checkpointing", False):
+    if model.training and getattr(model.base_model.layers[0], "gradient_checkpointing", False):
         raise ValueError(
             "gradient checkpointing hides the memory from its layers: call model.gradient_checkpointing_disable(), or "
             "give inputs that fit one window"

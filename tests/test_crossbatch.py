@@ -195,12 +195,12 @@ def test_without_contexts_the_model_is_untouched(
     torch.testing.assert_close(model(windows, use_cache=False).logits, plain, **CLOSE)
     crossbatch.contexts = contexts([], [], [])
     torch.testing.assert_close(model(windows, use_cache=False).logits, plain, **CLOSE)
-    cb.disable_crossbatch(model)
+    cb.disable_crossbatch(model, crossbatch)
     torch.testing.assert_close(model(windows).logits, plain, atol=0, rtol=0)
     with_memory = make_model(family)
     expected = with_memory(ids(40)).logits
-    cb.enable_crossbatch(with_memory, with_memory.memory_config)
-    cb.disable_crossbatch(with_memory)
+    switch = cb.enable_crossbatch(with_memory, with_memory.memory_config)
+    cb.disable_crossbatch(with_memory, switch)
     torch.testing.assert_close(with_memory(ids(40)).logits, expected, atol=0, rtol=0)
 
 

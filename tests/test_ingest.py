@@ -36,7 +36,7 @@ def test_nothing_above_the_last_memory_layer_runs(make_model: ModelMaker, ids: D
     model, calls = make_model(mem_layers=(1, 3)), []
     watched = {
         "layer 3 mlp": model.model.layers[3].mlp,
-        "layer 3 queries": model.model.layers[3].self_attn.q_proj,
+        "layer 3 output": model.model.layers[3].self_attn.o_proj,
         "layer 4": model.model.layers[4],
         "head": model.lm_head,
     }

@@ -89,13 +89,30 @@ def test_a_sliding_window_longer_than_the_local_one_never_bites(name: str, ids: 
     torch.testing.assert_close(torch.cat(logits, dim=1), torch.cat(expected, dim=1), **CLOSE)
 
 
-@pytest.mark.parametrize("name", SLIDING)
-def test_the_remedy_for_a_shorter_sliding_window_works(name: str, tmp_path: Path, ids: Draw) -> None:
+@pytest.mark.parametrize(
+    ("name", "layers", "message"),
+    [
+        ("mistral", None, r"windows of at most 12 tokens \(local_context=12\)"),
+        ("qwen2", (1, 3), r"layer 3 of .* choose mem_layers among \[0, 1\], or local_context=12"),
+    ],
+)
+def test_the_remedy_for_a_shorter_sliding_window_works(
+    name: str, layers: Any, message: str, tmp_path: Path, ids: Draw
+) -> None:
     AutoModelForCausalLM.from_config(SLIDING[name](12)).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"windows of at most 12 tokens \(local_context=12\)"):
-        fot.FoTForCausalLM.from_pretrained(tmp_path, local_context=16)
-    model = fot.FoTForCausalLM.from_pretrained(tmp_path, local_context=12)
+    with pytest.raises(ValueError, match=message):
+        fot.FoTForCausalLM.from_pretrained(tmp_path, local_context=16, mem_layers=layers)
+    model = fot.FoTForCausalLM.from_pretrained(tmp_path, local_context=12, mem_layers=layers)
     assert model(ids(40)).logits.shape == (1, 40, SHAPE["vocab_size"])
+
+
+def test_memory_goes_to_layers_that_see_a_whole_window(ids: Draw) -> None:
+    """Layers with a shorter sliding window stay as they are."""
+    plain = AutoModelForCausalLM.from_config(SLIDING["qwen2"](6)).eval()
+    expected = plain(ids(WINDOW)).logits
+    model = fot.attach_memory(plain, fot.MemoryConfig(local_context=WINDOW))
+    assert model.memory_config.layers == (1,)
+    torch.testing.assert_close(model(ids(WINDOW)).logits, expected, **CLOSE)
 
 
 @torch.no_grad()

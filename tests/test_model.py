@@ -289,9 +289,12 @@ def test_many_tokens_at_once_are_read_behind_sinks_and_neighbours(step: int, mak
 @pytest.mark.parametrize("sinks", [0, 3])
 def test_kept_keys_are_rotated_to_their_new_positions(sinks: int, make_model: ModelMaker, ids: Draw) -> None:
     model, tokens = make_model(overflow_keep=6, attention_sinks=sinks), ids(WINDOW + 1)
+    projected: list[torch.Tensor] = []
+    hook = model.model.layers[1].self_attn.k_proj.register_forward_hook(lambda m, args, out: projected.append(out))
     cache = model(tokens[:, :WINDOW]).past_key_values
+    hook.remove()
     before = cache.local.layers[1].keys.clone()
-    unrotated = cache.local.unrotated[1][:, :, -6:].clone()
+    unrotated = projected[0].unflatten(-1, (2, -1)).transpose(1, 2)[:, :, -6:]
     model(tokens[:, WINDOW:], past_key_values=cache)
     from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 

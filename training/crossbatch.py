@@ -7,21 +7,25 @@ with those windows in its memory, except that gradients reach their keys and val
 
     crossbatch = enable_crossbatch(model, config)
     crossbatch.contexts = choose_contexts(...)          # for this batch
-    hidden = model.model(input_ids=rows, use_cache=False).last_hidden_state
+    hidden = model.base_model(input_ids=rows, use_cache=False).last_hidden_state
 """
 
-import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+from torch.utils.hooks import RemovableHandle
 
-from fot.attention import memory_key_scale, project_keys_values, project_queries, rotate, scaled
+from fot.attention import CONTEXT, PREFIX
 from fot.config import MemoryConfig
+from fot.families import attention_modules
+from fot.model import without_positions
+from fot.rotary import Rotary, rotary_of
 from memory import attend, merge
 from memory.softmax import fused_backward, fused_backward_fits
 
@@ -52,18 +56,52 @@ class Crossbatch:
     Attributes:
         contexts: for the next forward pass and its backward pass; None: every window on its own. On several processes
             all have contexts, if only of none of their rows, or none has: whoever has them gathers.
-        key_scale: ``memory_key_scale`` of the model.
+        rotary: of the model; without positions in memory layers if they use none.
         gather: (R, G, T, D) of this process -> (C, G, T, D) of all, differentiably.
         attention_mass: if a list, memory layers append (layer, (R, M) share of attention that each chosen row got).
         warned: it has been said that there are no negatives.
+        hooks: handles of what hands this to the memory layers.
+        before: the model's attention implementation before.
     """
 
     config: MemoryConfig
+    rotary: Rotary
+    before: str
     contexts: Contexts | None = None
-    key_scale: float = 1.0
     gather: Gather = field(default=lambda tensor: gather_from_all(tensor))
     attention_mass: list[tuple[int, list[Tensor]]] | None = None
     warned: bool = False
+    hooks: list[RemovableHandle] = field(default_factory=list)
+
+    @property
+    def memory_layers(self) -> tuple[int, ...]:
+        """Layers in which ``attend`` takes the place of the model's attention."""
+        return self.config.layers
+
+    def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
+        """One memory layer's attention over the batch.
+
+        Args:
+            layer: its index.
+            queries: (R, H, T, D), rotated; rows start at position 0.
+            keys: (R, G, T, D), rotated.
+            values: likewise.
+            scale: factor on inner products.
+
+        Returns:
+            (R, H, T, D).
+        """
+        contexts = self.contexts
+        if contexts is None:
+            candidates = (keys[:0], values[:0])
+            contexts = Contexts([torch.empty(0, dtype=torch.int64, device=keys.device)] * len(keys))
+        else:
+            at_0 = self.rotary.back(layer, keys, torch.arange(keys.shape[2], device=keys.device))
+            candidates = (self.gather(at_0), self.gather(values))
+        if self.attention_mass is not None:
+            mass = context_mass(queries, keys, candidates[0], contexts, scale=scale)
+            self.attention_mass.append((layer, mass))
+        return attend_batch(queries, keys, values, *candidates, contexts, scale=scale)
 
 
 def enable_crossbatch(model: Any, config: MemoryConfig) -> Crossbatch:
@@ -76,51 +114,30 @@ def enable_crossbatch(model: Any, config: MemoryConfig) -> Crossbatch:
     Returns:
         the switch. ``disable_crossbatch`` undoes it.
     """
-    crossbatch = Crossbatch(config, key_scale=memory_key_scale(model, config))
-
-    def forward(
-        self: Any, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], **kwargs: Any
-    ) -> tuple[Tensor, None]:
-        return crossbatch_layer(self, hidden_states, position_embeddings, crossbatch), None
-
-    for number in config.layers:
-        attention = model.model.layers[number].self_attn
-        attention.forward_before_crossbatch = attention.__dict__.get("forward")
-        attention.forward = types.MethodType(forward, attention)
+    without = () if config.mem_positionals else config.layers
+    crossbatch = Crossbatch(config, rotary_of(model, without), model.config._attn_implementation)
+    if not crossbatch.before.startswith(PREFIX):
+        model.set_attn_implementation(PREFIX + crossbatch.before)
+    for number, attention in enumerate(attention_modules(model)):
+        if number in config.layers:
+            handle = attention.register_forward_pre_hook(partial(_hand_over, crossbatch), with_kwargs=True)
+            crossbatch.hooks.append(handle)
+            if not config.mem_positionals:
+                crossbatch.hooks.append(attention.register_forward_pre_hook(without_positions, with_kwargs=True))
     return crossbatch
 
 
-def disable_crossbatch(model: Any) -> None:
+def disable_crossbatch(model: Any, crossbatch: Crossbatch) -> None:
     """Undo ``enable_crossbatch``."""
-    for layer in model.model.layers:
-        attention = layer.self_attn
-        if "forward_before_crossbatch" in attention.__dict__:
-            before = attention.__dict__.pop("forward_before_crossbatch")
-            del attention.forward
-            if before is not None:
-                attention.forward = before
+    for handle in crossbatch.hooks:
+        handle.remove()
+    model.set_attn_implementation(crossbatch.before)
 
 
-def crossbatch_layer(
-    module: Any, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], crossbatch: Crossbatch
-) -> Tensor:
-    """One memory layer's attention over the batch: (R, T, hidden_size) -> (R, T, hidden_size)."""
-    queries = project_queries(module, hidden_states)  # (R, H, T, D)
-    keys, values = project_keys_values(module, hidden_states)  # (R, G, T, D)
-    rotated = keys
-    if crossbatch.config.mem_positionals:
-        queries, rotated = rotate(queries, keys, position_embeddings)
-    contexts = crossbatch.contexts
-    if contexts is None:
-        candidates = (keys[:0], values[:0])
-        contexts = Contexts([torch.empty(0, dtype=torch.int64, device=keys.device)] * len(keys))
-    else:
-        candidates = (crossbatch.gather(scaled(keys, crossbatch.key_scale)), crossbatch.gather(values))
-    output = attend_batch(queries, rotated, values, *candidates, contexts, scale=module.scaling)
-    if crossbatch.attention_mass is not None:
-        mass = context_mass(queries, rotated, candidates[0], contexts, scale=module.scaling)
-        crossbatch.attention_mass.append((module.layer_idx, mass))
-    return module.o_proj(output.transpose(1, 2).flatten(2))
+def _hand_over(
+    crossbatch: Crossbatch, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Any, dict[str, Any]]:
+    return args, kwargs | {CONTEXT: crossbatch}
 
 
 def attend_batch(
@@ -141,7 +158,7 @@ def attend_batch(
         queries: (R, H, T, D).
         keys: (R, G, T, D) rotated.
         values: (R, G, T, D).
-        context_keys: (C, G, T, D) unrotated.
+        context_keys: (C, G, T, D) at position 0.
         context_values: (C, G, T, D).
         contexts: which of the C rows each of the R rows sees.
         scale: factor on inner products.

@@ -18,8 +18,8 @@ def add(commands: Any) -> None:
 
 def _info(args: argparse.Namespace) -> int:
     from fot.evaluation.report import info_text
+    from fot.families import SUPPORTED_MODEL_TYPES
     from fot.loading import load_config
-    from fot.model import SUPPORTED_MODEL_TYPES
 
     quiet()
     dtype = find_dtype(args)

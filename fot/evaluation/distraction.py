@@ -6,16 +6,16 @@ its attention to memory; one trained with many negatives gives it more.
 """
 
 import random
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fot.attention import attend_local, project_keys_values, project_queries, rotate
+from fot.cache import LocalCache, local_window
 from fot.evaluation.dictionary_data import DictionaryTask
+from fot.windows import Inputs, run_window
 from memory import Memory
 
 
@@ -152,49 +152,29 @@ def context_scores(model: Any, query: Tensor, memories: Sequence[Memory]) -> dic
         for each memory layer, log-sum-exps (1 + d, H, T) float32: the window's own, then each memory's. Their softmax
         over the first dimension is the shares of attention.
     """
-    from fot.cache import LocalCache
-    from fot.windows import Inputs, run_window
-
     ids = query.unsqueeze(0).to(model.device)
     positions = torch.arange(len(query), device=model.device).unsqueeze(0)
-    with _listen(model, memories) as scores:
-        run_window(model, Inputs(ids, None, None, positions), LocalCache([list(memories)]), {})
-    return scores
+    window = local_window(model, [list(memories)])
+    listener = _Listener(memories)
+    window.recorder = listener  # type: ignore[assignment]
+    run_window(model, Inputs(ids, None, None, positions), window, {})
+    return listener.scores
 
 
-@contextmanager
-def _listen(model: Any, memories: Sequence[Memory]) -> Iterator[dict[int, Tensor]]:
-    """Memory layers leave the scores of the forward pass that runs inside."""
-    scores: dict[int, Tensor] = {}
+class _Listener:
+    """Takes note of what each memory layer attends to."""
 
-    def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-        scores[module.layer_idx] = _layer_scores(module, hidden, kwargs["position_embeddings"], memories, config)
+    def __init__(self, memories: Sequence[Memory]) -> None:
+        self.memories = memories
+        self.scores: dict[int, Tensor] = {}
 
-    config = model.memory_config
-    handles = [
-        model.model.layers[number].self_attn.register_forward_pre_hook(hook, with_kwargs=True)
-        for number in config.layers
-    ]
-    try:
-        yield scores
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _layer_scores(
-    module: Any, hidden: Tensor, position_embeddings: tuple[Tensor, Tensor], memories: Sequence[Memory], config: Any
-) -> Tensor:
-    queries = project_queries(module, hidden)  # (1, H, T, D)
-    keys, values = project_keys_values(module, hidden)  # (1, G, T, D)
-    heads = keys.shape[1]
-    if config.mem_positionals:
-        queries, keys = rotate(queries, keys, position_embeddings)
-    own = attend_local(queries, keys, values, None, scale=module.scaling)[1][0]  # (H, T)
-    folded = queries[0].reshape(heads, -1, queries.shape[-1])  # query heads of a KV head behind one another
-    lses = [memory[module.layer_idx].attend(folded, scale=module.scaling)[1].reshape(own.shape) for memory in memories]
-    return torch.stack([own, *lses])
+    def note(self, layer: int, queries: Tensor, lses: list[Tensor], window: LocalCache, scale: float) -> None:
+        """Called by the attention of each memory layer; see ``fot.trace.Recorder.note``."""
+        own = lses[0][0]  # (H, T)
+        heads = self.memories[0].num_key_value_heads if self.memories else 1
+        folded = queries[0].reshape(heads, -1, queries.shape[-1])  # query heads of a KV head behind one another
+        found = [memory[layer].attend(folded, scale=scale)[1].reshape(own.shape) for memory in self.memories]
+        self.scores[layer] = torch.stack([own, *found])
 
 
 def _positive_shares(scores: dict[int, Tensor]) -> dict[int, tuple[float, float]]:

@@ -1,0 +1,83 @@
+"""Which models can have a memory: those whose attention goes through transformers' ``AttentionInterface``.
+
+What the rest of this package asks of a model beyond that is here.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+# Each is run through tests/test_families.py. Others may work, but nobody has looked.
+SUPPORTED_MODEL_TYPES = (
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "longllama",
+    "gemma3_text",
+    "smollm3",
+    "phi3",
+    "olmo2",
+    "granite",
+    "cohere2",
+    "gpt_neox",
+)
+
+
+def check_supported(model: Any) -> None:
+    """Raise ValueError, naming the model, if memory cannot be attached to it."""
+    config = getattr(model, "config", None)
+    kind = getattr(config, "model_type", type(model).__name__)
+    if kind not in SUPPORTED_MODEL_TYPES:
+        raise ValueError(
+            f"{kind!r} models have no memory attention here; supported: {', '.join(SUPPORTED_MODEL_TYPES)}"
+        )
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(
+            f"a {type(model).__name__} is no transformers model; attach memory to the model inside it, as "
+            "peft_model.get_base_model() gives it"
+        )
+    if model.get_output_embeddings() is None or model.base_model is model:
+        raise ValueError(
+            f"{type(model).__name__} is not a causal language model; load {kind} with AutoModelForCausalLM"
+        )
+    if getattr(config, "attn_logit_softcapping", None) is not None:
+        raise ValueError(
+            f"{type(model).__name__} caps its attention scores (attn_logit_softcapping); memory attention does not"
+        )
+
+
+def whole_layers(config: Any, window: int) -> list[int]:
+    """Layers that see a whole local window, so that the memory can continue it: all but those with a shorter sliding
+    window."""
+    sliding = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention" if sliding else ""] * config.num_hidden_layers
+    return [n for n, kind in enumerate(kinds) if kind != "sliding_attention" or not sliding or sliding >= window]
+
+
+def attention_modules(model: Any) -> Iterator[nn.Module]:
+    """The attention module of each layer, from the lowest."""
+    for layer in model.base_model.layers:
+        yield layer.attention if hasattr(layer, "attention") else layer.self_attn
+
+
+def key_value_shape(model: Any) -> tuple[int, int]:
+    """(KV heads, size of a head) of every layer."""
+    config = model.config
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    first = next(attention_modules(model))
+    size = getattr(first, "head_dim", None) or getattr(first, "head_size", None)
+    return heads, size or config.hidden_size // config.num_attention_heads
+
+
+def head(model: Any, hidden: Tensor) -> Tensor:
+    """Logits (..., V) of hidden states (..., hidden_size), with what some families do to them."""
+    config, logits = model.config, model.get_output_embeddings()(hidden)
+    if getattr(config, "logits_scaling", None):  # Granite
+        logits = logits / config.logits_scaling
+    if config.model_type.startswith("cohere"):
+        logits = logits * config.logit_scale
+    cap = getattr(config, "final_logit_softcapping", None)  # Gemma
+    return logits if cap is None else cap * (logits / cap).tanh()
