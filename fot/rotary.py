@@ -59,6 +59,8 @@ def rotary_of(model: Any, without: Collection[int] = ()) -> Rotary:
     config, rotary = model.config, model.base_model.rotary_emb
     kinds = getattr(config, "layer_types", None) or [None] * config.num_hidden_layers
     rotated = getattr(config, "no_rope_layers", None) or [True] * config.num_hidden_layers
+    if config.model_type == "cohere2":
+        rotated = [kind == "sliding_attention" for kind in kinds]
     frequencies = tuple(
         # Gemma 3 has frequencies for each kind of layer.
         getattr(rotary, f"{kind}_inv_freq", None) if not hasattr(rotary, "inv_freq") else rotary.inv_freq

@@ -1,0 +1,194 @@
+"""Every supported family, tiny and random, through the same checks."""
+
+import pickle
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import FAMILIES, SHAPE, WINDOW
+from peft import LoraConfig, get_peft_model
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    Cohere2Config,
+    Gemma3TextConfig,
+    GPTNeoXConfig,
+    GraniteConfig,
+    Olmo2Config,
+    Phi3Config,
+    SmolLM3Config,
+    set_seed,
+)
+
+import fot
+from fot.attention import CONTEXT
+from fot.families import SUPPORTED_MODEL_TYPES, attention_modules
+from training.crossbatch import Contexts, enable_crossbatch
+
+Draw = Callable[..., Tensor]
+CLOSE = {"atol": 1e-4, "rtol": 1e-4}
+MIXED = ["sliding_attention", "full_attention", "sliding_attention", "full_attention", "sliding_attention"]
+
+# Sliding windows are shorter than the local window, so that they can be seen to stay.
+ALL: dict[str, Callable[[], Any]] = FAMILIES | {
+    "gemma3_text": lambda: Gemma3TextConfig(**SHAPE, head_dim=8, sliding_window=6, layer_types=MIXED),
+    "smollm3": lambda: SmolLM3Config(**SHAPE, no_rope_layers=[1, 0, 1, 1, 0]),
+    "phi3": lambda: Phi3Config(**SHAPE),
+    "olmo2": lambda: Olmo2Config(**SHAPE),
+    "granite": lambda: GraniteConfig(**SHAPE, logits_scaling=2.0, attention_multiplier=0.3, residual_multiplier=0.5),
+    "cohere2": lambda: Cohere2Config(**SHAPE, sliding_window=6, layer_types=MIXED, logit_scale=0.5),
+    "gpt_neox": lambda: GPTNeoXConfig(
+        **{name: value for name, value in SHAPE.items() if name != "num_key_value_heads"}, rotary_pct=0.5
+    ),
+}
+
+
+@pytest.fixture(params=ALL)
+def name(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def plain(name: str) -> Any:
+    set_seed(0)
+    return AutoModelForCausalLM.from_config(ALL[name]()).eval()
+
+
+def attached(name: str, **settings: Any) -> Any:
+    defaults = {"mem_layers": (1, 3), "local_context": WINDOW, "index": "exact"}
+    return fot.attach_memory(plain(name), fot.MemoryConfig(**(defaults | settings)))
+
+
+class Written:
+    """The method written out slowly: one softmax over what earlier windows left at position 0 and this one's keys."""
+
+    memory_layers = (1, 3)
+
+    def __init__(self, model: Any) -> None:
+        self.stored: dict[int, list[tuple[Tensor, Tensor]]] = {layer: [] for layer in self.memory_layers}
+        self.turned: dict[int, Any] = {}
+        self.modules = list(attention_modules(model))
+        for layer in self.memory_layers:
+            self.modules[layer].register_forward_pre_hook(self._note, with_kwargs=True)
+
+    def _note(self, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        self.turned[module.layer_idx] = kwargs["position_embeddings"]
+
+    def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
+        module, length = self.modules[layer], keys.shape[2]
+        at_0 = keys
+        # Those of SmolLM3 and Cohere 2 that use no positions; the others' own rotation, the other way round.
+        if getattr(module, "use_rope", True) and not ("Cohere2" in type(module).__name__ and not module.sliding_window):
+            cos, sin = self.turned[layer]
+            at_0 = sys.modules[type(module).__module__].apply_rotary_pos_emb(keys, keys, cos, -sin)[1]
+        seen = torch.ones(length, length, dtype=torch.bool).tril()
+        all_keys, all_values = keys, values
+        for old_keys, old_values in self.stored[layer]:
+            all_keys = torch.cat([old_keys, all_keys], dim=2)
+            all_values = torch.cat([old_values, all_values], dim=2)
+            seen = torch.cat([torch.ones(length, old_keys.shape[2], dtype=torch.bool), seen], dim=1)
+        self.stored[layer].append((at_0, values))
+        group = queries.shape[1] // keys.shape[1]
+        scores = queries @ all_keys.repeat_interleave(group, dim=1).mT * scale
+        return scores.masked_fill(~seen, -torch.inf).softmax(-1) @ all_values.repeat_interleave(group, dim=1)
+
+
+@torch.no_grad()
+def test_within_a_window_the_model_is_untouched(name: str, ids: Draw) -> None:
+    expected = plain(name)(ids(WINDOW, rows=2), labels=ids(WINDOW, rows=2))
+    found = attached(name)(ids(WINDOW, rows=2), labels=ids(WINDOW, rows=2))
+    torch.testing.assert_close(found.logits, expected.logits, **CLOSE)
+    torch.testing.assert_close(found.loss, expected.loss, **CLOSE)
+    detached = fot.detach_memory(attached(name))
+    assert type(detached) is type(plain(name))
+    assert torch.equal(detached(ids(40)).logits, plain(name)(ids(40)).logits)
+
+
+@torch.no_grad()
+def test_ingest_and_a_window_equal_the_method_written_out(name: str, ids: Draw) -> None:
+    model, tokens = attached(name), ids(3 * WINDOW + 5)
+    memory = model.new_memory()
+    model.ingest(tokens[:, : 3 * WINDOW], memory)
+    found = model(tokens[:, 3 * WINDOW :], memory=memory).logits
+    reference = plain(name)
+    reference.set_attn_implementation("fot_eager")
+    written = Written(reference)
+    for window in tokens.split(WINDOW, dim=1):
+        logits = reference(window, use_cache=False, **{CONTEXT: written}).logits
+    torch.testing.assert_close(found, logits, **CLOSE)
+    assert (found - model(tokens[:, 3 * WINDOW :]).logits).abs().max() > 1e-3  # the memory matters
+
+
+@torch.no_grad()
+def test_one_by_one_equals_all_at_once(name: str, ids: Draw) -> None:
+    """Within a window, with a memory, and past it from a window that was filled at once or bit by bit."""
+    model, tokens, past = attached(name), ids(WINDOW + 6), ids(40, seed=3)
+    memory = model.new_memory()
+    model.ingest(past, memory)
+    whole = model(tokens[:, :WINDOW], memory=memory)
+    cache, logits = None, []
+    for token in tokens[:, :WINDOW].split(1, dim=1):
+        output = model(token, past_key_values=cache, **({"memory": memory} if cache is None else {}))
+        cache = output.past_key_values
+        logits.append(output.logits)
+    torch.testing.assert_close(torch.cat(logits, dim=1), whole.logits, **CLOSE)
+    for token in tokens[:, WINDOW:].split(1, dim=1):
+        one = model(token, past_key_values=cache).logits
+        other = model(token, past_key_values=whole.past_key_values).logits
+        torch.testing.assert_close(one, other, **CLOSE)
+
+
+def test_padded_rows_generate_what_they_give_alone(name: str, ids: Draw) -> None:
+    model, rows = attached(name), [ids(count, seed=count) for count in (37, 12, 2)]
+    options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "max_new_tokens": WINDOW}
+    tokens, mask = (torch.zeros(3, 37, dtype=torch.int64) for _ in range(2))
+    for number, row in enumerate(rows):
+        tokens[number, -row.shape[1] :], mask[number, -row.shape[1] :] = row[0], 1
+    together = model.generate(tokens, attention_mask=mask, **options)[:, 37:]
+    for row, answer in zip(rows, together, strict=True):
+        assert answer.tolist() == model.generate(row, **options)[0, row.shape[1] :].tolist()
+
+
+@torch.no_grad()
+def test_saved_and_copied_models_are_the_same(name: str, tmp_path: Path, ids: Draw) -> None:
+    model = attached(name)
+    expected, memory = model(ids(40)).logits, model.new_memory()
+    model.ingest(ids(40), memory)
+    assert torch.equal(pickle.loads(pickle.dumps(model))(ids(40)).logits, expected)
+    model.save_pretrained(tmp_path)
+    again = fot.FoTForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(again(ids(40)).logits, expected)
+    again.check_memory(memory)
+    without = AutoModelForCausalLM.from_pretrained(tmp_path)
+    torch.testing.assert_close(without(ids(WINDOW)).logits, model(ids(WINDOW)).logits, **CLOSE)
+
+
+@pytest.mark.parametrize("positionals", [True, False])
+@torch.no_grad()
+def test_crossbatch_computes_what_a_memory_gives(name: str, positionals: bool, ids: Draw) -> None:
+    windows, model = ids(WINDOW, rows=2), plain(name)
+    reader = attached(name, mem_positionals=positionals)
+    switch = enable_crossbatch(model, reader.memory_config)
+    switch.contexts = Contexts([torch.tensor([], dtype=torch.int64), torch.tensor([0])])
+    found = model(windows, use_cache=False).logits[1:]
+    memory = reader.new_memory()
+    reader.ingest(windows[:1], memory)
+    torch.testing.assert_close(found, reader(windows[1:], memory=memory).logits, **CLOSE)
+
+
+def test_lora_on_top_trains(name: str, ids: Draw) -> None:
+    """Adapters inside the model, a loss over several windows."""
+    around = get_peft_model(plain(name), LoraConfig(target_modules="all-linear"))
+    model = fot.attach_memory(
+        around.get_base_model(), fot.MemoryConfig(mem_layers=(1, 3), local_context=WINDOW, index="exact")
+    )
+    model(ids(3 * WINDOW), labels=ids(3 * WINDOW)).loss.backward()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert trained
+    assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in trained[:-2])
+
+
+def test_every_supported_family_is_here() -> None:
+    assert set(SUPPORTED_MODEL_TYPES) == {*ALL, "longllama"}
