@@ -427,6 +427,23 @@ class FoTCache(Cache):
         self.rows = rows
         self.local.select_rows(beam_idx)
         self.local.memories = [row.memories for row in self.rows]
+        if self.next_positions is not None:
+            self.next_positions = self.next_positions[beam_idx.to(self.next_positions.device)]
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Each row so many times, to go on differently: one prefix, many continuations."""
+        self.reorder_cache(torch.arange(len(self.rows)).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Only these rows."""
+        self.reorder_cache(indices)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "FoTCache":
+        # Memories that are only read are shared, however large.
+        other = self.fork(self.checkpoint())
+        other.rows = [row.fork() for row in self.rows]
+        other.local.memories = [row.memories for row in other.rows]
+        return other
 
 
 def local_window(model: Any, memories: Sequence[Sequence[Memory]], recorder: "Recorder | None" = None) -> LocalCache:

@@ -1,5 +1,6 @@
 """``generate`` of transformers, on prompts and answers of any length."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -260,3 +261,34 @@ def test_a_checkpoints_other_settings_hold_as_in_transformers(
     sequences = [getattr(output, "sequences", output).tolist() for output in found]
     assert sequences[0] == sequences[1]
     assert hasattr(found[0], "sequences") == hasattr(found[1], "sequences")
+
+
+@pytest.mark.parametrize("length", [10, 60])
+def test_one_prefix_many_continuations(length: int, make_model: ModelMaker, ids: Draw) -> None:
+    """A cache copied, or repeated for more rows, gives what reading the prefix anew gives."""
+    model, prefix, past = make_model(), ids(length), ids(50, seed=9)
+    memory = model.new_memory()
+    model.ingest(past, memory)
+    endings = [ids(5, seed=seed) for seed in (1, 2, 3)]
+    with torch.no_grad():
+        cache = model(prefix, memory=memory).past_key_values
+
+    def continued(ending: torch.Tensor, cache: Any) -> list[int]:
+        whole = torch.cat([prefix, ending], dim=1)
+        return model.generate(whole, past_key_values=cache, **GREEDY)[0, whole.shape[1] :].tolist()
+
+    def read_anew(ending: torch.Tensor) -> list[int]:
+        with torch.no_grad():
+            return continued(ending, model(prefix, memory=memory).past_key_values)
+
+    expected = [read_anew(ending) for ending in endings]
+    assert [continued(ending, copy.deepcopy(cache)) for ending in endings] == expected
+    assert copy.deepcopy(cache).rows[0].reads[0] is memory
+    rows = copy.deepcopy(cache)
+    rows.batch_repeat_interleave(3)
+    whole = torch.cat([prefix.repeat(3, 1), torch.cat(endings)], dim=1)
+    together = model.generate(whole, past_key_values=rows, **GREEDY)[:, whole.shape[1] :]
+    assert together.tolist() == expected
+    rows.batch_select_indices(torch.tensor([2]))
+    assert len(rows.rows) == rows.local.token_ids.shape[0] == 1
+    assert len(memory) == 50
