@@ -176,7 +176,7 @@ def test_an_empty_memory(model: Any, folder: Path, tmp_path: Path, capsys: pytes
     empty.metadata = {"model": str(tmp_path / "model"), "memory": model.memory_config.to_dict()}
     empty.save(tmp_path / "empty")
     assert main(["ask", str(tmp_path / "empty"), "Who?", *OPTIONS]) == 0
-    assert "nothing in memory" in capsys.readouterr().out
+    assert "the memory is empty" in capsys.readouterr().out
 
 
 def test_command_errors(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -219,4 +219,4 @@ def test_ctrl_c_ends_an_answer_and_not_the_chat(
 
 def test_other_windows_than_the_memorys(folder: Path, capsys: pytest.CaptureFixture) -> None:
     assert main(["ask", str(folder), "Who?", *OPTIONS, "--local-context", "32"]) == 2
-    assert "windows of 64 tokens: leave --local-context out" in capsys.readouterr().err
+    assert "windows of 64 tokens: omit --local-context" in capsys.readouterr().err
