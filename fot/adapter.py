@@ -69,10 +69,13 @@ def read_description(folder: Path) -> AdapterDescription:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if content["format"] > FORMAT:
-            raise ValueError(f"{path} is of format {content['format']}, this version reads {FORMAT}: update fot")
+            raise ValueError(
+                f"{path} is of format {content['format']}, but this version of fot reads formats up to "
+                f"{FORMAT}: upgrade fot"
+            )
         return AdapterDescription(content["base"], MemoryConfig.from_dict(content["memory"]), content["made_by"])
     except (KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is damaged ({error}); fetch the adapter again") from error
+        raise ValueError(f"{path} is damaged ({error}): get the adapter again") from error
 
 
 def base_name(model: str) -> str:
@@ -94,8 +97,8 @@ def find_base(folder: Path) -> str:
     found = next((place for place in places if place.exists()), None)
     if found is None and Path(base).is_absolute():
         raise FileNotFoundError(
-            f"the adapter in {folder} changes the model at {base}, where nothing is: put it back, or correct "
-            f'"base" in {folder / ADAPTER_DESCRIPTION}'
+            f"the adapter in {folder} belongs to the base model at {base}, but nothing is there: put the model back, "
+            f'or correct "base" in {folder / ADAPTER_DESCRIPTION}'
         )
     return base if found is None else str(found)
 

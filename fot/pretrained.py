@@ -251,10 +251,10 @@ def _local_checkpoint(name: str, local: Path, subfolder: str) -> Checkpoint:
         if (local / subfolder / "config.json").is_file():
             return Checkpoint(name, str(local))
         if subfolder:
-            raise FileNotFoundError(f"folder '{local / subfolder}' has no config.json, so it is no checkpoint")
+            raise FileNotFoundError(f"folder '{local / subfolder}' has no config.json, so it is not a checkpoint")
         found = sorted(file.name for file in local.glob("*.gguf"))
         remedy = f"name the file itself: {local / found[0]}" if found else "give the folder save_pretrained wrote"
-        raise FileNotFoundError(f"folder '{name}' has no config.json, so it is no checkpoint; {remedy}")
+        raise FileNotFoundError(f"folder '{name}' has no config.json, so it is not a checkpoint; {remedy}")
     if local.suffix == ".gguf":
         return Checkpoint(name, str(local.parent), gguf_file=local.name)
     raise ValueError(f"'{name}' is a file but not a .gguf; give a .gguf file or the folder that holds config.json")

@@ -57,7 +57,7 @@ def save(memory: Memory, path: str | Path) -> None:
     if folder.exists() and (not folder.is_dir() or (folder / MANIFEST).exists()):
         old = read_manifest(folder)
     elif folder.exists() and any(not is_ours(entry.name) for entry in folder.iterdir()):
-        raise ValueError(f"{folder} is no memory, and not empty: save to a new folder")
+        raise ValueError(f"{folder} is not empty and holds no memory: save to a new folder")
     new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     try:

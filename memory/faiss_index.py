@@ -95,8 +95,10 @@ class FaissIndex:
             try:
                 self._restore(learnt)
             except ValueError as error:
-                raise ValueError(f"{learnt.origin} is damaged or of another memory: {error}; "
-                                 "Memory.open(path, index='exact') needs none") from error  # fmt: skip
+                raise ValueError(
+                    f"{learnt.origin} is damaged or belongs to another memory: {error}; open the memory without it, "
+                    "with Memory.open(path, index='exact')"
+                ) from error
         elif total >= max(1, self._build_at):
             self._build()
 

@@ -214,7 +214,7 @@ def test_the_index_is_there_when_building_is_done(place: Path, checkpoint: Path)
         (["build", "book.txt", "code"], "book.txt is a file"),
         (["build", "m", "code"], "m is already a memory: add to it with fot memory append"),
         (["build", "nowhere/new", "code"], "nowhere is not a folder"),
-        (["build", "code", "book.txt"], "code is no memory, and not empty"),
+        (["build", "code", "book.txt"], "code is not empty and holds no memory"),
         (["append", "nowhere", "code"], "nowhere does not exist"),
         (["append", "book.txt", "code"], "book.txt is a file; a memory is a folder"),
         (["append", "code", "book.txt"], "code holds no memory"),

@@ -91,7 +91,7 @@ WRONG: list[tuple[dict[str, Any], list[str]]] = [
     ({"model": 7}, ["model is 7"]),
     ({"model": "no/such/model"}, ["no/such/model", "check the path"]),
     ({"model": SMALL["model"] | {"hidden_sise": 32}}, ["model.hidden_sise is 32", "correct the key"]),
-    ({"model": SMALL["model"] | {"model_type": "lama"}}, ["model.model_type is 'lama'", "try llama"]),
+    ({"model": SMALL["model"] | {"model_type": "lama"}}, ["model.model_type is 'lama'", "for instance llama"]),
     ({"model": SMALL["model"] | {"hidden_size": "big"}}, ["model", "big"]),
     ({"model": SMALL["model"] | {"num_attention_heads": 5}}, ["model", "5"]),
     ({"trainable": "memory"}, ["trainable is 'memory'", "name a model"]),
