@@ -62,8 +62,8 @@ def train(
         changed: entries of the recipe that are meant to differ from those that the run in ``out`` was made with.
         callbacks: called on the main process with each record of the log before it is written; one that returns True
             ends the run after this step, with a checkpoint and a result.
-        peak_tflops: peak TFLOP/s of one device at the run's precision. If it is given, the log has ``mfu``, the share of
-            this peak that is used.
+        peak_tflops: peak TFLOP/s of one device at the run's precision. With it, the log has ``mfu``, the share of this
+            peak that is used.
 
     Returns:
         The last line of the log.
