@@ -1,4 +1,4 @@
-"""Adapters: the few tensors that fine-tuning changed, over a base model that is loaded by name.
+"""Adapters: the few tensors that fine-tuning changed, for a base model that is loaded by its name.
 
 A folder with ``fot_adapter.json`` (the base model's name, memory settings, and how the adapter was made), and either
 ``adapter.safetensors`` (tensors under the base model's own names, which replace its own) or what ``peft`` saves, which
@@ -24,13 +24,13 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class AdapterDescription:
-    """What an adapter folder says of itself.
+    """The description in an adapter folder.
 
     Attributes:
-        base: name or absolute path of the model it belongs to; a relative path is looked for from the working folder
-            and from the folders that the adapter lies in.
-        memory: memory settings it was trained with.
-        made_by: recipe, seed and figures; for people.
+        base: name or absolute path of the base model. A relative path is searched for from the working folder, and from
+            the folders above the adapter.
+        memory: memory settings of the training.
+        made_by: recipe, seed and figures, for people to read.
     """
 
     base: str

@@ -40,14 +40,14 @@ class FaissIndex:
     """Top-k attention over one FAISS index per KV head; see ``memory.index.Index`` for the methods.
 
     A trained index (IVF, PQ, SQ) is built once enough keys are stored, from these, and again each time the memory has
-    grown fourfold. Until then this backend is exact, and dense unless ``top_k`` is set. It holds the vectors a second
-    time, in FAISS's form; scores are always inner products with the keys as stored.
+    grown fourfold. Until then this backend is exact, and dense unless ``top_k`` is set. It holds a second copy of the
+    keys in FAISS's form. Scores are always inner products with the keys as they are stored.
 
     Args:
         factory: see the module's docstring.
         keys: the stored keys, read whenever an index is built.
         values: the stored values.
-        top_k: pairs a query attends to; None means 128.
+        top_k: number of pairs that a query attends to; None means 128.
 
     Raises:
         ValueError: as ``check_factory``.

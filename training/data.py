@@ -46,14 +46,15 @@ class DataSource:
     Attributes:
         path: a file, a folder, a glob such as ``books/*.txt``, or a data set's id on the hub. ``.jsonl``, ``.json``,
             ``.parquet``, ``.csv`` and ``.tsv`` hold a document a row; any other file is one document, in UTF-8.
-        weight: share of the tokens, in proportion to the weights of other sources.
-        split: of a data set on the hub.
+        weight: share of the tokens, relative to the weights of the other sources.
+        split: split of a data set on the hub.
         name: configuration of a data set on the hub.
-        text_field: column with the text; of rows only.
-        pattern: which files of a folder, such as ``**/*.py``; None: all. Hidden files and folders are never read.
+        text_field: column with the text, if the source has rows.
+        pattern: which files of a folder are read, such as ``**/*.py``; None reads all. Hidden files and folders are
+            never read.
         min_tokens: documents with fewer tokens (BOS and EOS not counted) are left out.
         min_chars: documents with fewer characters are left out, before they are tokenised.
-        shuffle_buffer: rows that are shuffled together; files are shuffled as a whole.
+        shuffle_buffer: number of rows that are shuffled together. Files are shuffled all together.
     """
 
     path: str
