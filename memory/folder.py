@@ -50,7 +50,7 @@ def take_lock(folder: Path) -> Lock:
     except BlockingIOError as error:
         raise BlockingIOError(
             error.errno,
-            f"{folder} is being changed by another process: wait until it has finished, or close the memory there",
+            f"{folder} is already open for writing: wait until the other writer has finished, or close that memory",
         ) from error
     except OSError as error:
         raise OSError(

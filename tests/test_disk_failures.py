@@ -235,7 +235,7 @@ def test_read_only_folder(tiny_disk: Path) -> None:
 def test_two_writers(saved: Path) -> None:
     with Memory.open(saved, "a") as store:
         for attempt in (lambda: Memory.open(saved, "a"), lambda: make().save(saved)):
-            with pytest.raises(BlockingIOError, match=r"m is open for writing elsewhere"):
+            with pytest.raises(BlockingIOError, match=r"m is already open for writing"):
                 attempt()
         assert len(Memory.open(saved)) == 50
         append(store, 1, 99)

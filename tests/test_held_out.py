@@ -137,7 +137,7 @@ def test_what_would_mean_nothing_is_refused(text_recipe: Path, tmp_path: Path, c
         return capsys.readouterr().err
 
     assert "a recipe without tasks has no answers" in told("contexts={kind: accuracy, values: [1, 4], at: [0.9]}")
-    assert "best_by is 'eval_answer_accuracy', and this run measures held_out_loss" in told(
+    assert "best_by is 'eval_answer_accuracy', but this run measures held_out_loss" in told(
         "best_by=eval_answer_accuracy"
     )
     assert main(["train", str(text_recipe), "held_out=[]", "steps=1", "--out", str(tmp_path / "none")]) == 0

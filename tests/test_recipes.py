@@ -47,7 +47,7 @@ WRONG: list[tuple[dict[str, Any], list[str]]] = [
     ({"tasks": [DICTIONARY | {"simlar": 0.5}]}, ["tasks[0].simlar is 0.5", "known: ", "similar"]),
     ({"tasks": [DICTIONARY | {"similar": 2}]}, ["tasks[0].similar is 2", "at most 1"]),
     ({"tasks": [DICTIONARY | {"weight": 0}]}, ["tasks[0].weight is 0", "above 0"]),
-    ({"tasks": [DICTIONARY | {"windows": 1}]}, ["tasks[0]", "windows=1"]),
+    ({"tasks": [DICTIONARY | {"windows": 1}]}, ["tasks[0]", "windows is 1"]),
     ({"tasks": []}, ["nothing to train on"]),
     ({"lora": {"rr": 3}}, ["lora.rr is 3", "unknown entry 'rr'", "known: "]),
     ({"lora": {"r": 0}}, ["lora.r is 0", "at least 1"]),

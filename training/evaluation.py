@@ -45,7 +45,7 @@ def build_evaluation(
     names = [ANSWERS] * bool(documents) + (held_out.names if held_out else [])
     if recipe.best_by is not None and recipe.best_by not in names:
         raise ValueError(
-            f"recipe: best_by is {recipe.best_by!r}, but this run measures only "
+            f"recipe: best_by is {recipe.best_by!r}, but this run measures "
             f"{', '.join(names) or 'nothing'}: choose one of these, or name held_out texts"
         )
     if held_out is None and accelerator.is_main_process:
