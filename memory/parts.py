@@ -146,7 +146,8 @@ class MappedPart:
     def damaged(self, why: str) -> ValueError:
         """The error that names this part."""
         return ValueError(
-            f"{self.path} is damaged or belongs to another memory: {why}; restore it from a copy, or build the memory again"
+            f"{self.path} is damaged or belongs to another memory: {why}; restore it from a copy, or "
+            "build the memory again"
         )
 
 
