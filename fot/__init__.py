@@ -63,7 +63,7 @@ def _check_own_packages() -> None:
         if not any(place and Path(place).resolve().is_relative_to(here / name) for place in places):
             found = next((place for place in places if place), "nothing")
             raise ImportError(
-                f"fot needs its own package {name!r}, but Python finds {found} first: rename that, or start Python "
+                f"fot needs its own package {name!r}, but Python finds {found} first: rename that one, or start Python "
                 "from another folder"
             )
 

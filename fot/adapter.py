@@ -1,4 +1,4 @@
-"""Adapters: the few tensors that fine-tuning changed, over a base model that is loaded by name.
+"""Adapters: the few tensors that fine-tuning changed, for a base model that is loaded by its name.
 
 A folder with ``fot_adapter.json`` (the base model's name, memory settings, and how the adapter was made), and either
 ``adapter.safetensors`` (tensors under the base model's own names, which replace its own) or what ``peft`` saves, which
@@ -24,13 +24,13 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class AdapterDescription:
-    """What an adapter folder says of itself.
+    """The description in an adapter folder.
 
     Attributes:
-        base: name or absolute path of the model it belongs to; a relative path is looked for from the working folder
-            and from the folders that the adapter lies in.
-        memory: memory settings it was trained with.
-        made_by: recipe, seed and figures; for people.
+        base: name or absolute path of the base model. A relative path is searched for from the working folder, and from
+            the folders above the adapter.
+        memory: memory settings of the training.
+        made_by: recipe, seed and figures, for people to read.
     """
 
     base: str
@@ -69,10 +69,13 @@ def read_description(folder: Path) -> AdapterDescription:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if content["format"] > FORMAT:
-            raise ValueError(f"{path} is of format {content['format']}, this version reads {FORMAT}: update fot")
+            raise ValueError(
+                f"{path} is of format {content['format']}, but this version of fot reads formats up to "
+                f"{FORMAT}: upgrade fot"
+            )
         return AdapterDescription(content["base"], MemoryConfig.from_dict(content["memory"]), content["made_by"])
     except (KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is damaged ({error}); fetch the adapter again") from error
+        raise ValueError(f"{path} is damaged ({error}): get the adapter again") from error
 
 
 def base_name(model: str) -> str:
@@ -94,8 +97,8 @@ def find_base(folder: Path) -> str:
     found = next((place for place in places if place.exists()), None)
     if found is None and Path(base).is_absolute():
         raise FileNotFoundError(
-            f"the adapter in {folder} changes the model at {base}, where nothing is: put it back, or correct "
-            f'"base" in {folder / ADAPTER_DESCRIPTION}'
+            f"the adapter in {folder} belongs to the base model at {base}, but nothing is there: put the model back, "
+            f'or correct "base" in {folder / ADAPTER_DESCRIPTION}'
         )
     return base if found is None else str(found)
 

@@ -1,4 +1,4 @@
-"""Questions to a memory, answered as they are written; a conversation whose older turns become a memory of their own.
+"""Ask a memory questions, or hold a conversation with it. Older turns of a conversation move to a second memory.
 
 model = FoTForCausalLM.from_pretrained("smollm2-135m-fot")
 memory = Memory.open("austen.memory")
@@ -31,15 +31,15 @@ PLAIN_STOP = "\n"
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model answered.
+    """The answer to one turn.
 
     Attributes:
         text: the answer.
-        passages: what carried most attention mass while it was written, most first.
-        prompt_tokens: tokens of this turn's prompt.
-        answer_tokens: tokens generated.
-        first_token_seconds: from the question to the first token.
-        seconds: from the question to the last token.
+        passages: the passages that received the most attention mass during the answer, in descending order.
+        prompt_tokens: number of tokens in this turn's prompt.
+        answer_tokens: number of tokens generated.
+        first_token_seconds: time from the question to the first token.
+        seconds: time from the question to the last token.
     """
 
     text: str
@@ -51,17 +51,17 @@ class Answer:
 
 
 def ask(model: Any, memory: Memory, question: str, *, on_text: OnText | None = None, **options: Any) -> Answer:
-    """One question, one answer; ``memory`` is not written to.
+    """Answer one question with a memory, which does not change.
 
     Args:
         model: a ``FoTForCausalLM`` with its tokenizer.
         memory: made by this model.
-        question: shorter than the local window.
-        on_text: called with each piece of the answer as it comes.
-        options: of ``Conversation.say``.
+        question: must be shorter than the local window.
+        on_text: called with each piece of the answer as soon as it is generated.
+        options: further options of ``Conversation.say``.
 
     Raises:
-        ValueError: an empty question, one that is longer than the window, or a memory made by other weights.
+        ValueError: The question is empty or longer than the window, or other weights made the memory.
     """
     return Conversation(model, memory).say(question, on_text=on_text, **options)
 
@@ -87,19 +87,20 @@ class _State:
 
 
 class Conversation:
-    """Turns with one memory. What leaves the local window moves to a memory of the conversation's own.
+    """A conversation with a memory. Tokens that leave the local window move to a second memory of the conversation.
 
-    The model reads at each turn what its chat template makes of the whole conversation. Where that is what it has
-    read and written so far, only the rest is read; where the template writes earlier turns otherwise (trimmed,
-    without their reasoning), it is read anew from there. A turn that ends with an exception leaves no trace.
+    At each turn, the chat template formats the whole conversation. The model reads only the part that it has not read
+    or written before. If the template changes earlier turns (it may trim them or remove their reasoning), the model
+    reads again from the first change. A turn that ends with an exception does not change the conversation.
 
     Args:
-        model: a ``FoTForCausalLM`` with its tokenizer; instruct models get their chat template.
-        memory: read, never written to; None for none.
-        use_chat_template: False puts questions plainly, as to a base model; None: if the tokenizer has one.
+        model: a ``FoTForCausalLM`` with its tokenizer.
+        memory: is read and never changed; None for a conversation without one.
+        use_chat_template: False asks questions as you would ask a base model. None uses the chat template if the
+            tokenizer has one.
 
     Attributes:
-        messages: the turns so far, answers as the model wrote them.
+        messages: the turns so far, with the answers as the model wrote them.
     """
 
     def __init__(self, model: Any, memory: Memory | None, *, use_chat_template: bool | None = None) -> None:
@@ -108,7 +109,7 @@ class Conversation:
         if memory is not None:
             model.check_memory(memory)
         if use_chat_template and not has_template(model.tokenizer):
-            raise ValueError("this model's tokenizer has no chat template: leave use_chat_template out")
+            raise ValueError("this model's tokenizer has no chat template: omit use_chat_template")
         self.model = model
         self.memory = memory
         self.messages: list[Message] = []
@@ -127,17 +128,17 @@ class Conversation:
         on_text: OnText | None = None,
         stop: Callable[[], bool] = lambda: False,
     ) -> Answer:
-        """The model's answer to the next turn. A turn happens wholly, or after an exception not at all.
+        """Answer the next turn. If an exception ends the turn, the conversation is as it was before.
 
         Args:
-            text: the turn.
-            max_new_tokens: longest answer.
-            num_passages: passages listed.
-            on_text: called with each piece of the answer as it comes.
-            stop: asked after each token whether the answer should end there; the conversation can go on.
+            text: what the user says.
+            max_new_tokens: most tokens in the answer.
+            num_passages: number of passages in the answer's list.
+            on_text: called with each piece of the answer as soon as it is generated.
+            stop: called after each token; the answer ends if it returns True. The conversation can continue.
 
         Raises:
-            ValueError: an empty turn, or one that is longer than the window.
+            ValueError: The turn is empty or longer than the window.
         """
         start = time.perf_counter()
         messages = [*self.messages, {"role": "user", "content": text}]
@@ -184,7 +185,7 @@ class Conversation:
         window = self.model.memory_config.window
         if len(alone) > window:
             raise ValueError(
-                f"the question has {len(alone)} tokens, more than the window of {window}: shorten it, or put its text "
+                f"the question has {len(alone)} tokens, but the window has {window}: shorten it, or put its text "
                 "into a memory with fot memory build and ask about that"
             )
         return ids

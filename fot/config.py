@@ -17,37 +17,39 @@ LONGEST_DEFAULT_WINDOW = 2048
 
 @dataclass(frozen=True)
 class MemoryConfig:
-    """Memory settings of one model. ``None`` means: derived from the model by ``resolve``.
+    """Memory settings of one model. Where a setting is ``None``, ``resolve`` derives it from the model.
 
     Attributes:
-        mem_layers: indices of the layers with access to the memory, ascending.
-        local_context: tokens of a local window; positions restart at 0 in each. None: the model's
-            ``max_position_embeddings``, at most 2,048.
-        last_context_length: tokens of a long prompt that stay in the local window to be answered from; the rest
-            goes to the memory. An integer cuts every input so, as LongLLaMA's code does. None: inputs that fit the
-            window stay whole, longer ones keep half a window.
-        overflow_keep: newest tokens that stay local when generation outgrows the window and the older ones move to the
-            memory. 0 is LongLLaMA's rule. None: with the sinks three quarters of a window.
-        attention_sinks: first tokens of the window that stay local with them, in all layers that have no memory. They
-            draw the attention that has nothing to look for; without them the model loses its way (StreamingLLM, arXiv
-            2309.17453). None stay with ``overflow_keep=0``, where the next token starts a new window.
-        mem_positionals: rotary positions in memory layers (LongLLaMA), or none there (the paper's small models).
-        key_dtype: how keys are stored: float32, bfloat16, float16, int8. None: the model's dtype.
-        value_dtype: how values are stored, likewise.
-        mem_attention_grouping: (heads, queries): memory attention takes at most heads * queries query vectors at
-            once. None: a whole window.
+        mem_layers: indices of the memory layers, ascending.
+        local_context: number of tokens in a local window. Positions restart at 0 in each window. None takes the
+            model's ``max_position_embeddings``, but at most 2,048.
+        last_context_length: number of last tokens of an input that stay in the local window; the others go to the
+            memory. An integer applies to every input, as in LongLLaMA's code. With None, an input that fits into the
+            window stays there as a whole, and a longer one keeps half a window.
+        overflow_keep: number of newest tokens that stay in the window when generation overflows it. The older tokens
+            move to the memory. 0 is LongLLaMA's rule. None keeps three quarters of a window, sinks included.
+        attention_sinks: number of first tokens of the window that stay with them, in all layers without memory.
+            Attention that finds nothing relevant goes to these tokens, and without them predictions become much worse
+            (StreamingLLM, arXiv 2309.17453). With ``overflow_keep=0`` no sinks stay, because the next token starts a
+            new window.
+        mem_positionals: whether memory layers use rotary positions. LongLLaMA uses them; the paper's small models do
+            not.
+        key_dtype: dtype in which keys are stored: float32, bfloat16, float16 or int8. None takes the model's dtype.
+        value_dtype: dtype in which values are stored, likewise.
+        mem_attention_grouping: (heads, queries). Memory attention processes at most heads * queries query vectors at
+            once. None processes a whole window at once.
         index: ``auto``, ``exact`` or a FAISS factory string; see ``memory.Memory``.
-        top_k: pairs that a query attends to; None for all of them where the backend can, 128 elsewhere.
-        memory_device: where memories are kept; None: where their layer is.
-        isolated_windows: windows that go to the memory do not read it first, so that what is stored of a text does
-            not depend on what was stored before it: texts can be stored in any order, added and dropped, and reading
-            takes time linear in their length. Answers read the memory either way. False is the paper's way.
-        window_overlap: each window of a text that is ingested starts with so many tokens of the window before, which
-            are not stored again. So only a text's first tokens lack local context, at the price of reading
-            ``window_overlap`` in ``local_context`` tokens twice. 0 is LongLLaMA's way.
-        align_padding: windows of a padded batch start at each row's first token (``row``: a row gives what it gives
-            alone) or at the batch's first column (``batch``: LongLLaMA's ``forward``). ``generate`` always uses
-            ``row``.
+        top_k: number of pairs that a query attends to. None means all pairs with the exact index, and 128 with FAISS.
+        memory_device: device of the memories. None keeps each layer's vectors on the device of the layer.
+        isolated_windows: whether a window is stored without reading the memory first. If so, the stored keys of a text
+            do not depend on what was stored before: texts can be added in any order and dropped, and reading takes
+            time linear in their length. Answers read the memory in both cases. False is the paper's method.
+        window_overlap: number of tokens that each window of an ingested text repeats from the window before. They are
+            not stored again. Only the first tokens of a text then lack local context, but ``window_overlap`` of every
+            ``local_context`` tokens are read twice. 0 is LongLLaMA's method.
+        align_padding: where the windows of a padded batch start. With ``row`` they start at the first token of each
+            row, so a row gives the same result as it does alone. With ``batch`` they start at the first column of the
+            batch, as in LongLLaMA's ``forward``. ``generate`` always uses ``row``.
     """
 
     mem_layers: tuple[int, ...] | None = None
@@ -90,14 +92,8 @@ class MemoryConfig:
             raise ValueError(f"align_padding is {self.align_padding!r}; choose row or batch")
         check_index(self.index)
 
-    def resolve(
-        self,
-        num_hidden_layers: int,
-        max_position_embeddings: int,
-        dtype: str,
-        default_layers: tuple[int, ...] | None = None,
-    ) -> "MemoryConfig":
-        """Fill in what is None and check the rest against the model.
+    def resolve(self, num_hidden_layers: int, max_position_embeddings: int, dtype: str) -> "MemoryConfig":
+        """Derive the settings that are None from the model, and check the others.
 
         Args:
             num_hidden_layers: of the model.
@@ -106,7 +102,7 @@ class MemoryConfig:
             default_layers: memory layers where none are named; None: ``default_mem_layers``.
 
         Raises:
-            ValueError: a memory layer or a length that this model does not have.
+            ValueError: The model does not have one of the layers, or a length does not fit it.
         """
         mem_layers = self.mem_layers
         if mem_layers is None:
@@ -120,8 +116,8 @@ class MemoryConfig:
         window = self.local_context or min(max_position_embeddings, LONGEST_DEFAULT_WINDOW)
         if window > max_position_embeddings:
             raise ValueError(
-                f"local_context is {window}, but the model was made for {max_position_embeddings} positions; "
-                f"use at most that many"
+                f"local_context is {window}, but the model has only {max_position_embeddings} positions; "
+                f"use at most {max_position_embeddings}"
             )
         if self.last_context_length is not None and self.last_context_length > window:
             raise ValueError(
@@ -130,15 +126,15 @@ class MemoryConfig:
             )
         if self.window_overlap >= window:
             raise ValueError(
-                f"window_overlap is {self.window_overlap}, but a window has {window} tokens, so that it would hold "
-                "nothing new: use less"
+                f"window_overlap is {self.window_overlap}, but a window has {window} tokens, so it would hold "
+                "no new token: lower window_overlap"
             )
         # Rather much: what layers without memory have lost of the text is lost to them (docs/results.md).
         keep = max(0, window * 3 // 4 - self.attention_sinks) if self.overflow_keep is None else self.overflow_keep
         if keep and keep + self.attention_sinks >= window:
             raise ValueError(
-                f"overflow_keep is {keep} and attention_sinks {self.attention_sinks}; a window of {window} tokens "
-                "would never empty: use less"
+                f"overflow_keep is {keep} and attention_sinks is {self.attention_sinks}, so a window "
+                f"of {window} tokens would have no room for new tokens: lower one of them"
             )
         return replace(
             self,
@@ -184,10 +180,10 @@ class MemoryConfig:
 
     @classmethod
     def from_dict(cls, settings: dict[str, Any]) -> "MemoryConfig":
-        """The opposite of ``to_dict``.
+        """The settings that ``to_dict`` gave.
 
         Raises:
-            ValueError: a setting that this version does not know.
+            ValueError: This version does not know one of the settings.
         """
         known = {f.name for f in fields(cls)}
         unknown = sorted(set(settings) - known)
@@ -206,8 +202,9 @@ def check_memory_layers(config: MemoryConfig) -> None:
     """Raise ValueError if a model without memory layers is asked to remember something."""
     if not config.layers:
         raise ValueError(
-            f"this model has no memory layers (mem_layers is empty), so nothing past its window of {config.window} "
-            "tokens can be kept: name some, for instance attach_memory(model, MemoryConfig(mem_layers=(8, 16, 24)))"
+            "this model has no memory layers (mem_layers is empty), so it cannot keep anything past "
+            f"its window of {config.window} tokens: choose memory layers, for instance "
+            "attach_memory(model, MemoryConfig(mem_layers=(8, 16, 24)))"
         )
 
 

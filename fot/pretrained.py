@@ -97,10 +97,11 @@ def cache_dir() -> Path:
 
 
 def resolve(name_or_path: str | Path, *, download: bool = True, subfolder: str = "") -> Checkpoint:
-    """Find the checkpoint that a name or path means.
+    """Find the checkpoint that a name or path stands for.
 
-    Tried in this order: an alias, an existing folder (a checkpoint or an adapter), an existing GGUF file, a hub id
-    ``org/name``. A hub id is passed on unchecked. ``./NAME`` is never an alias; a ``Path`` is neither alias nor hub id.
+    The name is taken as the first of these that fits: an alias, an existing folder (a checkpoint or an adapter), an
+    existing GGUF file, a hub id ``org/name``. Nobody checks that the hub id exists. ``./NAME`` is never an alias, and a
+    ``Path`` is neither an alias nor a hub id.
 
     Args:
         name_or_path: what the user typed.
@@ -108,9 +109,9 @@ def resolve(name_or_path: str | Path, *, download: bool = True, subfolder: str =
         subfolder: where in a folder the checkpoint lies.
 
     Raises:
-        FileNotFoundError: a path that does not exist, or a folder without config.json.
-        ValueError: neither alias, path nor hub id; or a file that is not .gguf.
-        CheckpointUnavailable: ``smollm2-135m`` is not cached and could not be fetched, checked or stored.
+        FileNotFoundError: The path does not exist, or the folder has no config.json.
+        ValueError: The name is no alias, path or hub id, or the file is not a .gguf file.
+        CheckpointUnavailable: ``smollm2-135m`` is not cached, and it could not be fetched, checked or stored.
     """
     name = str(name_or_path)
     if isinstance(name_or_path, str) and name in shipped_models():
@@ -251,10 +252,10 @@ def _local_checkpoint(name: str, local: Path, subfolder: str) -> Checkpoint:
         if (local / subfolder / "config.json").is_file():
             return Checkpoint(name, str(local))
         if subfolder:
-            raise FileNotFoundError(f"folder '{local / subfolder}' has no config.json, so it is no checkpoint")
+            raise FileNotFoundError(f"folder '{local / subfolder}' has no config.json, so it is not a checkpoint")
         found = sorted(file.name for file in local.glob("*.gguf"))
         remedy = f"name the file itself: {local / found[0]}" if found else "give the folder save_pretrained wrote"
-        raise FileNotFoundError(f"folder '{name}' has no config.json, so it is no checkpoint; {remedy}")
+        raise FileNotFoundError(f"folder '{name}' has no config.json, so it is not a checkpoint; {remedy}")
     if local.suffix == ".gguf":
         return Checkpoint(name, str(local.parent), gguf_file=local.name)
     raise ValueError(f"'{name}' is a file but not a .gguf; give a .gguf file or the folder that holds config.json")

@@ -1,16 +1,16 @@
-"""Which memory slots queries attended to, with scores.
+"""Record which memory slots the queries of a model attended to, with scores.
 
     trace = fot.trace.trace(model, "Who is the vicar of Highbury?", memory)
     pandas.DataFrame(trace.to_records())
 
-or around any generation of one prompt, which it does not change::
+``record`` does the same for any generation of one prompt, and does not change it::
 
     with record(model) as recorder:
         output = model.generate(ids, memory=memory)
     recorder.passages(5)
 
-While the model runs, only its queries are kept (some kilobytes a token); they are searched for at the end, all at once,
-or before the memory they read grows.
+While the model runs, only its queries are kept (some kilobytes for each token). Their hits are searched for at the end,
+all at once, or earlier if the memory is about to grow.
 """
 
 from collections.abc import Iterator
@@ -47,19 +47,20 @@ def trace(
     chat: bool = False,
     **options: Any,
 ) -> Trace:
-    """Generate an answer and record what it attended to: every token of the local window, every layer and head.
+    """Generate an answer, and record what every token of the local window attended to, in every layer and head.
 
     Args:
         model: a ``FoTForCausalLM``.
         prompt: text, or token ids (T,) or (1, T).
-        memory: made by this model; read, not written to.
-        max_new_tokens: longest answer.
-        top: slots kept for each token, layer and head, 1..128.
-        chat: put the text into the tokenizer's chat template.
-        options: of ``generate``; greedy unless they say otherwise. One sequence: no beams.
+        memory: made by this model; it does not change.
+        max_new_tokens: most tokens in the answer.
+        top: number of slots kept for each token, layer and head, 1..128.
+        chat: whether to put the text into the tokenizer's chat template.
+        options: further options of ``generate``. Decoding is greedy by default. Beams and several samples are refused.
 
     Raises:
-        ValueError: text without a tokenizer, an empty prompt, several sequences, or a memory of other weights.
+        ValueError: The prompt is empty, it is a text and the model has no tokenizer, the options ask for several
+            sequences, or other weights made the memory.
     """
     ids = _prompt_ids(model, prompt, chat).to(model.device)
     with record(model, top=top, prompt=True, every_slot=True) as recorder:
@@ -75,23 +76,27 @@ def trace(
 
 @contextmanager
 def record(model: Any, *, top: int = 32, prompt: bool = False, every_slot: bool = False) -> Iterator["Recorder"]:
-    """Record what memory layers attend to, in each ``forward`` and ``generate`` of one sequence within.
+    """Record what memory layers attend to, in each ``forward`` and ``generate`` of one sequence in the block.
 
-    What other threads do with the model meanwhile is not recorded, nor what a thread started within does (run it in
-    ``contextvars.copy_context()`` for that).
+    Only this thread is recorded. To record a thread that you start in the block, run it in
+    ``contextvars.copy_context()``.
 
     Args:
         model: a ``FoTForCausalLM``.
-        top: slots kept for each token, layer and head, 1..128.
-        prompt: keep every prompt token of the local window; otherwise only tokens that the next one was chosen after.
-        every_slot: take attention by position and by document from every slot where the backend attends to all of
-            them, which reads the keys once more; otherwise from the ``top`` hits.
+        top: number of slots kept for each token, layer and head, 1..128.
+        prompt: whether to record every prompt token of the local window. Otherwise only those tokens are recorded
+            after which the model chose the next one.
+        every_slot: whether to compute the attention by position and by document from every slot, if the backend
+            attends to all of them. This reads the keys once more. Otherwise it is computed from the ``top`` hits.
 
     Raises:
         ValueError: ``top`` is out of range.
     """
     if not 1 <= top <= DEFAULT_TOP_K:
-        raise ValueError(f"top is {top}; it must be 1..{DEFAULT_TOP_K}, what approximate backends retrieve by default")
+        raise ValueError(
+            f"top is {top}; it must be 1..{DEFAULT_TOP_K}, because approximate backends retrieve "
+            f"{DEFAULT_TOP_K} by default"
+        )
     recorder = Recorder(model, top=top, prompt=prompt, every_slot=every_slot)
     try:
         with recording(model, recorder):
@@ -152,7 +157,10 @@ class Recorder:
             ValueError: B is not 1.
         """
         if queries.shape[0] != 1:
-            raise ValueError(f"{queries.shape[0]} sequences at once: record one, without beams or several samples")
+            raise ValueError(
+                f"the model runs {queries.shape[0]} sequences at once, but only one can be recorded: use "
+                "no beams and a single sample"
+            )
         assert local.positions is not None
         count = queries.shape[2]
         chose = torch.zeros(count, dtype=torch.bool)
@@ -212,7 +220,9 @@ class Recorder:
     def _trace(self, tokens: list[Token]) -> Trace:
         self.settle()
         if not self._found:
-            raise ValueError("nothing was recorded: run the model's generate or forward within record(model)")
+            raise ValueError(
+                "nothing was recorded: call the model's generate or forward inside the block of record(model)"
+            )
         assert self._cache is not None
         memories = self._cache.rows[0].memories
         own = None if self._cache.write else len(memories) - 1
@@ -260,9 +270,9 @@ def _prompt_ids(model: Any, prompt: str | Tensor, chat: bool) -> Tensor:
     if isinstance(prompt, Tensor):
         return prompt.reshape(1, -1)
     if model.tokenizer is None:
-        raise ValueError("a prompt of text needs model.tokenizer: load the model with FoTForCausalLM.from_pretrained")
+        raise ValueError("a text prompt needs model.tokenizer: load the model with FoTForCausalLM.from_pretrained")
     if chat:
         if not has_template(model.tokenizer):
-            raise ValueError("this model's tokenizer has no chat template: leave chat (--chat) out")
+            raise ValueError("this model's tokenizer has no chat template: omit chat (--chat)")
         return torch.tensor([prompt_ids(model.tokenizer, [{"role": "user", "content": prompt}])])
     return model.tokenizer(prompt, return_tensors="pt").input_ids

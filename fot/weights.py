@@ -201,4 +201,4 @@ def _find(tensor: Tensor, name: str, full_name: str, elsewhere: _Elsewhere) -> T
             return found[f"{before}{name}"]
         except KeyError:
             continue
-    raise ValueError(f"{full_name} is on the meta device and has no content: load the model's weights first")
+    raise ValueError(f"{full_name} is on the meta device, so it has no values: load the model's weights first")

@@ -47,17 +47,18 @@ def writable_folder(memory: Memory) -> Folder:
 def save(memory: Memory, path: str | Path) -> None:
     """Write all of a memory to a new folder, or in place of the memory in that folder.
 
-    A custom index is saved as ``auto``. The memory stays what it was, in RAM or mapped from elsewhere.
+    A custom index is saved as ``auto``. The memory object does not change: its vectors stay in RAM, or mapped from the
+    folder that they come from.
 
     Raises:
-        ValueError: the folder holds other things than a memory, or metadata is nothing for JSON.
-        OSError: it cannot be written, or another process writes to it; what was there is as it was.
+        ValueError: The folder is not empty and holds no memory, or JSON cannot hold the metadata.
+        OSError: The folder cannot be written, or another process writes to it. What was there has not changed.
     """
     folder, old = Path(path), None
     if folder.exists() and (not folder.is_dir() or (folder / MANIFEST).exists()):
         old = read_manifest(folder)
     elif folder.exists() and any(not is_ours(entry.name) for entry in folder.iterdir()):
-        raise ValueError(f"{folder} is no memory, and not empty: save to a new folder")
+        raise ValueError(f"{folder} is not empty and holds no memory: save to a new folder")
     new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -81,20 +82,22 @@ def open_memory(
     top_k: int | None = None,
     device: str | torch.device = "cpu",
 ) -> Memory:
-    """A memory that ``save`` wrote. On a CPU it is mapped: vectors are read from disk when they are needed.
+    """Open a memory that ``save`` wrote. On a CPU it is mapped: vectors are read from disk when they are needed.
 
-    Sizes are checked, hashes are not (``verify`` does). Indexes are built at the first search.
+    Opening checks sizes and not hashes; ``verify`` checks hashes. Indexes are built at the first search.
 
     Args:
         path: the folder.
-        mode: ``r`` to read, as many at a time as like; ``a`` to add and drop as well, one at a time.
-        index: another index than the one it was made with, as for ``Memory``.
-        top_k: another number of pairs that a query attends to.
-        device: where the vectors are put.
+        mode: ``r`` opens the memory to read, ``a`` to change it as well. Any number of processes may read it at once,
+            but only one may change it.
+        index: replaces the index that the memory was made with; as for ``Memory``.
+        top_k: replaces the number of pairs that a query attends to.
+        device: device of the vectors.
 
     Raises:
-        OSError: there is no such folder, it cannot be read, or with mode ``a`` not written, or somebody writes to it.
-        ValueError: it holds no memory, a part is damaged (it is named), or the mode means nothing.
+        OSError: There is no such folder, or it cannot be read. With mode ``a``: it cannot be written, or another
+            process writes to it.
+        ValueError: The folder holds no memory, a part is damaged (the message names it), or the mode is not known.
     """
     if mode not in ("r", "a"):
         raise ValueError(f"mode is {mode!r}; choose 'r' to read or 'a' to add")
@@ -169,10 +172,10 @@ def verify(path: str | Path) -> list[str]:
     """Read every byte of a memory's folder and compare it with the manifest.
 
     Returns:
-        a line for each problem, the damaged part named; empty if all is well.
+        One line for each problem, which names the damaged part. The list is empty if there is none.
 
     Raises:
-        OSError, ValueError: there is no memory to verify, or its manifest is damaged.
+        OSError, ValueError: There is no memory to verify, or its manifest is damaged.
     """
     folder = Path(path)
     manifest = read_manifest(folder)

@@ -20,12 +20,12 @@ DEFAULT_NPROBE = 16
 DEFAULT_EF_SEARCH = 128
 DEFAULT_EF_CONSTRUCTION = 128
 FORBIDDEN = {
-    r"IVF0+\b": "an IVF index needs a list; take IVF,Flat",
-    "IDMap": "the memory numbers its keys itself; leave IDMap out",
-    "NSG|NNDescent": "such a graph cannot grow; take HNSW32",
-    "L2norm": "L2norm would rank by cosine; leave it out",
-    r"^HNSW.*(SQ|PQ)": "a graph over compressed keys loses its way; take HNSW32 or IVF,SQ8",
-    ",HNSW": "a graph over transformed keys breaks on inner products; let the string begin with HNSW",
+    r"IVF0+\b": "an IVF index needs at least one list; use IVF,Flat",
+    "IDMap": "the memory numbers its keys itself; omit IDMap",
+    "NSG|NNDescent": "keys cannot be added to such a graph later; use HNSW32",
+    "L2norm": "L2norm would rank keys by cosine and not by inner product; omit it",
+    r"^HNSW.*(SQ|PQ)": "a search in a graph over compressed keys misses the best keys; use HNSW32 or IVF,SQ8",
+    ",HNSW": "a graph over transformed keys gives poor results for inner products; start the string with HNSW",
 }
 
 
@@ -76,7 +76,7 @@ def check_factory(factory: str, head_dim: int | None = None) -> None:
             problem = problem or f"at head size {dim}: {_last_words(error)}"
     else:
         raise ValueError(
-            f"index {factory!r} is nothing that FAISS can build for inner product ({problem}); use exact, auto, or a "
+            f"FAISS cannot build index {factory!r} for inner products ({problem}); use exact, auto, or a "
             "factory string such as Flat, IVF,Flat, IVF1024,SQ8, IVF1024,PQ16 or HNSW32"
         )
     for setting in filter(None, plan.settings.split(",")):
@@ -161,11 +161,11 @@ def _check_setting(plan: Plan, setting: str, dim: int) -> None:
 
 def _check_gpu(plan: Plan) -> None:
     if plan.graph:
-        raise ValueError(f"index {plan.text!r}: HNSW runs on a CPU alone; leave gpu: out or take gpu:IVF,Flat")
+        raise ValueError(f"index {plan.text!r}: HNSW runs only on a CPU; omit gpu: or use gpu:IVF,Flat")
     if not hasattr(faiss, "StandardGpuResources") or faiss.get_num_gpus() == 0:
         raise ValueError(
             f"index {plan.text!r} needs a GPU that FAISS can use, and there is none: install fot[gpu] in place of "
-            "faiss-cpu and run where a CUDA device is, or leave gpu: out"
+            "faiss-cpu and use a machine with a CUDA device, or omit gpu:"
         )
 
 

@@ -40,14 +40,14 @@ class FaissIndex:
     """Top-k attention over one FAISS index per KV head; see ``memory.index.Index`` for the methods.
 
     A trained index (IVF, PQ, SQ) is built once enough keys are stored, from these, and again each time the memory has
-    grown fourfold. Until then this backend is exact, and dense unless ``top_k`` is set. It holds the vectors a second
-    time, in FAISS's form; scores are always inner products with the keys as stored.
+    grown fourfold. Until then this backend is exact, and dense unless ``top_k`` is set. It holds a second copy of the
+    keys in FAISS's form. Scores are always inner products with the keys as they are stored.
 
     Args:
         factory: see the module's docstring.
         keys: the stored keys, read whenever an index is built.
         values: the stored values.
-        top_k: pairs a query attends to; None means 128.
+        top_k: number of pairs that a query attends to; None means 128.
 
     Raises:
         ValueError: as ``check_factory``.
@@ -95,8 +95,10 @@ class FaissIndex:
             try:
                 self._restore(learnt)
             except ValueError as error:
-                raise ValueError(f"{learnt.origin} is damaged or of another memory: {error}; "
-                                 "Memory.open(path, index='exact') needs none") from error  # fmt: skip
+                raise ValueError(
+                    f"{learnt.origin} is damaged or belongs to another memory: {error}; open the memory without it, "
+                    "with Memory.open(path, index='exact')"
+                ) from error
         elif total >= max(1, self._build_at):
             self._build()
 

@@ -49,11 +49,14 @@ def take_lock(folder: Path) -> Lock:
         return Lock(folder / LOCK)
     except BlockingIOError as error:
         raise BlockingIOError(
-            error.errno, f"{folder} is open for writing elsewhere; wait for that to end, or close that memory"
+            error.errno,
+            f"{folder} is already open for writing: wait until the other writer has finished, or close that memory",
         ) from error
     except OSError as error:
-        raise OSError(error.errno, f"{folder} cannot be written to ({error.strerror}); choose another place, or change "
-                      "its permissions") from error  # fmt: skip
+        raise OSError(
+            error.errno,
+            f"{folder} cannot be written to ({error.strerror}): choose another folder, or change its permissions",
+        ) from error
 
 
 @contextmanager
@@ -64,8 +67,11 @@ def changing(folder: Path) -> Iterator[None]:
     except BaseException as error:
         remove_leftovers(folder)
         if isinstance(error, OSError) and error.errno is not None:
-            raise OSError(error.errno, f"{folder} could not be written ({error.strerror}); nothing there was changed: "
-                          "free some space, or choose another place") from error  # fmt: skip
+            raise OSError(
+                error.errno,
+                f"{folder} could not be written ({error.strerror}), and nothing in it was changed: free some space, or "
+                "choose another folder",
+            ) from error
         raise
 
 

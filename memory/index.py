@@ -50,32 +50,32 @@ class Index(Protocol):
     """A backend over the keys and values of one memory layer. It reads them from the blocks it was made with."""
 
     def add(self, keys: Tensor) -> None:
-        """Take note of (G, T, D) keys that were appended to the blocks just now."""
+        """Add (G, T, D) keys that were just appended to the blocks."""
 
     def search(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """The k stored keys of largest inner product with each query, best first.
+        """The k stored keys that have the largest inner product with each query, best first.
 
         Args:
             queries: (G, T, D) float.
             k: at most the number of stored keys.
 
         Returns:
-            inner products (G, T, k) float32 with the stored keys, and their slots (G, T, k) int64. An approximate
-            backend that finds fewer pads with score -inf and slot -1.
+            The inner products with the stored keys, (G, T, k) float32, and the slots of these keys, (G, T, k) int64.
+            If an approximate backend finds fewer keys, it pads with score -inf and slot -1.
         """
 
     def attend(self, queries: Tensor, *, scale: float) -> tuple[Tensor, Tensor]:
-        """Softmax attention over the memory, or the part of it that this backend looks at.
+        """Softmax attention over the memory, or over the part of it that this backend retrieves.
 
         Returns:
-            output (G, T, D) in the dtype of ``queries``, log-sum-exp (G, T) float32.
+            The output, (G, T, D) in the dtype of ``queries``, and the log-sum-exp, (G, T) float32.
         """
 
     def nbytes(self) -> int:
         """Bytes that this backend holds beyond the keys and values themselves."""
 
     def describe(self) -> str:
-        """A few words for people: the kind of index now in use."""
+        """A short description of the index in use, for people."""
 
 
 def attend_hits(
@@ -170,9 +170,11 @@ class BackendChoice:
 def choose_backend(num_keys: int, device: torch.device) -> BackendChoice:
     """What ``index="auto"`` uses for a memory of ``num_keys`` tokens whose vectors lie on ``device``."""
     if device.type != "cpu":
-        return BackendChoice("exact", f"on {device.type} dense attention outruns a search of the index")
+        return BackendChoice("exact", f"on {device.type}, dense attention is faster than a search in an index")
     if num_keys < AUTO_EXACT_LIMIT:
-        return BackendChoice("exact", f"{num_keys:,} keys are fewer than {AUTO_EXACT_LIMIT:,}: exact and fast enough")
+        return BackendChoice(
+            "exact", f"{num_keys:,} keys are fewer than {AUTO_EXACT_LIMIT:,}, so exact attention is fast enough"
+        )
     return BackendChoice(
         "IVF,Flat", f"{num_keys:,} keys on a CPU: searching an inverted file is faster than reading all"
     )

@@ -52,21 +52,21 @@ class LayerMemory:
         """The index in use, in a few words."""
         if self._index is not None:
             return self._index.describe()
-        return "empty" if self._choice is None else f"{self._choice.name}, built when first asked"
+        return "empty" if self._choice is None else f"{self._choice.name}, built at the first search"
 
     def search(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """The k stored keys of largest inner product with each query, best first.
+        """The k stored keys that have the largest inner product with each query, best first.
 
         Args:
             queries: (G, T, D) float, any device.
-            k: hits wanted; at least 1. More than are stored gives all.
+            k: number of hits, at least 1. If fewer keys are stored, all of them are returned.
 
         Returns:
-            inner products (G, T, min(k, N)) float32 and slots, likewise, int64, on the device of ``queries``. An
-            approximate backend that finds fewer pads with score -inf and slot -1.
+            The inner products, (G, T, min(k, N)) float32, and the slots, the same shape in int64, on the device of
+            ``queries``. If an approximate backend finds fewer keys, it pads with score -inf and slot -1.
 
         Raises:
-            ValueError: k < 1, or queries of another shape than this memory's keys.
+            ValueError: k is below 1, or the queries do not have the shape of this memory's keys.
         """
         if k < 1:
             raise ValueError(f"k is {k}; ask for at least 1 hit")
@@ -85,8 +85,8 @@ class LayerMemory:
             scale: factor on inner products, normally ``head_dim**-0.5``.
 
         Returns:
-            output (G, T, D) in dtype and on device of ``queries``; log-sum-exp (G, T) float32, -inf if nothing is
-            stored.
+            The output, (G, T, D) in the dtype and on the device of ``queries``, and the log-sum-exp, (G, T) float32. It
+            is -inf if nothing is stored.
         """
         index = self._ready()
         if index is None:
@@ -103,7 +103,7 @@ class LayerMemory:
         """Stored values: all as (G, N, D), or those in ``slots`` (G, ...) as (G, ..., D).
 
         Raises:
-            IndexError: a slot lies outside 0..N-1.
+            IndexError: A slot lies outside 0..N-1.
         """
         return self._vectors(self._values, slots, dtype)
 

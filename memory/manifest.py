@@ -129,10 +129,12 @@ def read_manifest(folder: Path) -> Manifest:
     except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}; restore it from a copy, or build the memory again") from error
     if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
-        raise ValueError(f"{path} is not of a memory: its format is not {FORMAT!r}")
+        raise ValueError(f"{path} does not belong to a memory: its format is not {FORMAT!r}")
     found = content.pop("version", None)
     if isinstance(found, int) and found > FORMAT_VERSION:
-        raise ValueError(f"{path} has format version {found}, this fot reads up to {FORMAT_VERSION}: upgrade fot")
+        raise ValueError(
+            f"{path} has format version {found}, but this version of fot reads up to {FORMAT_VERSION}: upgrade fot"
+        )
     try:
         return _parse(content)
     except (TypeError, KeyError, ValueError) as error:

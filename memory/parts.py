@@ -145,8 +145,10 @@ class MappedPart:
 
     def damaged(self, why: str) -> ValueError:
         """The error that names this part."""
-        return ValueError(f"{self.path} is damaged or of another memory: {why}; restore it from a copy, or build the "
-                          "memory again")  # fmt: skip
+        return ValueError(
+            f"{self.path} is damaged or belongs to another memory: {why}; restore it from a copy, or "
+            "build the memory again"
+        )
 
 
 def file_sha256(path: Path) -> str:

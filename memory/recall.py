@@ -18,14 +18,15 @@ def attention_mass_recall(queries: Tensor, keys: Tensor, hits: Tensor, *, scale:
         scale: factor on inner products, normally ``head_dim**-0.5``.
 
     Returns:
-        (G, T) float32 in [0, 1]. Works in slices of queries: a full (G, T, N) matrix never exists.
+        The shares, (G, T) float32 in [0, 1]. They are computed in slices of queries, so a full (G, T, N) matrix never
+        exists.
 
     Raises:
-        ValueError: a slot lies outside -1..N-1.
+        ValueError: A slot lies outside -1..N-1.
     """
     bad = hits[(hits < -1) | (hits >= keys.shape[1])]
     if bad.numel():
-        raise ValueError(f"slot {bad[0].item()} is outside 0..{keys.shape[1] - 1}: these hits are of another memory")
+        raise ValueError(f"slot {bad[0].item()} is outside 0..{keys.shape[1] - 1}: these hits belong to another memory")
     keys = keys.float()
     rows = max(1, NAIVE_SCORES // (keys.shape[0] * keys.shape[1]))
     recalls = []

@@ -30,22 +30,22 @@ class Memory:
         layers: indices of the memory layers.
         num_key_value_heads: G, KV heads of a layer.
         head_dim: D, size of a head.
-        key_dtype: how keys are stored: float32, bfloat16, float16 or int8 (with a scale a vector).
-        value_dtype: how values are stored, likewise.
+        key_dtype: dtype in which keys are stored: float32, bfloat16, float16 or int8 (with one scale for each vector).
+        value_dtype: dtype in which values are stored, likewise.
         index: ``exact``, ``auto``, a FAISS factory string for inner product such as ``IVF1024,Flat``,
             ``IVF1024,SQ8`` or ``HNSW32`` (see ``memory.faiss_index``; ``gpu:`` in front puts it on a GPU), or a
             function of (key blocks, value blocks) that makes an ``Index``.
-        top_k: pairs a query attends to; None for all of them where the backend can (``exact``), 128 elsewhere.
-        device: where the vectors are kept; None keeps them where they come from.
-        fingerprint: names the weights that the keys were made with; a model refuses a memory of other weights.
+        top_k: number of pairs that a query attends to. None means all pairs with ``exact``, and 128 with FAISS.
+        device: device of the vectors. None keeps them on the device that they come from.
+        fingerprint: identifies the weights that made the keys. A model refuses a memory that other weights made.
 
     Attributes:
-        metadata: whatever is to be kept beside the memory, as JSON can hold it; saved with it. A model's
-            ``new_memory`` notes there what the memory was made with.
-        notes: by name, what is known of documents as a whole; saved for those with stored tokens.
+        metadata: anything that JSON can hold. It is saved with the memory. A model's ``new_memory`` writes into it what
+            the memory was made with.
+        notes: name -> facts about a document as a whole. They are saved for documents with stored tokens.
 
     Raises:
-        ValueError: an argument is out of range or names nothing known.
+        ValueError: An argument is out of range, or it is a name that is not known.
     """
 
     def __init__(
@@ -65,7 +65,10 @@ class Memory:
             if dtype not in VECTOR_DTYPES:
                 raise ValueError(f"{name} is {dtype!r}; choose one of {', '.join(VECTOR_DTYPES)}")
         if top_k is not None and top_k < 1:
-            raise ValueError(f"top_k is {top_k}; a query must retrieve at least 1 pair (None means all or 128)")
+            raise ValueError(
+                f"top_k is {top_k}; a query must retrieve at least 1 pair (None means all pairs with the "
+                "exact index, 128 with FAISS)"
+            )
         check_index(index, head_dim)
         self.num_key_value_heads = num_key_value_heads
         self.head_dim = head_dim
@@ -102,33 +105,33 @@ class Memory:
         save(self, path)
 
     def flush(self) -> None:
-        """Write to its folder what is not there yet; needs ``mode="a"``. Either all of it is written or nothing.
+        """Write the new tokens to the memory's folder: all of them or none. The memory must be open with ``mode="a"``.
 
         Raises:
-            ValueError: this memory was not opened to grow.
-            OSError: it cannot be written; the folder is as it was, and the memory still holds everything.
+            ValueError: The memory was not opened with ``mode="a"``.
+            OSError: The folder cannot be written. It is as it was before, and the memory still holds everything.
         """
         from memory.disk import flush, writable_folder
 
         flush(self, writable_folder(self))
 
     def compact(self) -> None:
-        """Write its folder anew, so that dropped documents free their space; needs ``mode="a"``. Flushes, too.
+        """Flush, and write the folder anew to free the space of dropped documents. Needs ``mode="a"``.
 
         Raises:
-            ValueError, OSError: as ``flush``.
+            ValueError, OSError: The same as for ``flush``.
         """
         from memory.disk import compact, writable_folder
 
         compact(self, writable_folder(self))
 
     def prepare(self) -> None:
-        """Build the indexes now, not at the first search. ``flush`` then keeps what they learnt for the next time."""
+        """Build the indexes now and not at the first search. ``flush`` then saves what they learned."""
         for layer in self._layers.values():
             layer._ready()
 
     def close(self) -> None:
-        """Let others write to its folder. What was not flushed stays in this object alone, which cannot grow."""
+        """Release the lock on the folder. Tokens that were not flushed are only in this object, which cannot grow."""
         if self._folder is not None:
             self._folder.close()
 
@@ -172,8 +175,8 @@ class Memory:
             spans: (T, 2) first and past-the-end character of each token in that text.
 
         Raises:
-            ValueError: shapes or layers that do not fit, a key or value that is NaN or infinite or too large for the
-                dtype that it is stored in, or a memory that was opened read-only.
+            ValueError: A shape or the layers do not fit; a key or a value is NaN, infinite, or too large for the dtype
+                in which it is stored; or the memory was opened read-only.
         """
         self._check_open()
         ids = np.asarray(token_ids.cpu() if isinstance(token_ids, Tensor) else token_ids, dtype=np.int32)
@@ -207,16 +210,17 @@ class Memory:
         return self._tokens.runs()
 
     def drop_document(self, name: str) -> int:
-        """Forget one document. The slots behind it move up, and indexes are built again.
+        """Remove one document. The slots after it move up, and indexes are built again.
 
-        In a folder opened to grow it is marked as dropped, at once; ``compact`` frees its space.
+        If the memory was opened from a folder, the document is marked as dropped there at once. ``compact`` frees its
+        space.
 
         Returns:
-            the number of tokens dropped.
+            The number of tokens that were removed.
 
         Raises:
-            KeyError: no stored token belongs to a document of this name.
-            ValueError: the memory was opened read-only.
+            KeyError: No stored token belongs to a document of this name.
+            ValueError: The memory was opened read-only.
         """
         self._check_open()
         slots = self._tokens.slots_outside(name)
@@ -236,34 +240,39 @@ class Memory:
         return dropped
 
     def truncate(self, length: int) -> None:
-        """Forget the tokens from slot ``length`` on, as if they had never been appended.
+        """Remove the tokens from slot ``length`` on, as if they had never been appended.
 
         Raises:
-            ValueError: the memory was opened from a folder.
+            ValueError: The memory was opened from a folder.
         """
         if length >= len(self):
             return
         if self._folder is not None:
-            raise ValueError(f"{self._folder.path} would lose tokens: drop its documents instead")
+            raise ValueError(
+                f"{self._folder.path} was opened from a folder and cannot be truncated: drop documents from it instead"
+            )
         for layer in self._layers.values():
             layer._truncate(length)
         self._tokens.truncate(length)
         self.notes = {name: note for name, note in self.notes.items() if name in self._tokens.names}
 
     def reset(self) -> None:
-        """Forget everything.
+        """Remove everything.
 
         Raises:
-            ValueError: the memory was opened from a folder.
+            ValueError: The memory was opened from a folder.
         """
         if self._folder is not None:
-            raise ValueError(f"{self._folder.path} would be emptied: drop its documents, or begin a new memory instead")
+            raise ValueError(
+                f"{self._folder.path} was opened from a folder and cannot be reset: drop its documents, or "
+                "create a new memory"
+            )
         for layer in self._layers.values():
             layer._reset()
         self._tokens, self.notes = TokenTable(), {}
 
     def clone(self) -> "Memory":
-        """A copy in memory that grows on its own; of what is mapped from a folder, the mapping is shared."""
+        """A copy in RAM that grows independently. It shares vectors that are mapped from a folder."""
         copy = Memory(
             self.layers,
             self.num_key_value_heads,
@@ -330,11 +339,15 @@ class Memory:
         finite = []
         for what, vectors, dtype in (("keys", keys, self.key_dtype), ("values", values, self.value_dtype)):
             if set(vectors) != set(self._layers):
-                raise ValueError(f"{what} are of layers {sorted(vectors)}; this memory holds {sorted(self._layers)}")
+                raise ValueError(
+                    f"{what} belong to layers {sorted(vectors)}, but this memory has layers {sorted(self._layers)}"
+                )
             for number, tensor in vectors.items():
                 self._layers[number]._check_shape(tensor, f"{what} of layer {number}")
                 if tensor.shape[1] != count:
-                    raise ValueError(f"{what} of layer {number} are {tensor.shape[1]} tokens, the ids are {count}")
+                    raise ValueError(
+                        f"{what} of layer {number} have {tensor.shape[1]} tokens, but there are {count} token ids"
+                    )
                 finite.append(torch.isfinite(as_stored(tensor, VECTOR_DTYPES[dtype])).all())
         # One transfer to the host for a whole window, not one a tensor.
         if not all(torch.stack([flag.to(finite[0].device) for flag in finite]).tolist()):

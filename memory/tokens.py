@@ -68,7 +68,7 @@ class TokenTable:
         rows[:, 0] = ids
         if spans is not None:
             if len(spans) != len(ids):
-                raise ValueError(f"{len(spans)} spans for {len(ids)} token ids; give one a token")
+                raise ValueError(f"there are {len(spans)} spans for {len(ids)} token ids: give one span for each token")
             rows[:, 2:] = np.asarray(spans, dtype=np.int32).reshape(-1, 2)
         return rows, document
 

@@ -116,6 +116,6 @@ def test_a_base_that_is_gone_is_named(project: Path, tmp_path: Path) -> None:
     description = adapter / "fot_adapter.json"
     description.write_text(json.dumps(json.loads(description.read_text()) | {"base": str(tmp_path / "gone")}))
     with pytest.raises(
-        FileNotFoundError, match=r"changes the model at .*gone, where nothing is: .* correct \"base\" in"
+        FileNotFoundError, match=r"belongs to the base model at .*gone, but nothing is there: .* correct \"base\" in"
     ):
         fot.FoTForCausalLM.from_pretrained(adapter)

@@ -292,14 +292,14 @@ def test_a_position_stays_small(tmp_path: Path, tokenizer: Any) -> None:
 def test_a_position_of_other_settings_is_refused(tmp_path: Path, tokenizer: Any, changed: dict[str, Any]) -> None:
     write_texts(tmp_path, 2)
     state = loader_of(DataSource(str(tmp_path)), tokenizer).state_dict()
-    with pytest.raises(ValueError, match=f"has {next(iter(changed))} .*resume with the same"):
+    with pytest.raises(ValueError, match=f"was made with {next(iter(changed))} .*: resume with "):
         loader_of(DataSource(str(tmp_path)), tokenizer, **changed).load_state_dict(state)
 
 
 def test_a_position_of_another_version_is_refused(tmp_path: Path, tokenizer: Any) -> None:
     write_texts(tmp_path, 2)
     state = loader_of(DataSource(str(tmp_path)), tokenizer).state_dict()
-    with pytest.raises(ValueError, match="saved by another version of this program: start a new run"):
+    with pytest.raises(ValueError, match="saved by another version of fot: start a new run"):
         loader_of(DataSource(str(tmp_path)), tokenizer).load_state_dict(state | {"layout": 1})
 
 
@@ -327,7 +327,7 @@ def test_equal_texts_of_two_sources_have_one_content(tmp_path: Path, tokenizer: 
 def test_a_position_of_another_process_is_refused(tmp_path: Path, tokenizer: Any) -> None:
     write_texts(tmp_path, 2)
     first, second = (loader_of(DataSource(str(tmp_path)), tokenizer, rank=rank, world_size=2) for rank in (0, 1))
-    with pytest.raises(ValueError, match="has rank 0, this run 1: resume with the same"):
+    with pytest.raises(ValueError, match="was made with rank 0, but this run has 1: resume with 0"):
         second.load_state_dict(first.state_dict())
 
 
@@ -403,7 +403,7 @@ def test_epochs_come_in_different_orders(tmp_path: Path, tokenizer: Any) -> None
     [
         ({"sources": []}, "no source is given"),
         ({"sources": [TaskSource(Counting()), TaskSource(Counting())]}, "'counting' is there twice"),
-        ({"sources": [DataSource(".")]}, "tokenizer is needed"),
+        ({"sources": [DataSource(".")]}, "needs a tokenizer"),
         ({"windows": 0}, "windows is 0"),
         ({"rank": 2, "world_size": 2}, r"rank 2 is outside 0\.\.1"),
     ],

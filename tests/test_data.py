@@ -117,7 +117,10 @@ def test_wrong_paths_and_patterns_are_named(tmp_path: Path, tokenizer: Any) -> N
     wrong: list[tuple[dict[str, Any], str]] = [
         ({"path": str(tmp_path / "mixed")}, "kinds json, text: name one with pattern"),
         ({"path": str(tmp_path / "mixed" / "a.py"), "pattern": "*.py"}, "pattern is for a folder"),
-        ({"path": str(tmp_path / "mixed"), "pattern": "*.py", "split": "test"}, "name and split are for data sets"),
+        (
+            {"path": str(tmp_path / "mixed"), "pattern": "*.py", "split": "test"},
+            "name and split are only for data sets",
+        ),
     ]
     for entry, message in wrong:
         with pytest.raises(ValueError, match=message):
@@ -136,7 +139,7 @@ def test_rows_without_text_are_named(tmp_path: Path, tokenizer: Any) -> None:
     with pytest.raises(ValueError, match=r"d\.jsonl' holds no rows"):
         DocumentStream(DataSource(str(tmp_path / "d.jsonl")), tokenizer).draw()
     (tmp_path / "c.jsonl").write_text("no json at all\n")
-    with pytest.raises(ValueError, match=r"c\.jsonl' (is not readable|can't be read on): ."):
+    with pytest.raises(ValueError, match=r"c\.jsonl' (is not readable|cannot be read any further): ."):
         DocumentStream(DataSource(str(tmp_path / "c.jsonl")), tokenizer).draw()
 
 

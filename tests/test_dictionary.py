@@ -98,9 +98,9 @@ def test_a_dictionary_record_is_asked_for_once_while_there_are_enough() -> None:
 def test_dictionary_settings_are_refused() -> None:
     with pytest.raises(ValueError, match="at least 2"):
         DictionaryTask(windows=1)
-    with pytest.raises(ValueError, match="fewest_records=26"):
+    with pytest.raises(ValueError, match="fewest_records is 26"):
         DictionaryTask(fewest_records=26)
-    with pytest.raises(ValueError, match=r"similar=1\.5"):
+    with pytest.raises(ValueError, match=r"similar is 1\.5"):
         DictionaryTask(similar=1.5)
     with pytest.raises(ValueError, match="whole windows"):
         DictionaryTable.of_tokens(1000, seed=0)

@@ -53,5 +53,5 @@ def test_bad_input(capsys: pytest.CaptureFixture) -> None:
     assert "16001 tokens are not one or more whole windows of 250" in capsys.readouterr().err
     model = fot.FoTForCausalLM.from_pretrained("dictionary-fot")
     model.config.vocab_size = 60
-    with pytest.raises(ValueError, match="the model has 60 tokens, the dictionary task 64"):
+    with pytest.raises(ValueError, match="the model has 60 tokens, but the dictionary task needs 64"):
         dictionary.run(model, [250])

@@ -45,7 +45,7 @@ def other_dtype(path: Path) -> None:
     [
         (Path.unlink, "is missing"),
         (cut, r"the manifest says [\d,]+ bytes"),
-        (garbage, "damaged or of another memory"),
+        (garbage, "damaged or belongs to another memory"),
         (other_names, r"it has no 'keys\.1'"),
         (other_dtype, "is I32 of shape"),
     ],
@@ -78,8 +78,8 @@ def test_verify_compares_the_manifest(saved: Path) -> None:
 @pytest.mark.parametrize(
     ("entry", "changes", "message"),
     [
-        ("", {"version": 99}, "has format version 99, this fot reads up to 1: upgrade fot"),
-        ("", {"format": "other"}, "is not of a memory"),
+        ("", {"version": 99}, "has format version 99, but this version of fot reads up to 1: upgrade fot"),
+        ("", {"format": "other"}, "does not belong to a memory"),
         ("", {"layers": [1, 1]}, r"layers are \[1, 1\]"),
         ("", {"head_dim": "8"}, "head_dim is '8'"),
         ("", {"head_dim": True}, "head_dim is 'True'"),
@@ -130,7 +130,7 @@ def test_paths_that_are_no_memory(tmp_path: Path) -> None:
             Memory.open(tmp_path / "folder", mode)
     with pytest.raises(NotADirectoryError, match="file is a file"):
         make().save(tmp_path / "file")
-    with pytest.raises(ValueError, match="folder is no memory, and not empty: save to a new folder"):
+    with pytest.raises(ValueError, match="folder is not empty and holds no memory: save to a new folder"):
         make().save(tmp_path / "folder")
     with pytest.raises(ValueError, match="mode is 'w'; choose 'r' to read or 'a' to add"):
         Memory.open(tmp_path, "w")

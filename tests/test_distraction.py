@@ -78,7 +78,7 @@ def test_text_windows_are_consecutive_and_negatives_of_other_texts() -> None:
     assert sample.trials == distraction.text_sample(texts, 10, 8, 20, seed=3).trials
     assert sample.trials != distraction.text_sample(texts, 10, 8, 20, seed=4).trials
     assert len({row for trial in sample.trials for row in trial.contexts}) < 20 + 20
-    with pytest.raises(ValueError, match="64 contexts take two windows of 10 tokens of one text and 63 of others"):
+    with pytest.raises(ValueError, match="64 contexts need two windows of 10 tokens from one text and 63 from others"):
         distraction.text_sample(texts, 10, 64, 1, seed=0)
 
 

@@ -327,20 +327,20 @@ def test_good_strings_pass(factory: str) -> None:
 @pytest.mark.parametrize(
     ("factory", "words"),
     [
-        ("Flatt", "'Flatt' is nothing that FAISS can build .*IVF,Flat"),
-        ("", "is nothing that FAISS can build"),
+        ("Flatt", "FAISS cannot build index 'Flatt' .*IVF,Flat"),
+        ("", "FAISS cannot build index '' "),
         ("LSH", "LSH"),
-        ("NSG32", "cannot grow"),
-        ("IDMap,Flat", "leave IDMap out"),
+        ("NSG32", "cannot be added"),
+        ("IDMap,Flat", "omit IDMap"),
         ("L2norm,Flat", "cosine"),
-        ("PCA32,HNSW32", "begin with HNSW"),
+        ("PCA32,HNSW32", "start the string with HNSW"),
         ("HNSW32,SQ8", "compressed"),
         ("IVF,Flat;probes=3", "'probes=3' of index .* takes nprobe"),
         ("IVF,Flat;nprobe=8,efSearch=4", "'efSearch=4'"),
         ("HNSW32;nprobe=8", "'nprobe=8'"),
         ("IVF,Flat;nprobe=0", "above 0"),
         ("IVF,Flat;nprobe", "name=number"),
-        ("gpu:HNSW32", "CPU alone"),
+        ("gpu:HNSW32", "only on a CPU"),
     ],
 )
 def test_bad_strings_are_refused_in_one_clear_line(factory: str, words: str) -> None:

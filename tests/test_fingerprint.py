@@ -275,7 +275,7 @@ def test_weights_that_are_nowhere() -> None:
     with torch.device("meta"):
         plain = AutoModelForCausalLM.from_config(LlamaConfig(**SHAPE))
     model = fot.attach_memory(plain, fot.MemoryConfig(mem_layers=(1, 3), local_context=WINDOW))
-    with pytest.raises(ValueError, match=r"embed_tokens\.weight is on the meta device and has no content"):
+    with pytest.raises(ValueError, match=r"embed_tokens\.weight is on the meta device, so it has no values"):
         model.fingerprint()
 
 

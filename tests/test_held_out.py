@@ -80,9 +80,9 @@ def test_sizes_fit_the_texts_or_are_refused(tokenizer: Any, tmp_path: Path) -> N
         )
         is None
     )
-    with pytest.raises(ValueError, match="the longest text has 7 tokens, and a window of 8 takes 8"):
+    with pytest.raises(ValueError, match="the longest text has 7 tokens, but a window of 8 needs 8"):
         of(7)
-    with pytest.raises(ValueError, match="a window of 8 after a memory of 64 takes 72: give longer texts, or smaller"):
+    with pytest.raises(ValueError, match="a window of 8 after a memory of 64 needs 72: give longer texts, or smaller"):
         of(60, held_out_memory=[16, 64])
     with pytest.raises(ValueError, match=r"held_out_memory\[0\] is 0; it must be at least 1"):
         of(60, held_out_memory=[0])
@@ -136,12 +136,12 @@ def test_what_would_mean_nothing_is_refused(text_recipe: Path, tmp_path: Path, c
         assert main(["train", str(text_recipe), *overrides, "--out", str(tmp_path / "out")]) == 2
         return capsys.readouterr().err
 
-    assert "without tasks there are no answers" in told("contexts={kind: accuracy, values: [1, 4], at: [0.9]}")
-    assert "best_by is 'eval_answer_accuracy', and this run measures held_out_loss" in told(
+    assert "a recipe without tasks has no answers" in told("contexts={kind: accuracy, values: [1, 4], at: [0.9]}")
+    assert "best_by is 'eval_answer_accuracy', but this run measures held_out_loss" in told(
         "best_by=eval_answer_accuracy"
     )
     assert main(["train", str(text_recipe), "held_out=[]", "steps=1", "--out", str(tmp_path / "none")]) == 0
-    assert "no held_out texts are named" in capsys.readouterr().err
+    assert "names no held_out texts" in capsys.readouterr().err
 
 
 def test_tokens_per_second_are_of_the_step_alone_and_of_the_run(

@@ -77,7 +77,7 @@ def test_options_choose_what_is_shown(inspect: Callable[..., int], capsys: pytes
     [
         (["--layer", "2"], "layer 2 is not among those traced: choose one of 1, 3"),
         (["--head", "9"], "head 9 is not among those traced"),
-        (["--plot", "x.nope"], "pictures of that kind cannot be drawn"),
+        (["--plot", "x.nope"], "has a picture format that is not supported"),
         (["--html", "/nowhere/out.html"], "/nowhere is not a folder"),
         (["--chat"], "this model's tokenizer has no chat template"),
     ],
@@ -96,7 +96,7 @@ def test_memory_that_names_no_model(folders: tuple[Path, Path], tmp_path: Path, 
     del memory.metadata["model"]
     memory.save(tmp_path / "anonymous")
     assert main(["inspect", str(tmp_path / "anonymous"), "Who?"]) == 2
-    assert "does not say which model made it: add --model" in capsys.readouterr().err
+    assert "does not record which model made it: add --model" in capsys.readouterr().err
 
 
 def test_table_shows_the_strongest_hits() -> None:

@@ -75,4 +75,4 @@ def test_command(model: Any, tmp_path: Path, capsys: pytest.CaptureFixture) -> N
     assert "none" in capsys.readouterr().out
     assert len(json.loads((tmp_path / "out.json").read_text())["results"]) == 2
     assert main(["eval", "layers", *arguments, "--count", "6"]) == 2
-    assert "6 memory layers are asked for; the model has 5" in capsys.readouterr().err
+    assert "6 memory layers are asked for, but the model has 5" in capsys.readouterr().err

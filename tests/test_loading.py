@@ -171,7 +171,7 @@ def test_one_layer(ids: Draw) -> None:
 def test_no_memory_layers_are_no_place_to_lose_tokens(make_plain: ModelMaker, ids: Draw) -> None:
     model = attached(FAMILIES["llama"](), mem_layers=())
     torch.testing.assert_close(model(ids(WINDOW)).logits, make_plain()(ids(WINDOW)).logits, **CLOSE)
-    message = r"no memory layers \(mem_layers is empty\).*name some"
+    message = r"no memory layers \(mem_layers is empty\).*choose memory layers"
     for lost in (
         lambda: model(ids(WINDOW + 1)),
         lambda: model.ingest(ids(WINDOW), model.new_memory()),

@@ -81,7 +81,7 @@ def test_append_reads_what_is_new(built: Path, capsys: pytest.CaptureFixture) ->
     Path("new.txt").write_text("something new")
     assert main(["memory", "append", "m", "book.txt", "code", "new.txt", "--dtype", "float32"]) == 0
     shown = capsys.readouterr().out
-    assert "13 tokens read; 3 documents were there already" in shown
+    assert "13 tokens read; 3 documents were already in the memory" in shown
     after = Memory.open(built)
     assert after.documents() == before.documents() | {"new.txt": 13}
     Path("book.txt").write_text(TEXT + "changed")
@@ -102,7 +102,7 @@ def test_memories_in_the_folder_are_not_read(place: Path, checkpoint: Path, caps
     Path("code/notes").mkdir()
     Path("code/notes/manifest.json").write_text('{"name": "of something else"}')
     capsys.readouterr()
-    for said in ("; 2 documents were there already", "0 tokens read; 3 documents were there already"):
+    for said in ("; 2 documents were already in the memory", "0 tokens read; 3 documents were already in the memory"):
         assert main(["memory", "append", "code/own.memory", "code", "--dtype", "float32"]) == 0
         shown = capsys.readouterr().out
         assert "left out: 1 binary, 2 memories\n" in shown
@@ -149,12 +149,12 @@ def test_ctrl_c_leaves_a_memory_that_append_continues(
 
     monkeypatch.setattr(Memory, "append", interrupting)
     assert main(["memory", "build", "m", "book.txt", "code", "--model", str(checkpoint), *OPTIONS]) == 130
-    assert "interrupted; go on with: fot memory append m book.txt code" in capsys.readouterr().err
+    assert "interrupted; to continue, run: fot memory append m book.txt code" in capsys.readouterr().err
     monkeypatch.undo()
     assert Memory.open(place / "m").documents() == {"book.txt": 9 * 16}
     monkeypatch.chdir(place)
     assert main(["memory", "info", "m"]) == 0
-    assert "not all" in capsys.readouterr().out
+    assert "incomplete" in capsys.readouterr().out
     assert main(["memory", "append", "m", "book.txt", "code", "--dtype", "float32"]) == 0
     assert main(["memory", "build", "whole", "book.txt", "code", "--model", str(checkpoint), *OPTIONS]) == 0
     part, whole = Memory.open(place / "m"), Memory.open(place / "whole")
@@ -172,7 +172,7 @@ def test_ctrl_c_says_what_goes_on_with_the_same_files(
     arguments = ["memory", "build", "m m", "my code", "--include", "*.py", "*.md", "--exclude", "b*"]
     monkeypatch.setattr(Memory, "append", interrupting)
     assert main([*arguments, "--model", str(checkpoint), *OPTIONS]) == 130
-    command = capsys.readouterr().err.split("go on with: fot ")[1].splitlines()[0]
+    command = capsys.readouterr().err.split("to continue, run: fot ")[1].splitlines()[0]
     monkeypatch.undo()
     monkeypatch.chdir(place)
     assert main([*shlex.split(command), "--dtype", "float32"]) == 0
@@ -190,7 +190,7 @@ def test_drop_compact_verify(built: Path, capsys: pytest.CaptureFixture) -> None
     assert main(["memory", "compact", "m"]) == 0
     assert sum(path.stat().st_size for path in built.glob("*.safetensors")) < size / 4
     assert main(["memory", "verify", "m"]) == 0
-    assert "all as they were written" in capsys.readouterr().out
+    assert "all unchanged" in capsys.readouterr().out
     (part,) = built.glob("segment*")
     part.write_bytes(part.read_bytes()[:-1] + b"\x55")
     assert main(["memory", "verify", "m"]) == 1
@@ -212,9 +212,9 @@ def test_the_index_is_there_when_building_is_done(place: Path, checkpoint: Path)
         (["build", "new", "void"], "no file with text in void (empty)"),
         (["build", "new", "nowhere.txt"], "nowhere.txt"),
         (["build", "book.txt", "code"], "book.txt is a file"),
-        (["build", "m", "code"], "m is a memory already: add to it with fot memory append"),
+        (["build", "m", "code"], "m is already a memory: add to it with fot memory append"),
         (["build", "nowhere/new", "code"], "nowhere is not a folder"),
-        (["build", "code", "book.txt"], "code is no memory, and not empty"),
+        (["build", "code", "book.txt"], "code is not empty and holds no memory"),
         (["append", "nowhere", "code"], "nowhere does not exist"),
         (["append", "book.txt", "code"], "book.txt is a file; a memory is a folder"),
         (["append", "code", "book.txt"], "code holds no memory"),

@@ -382,9 +382,9 @@ class TestRefusals:
         [
             ({"mem_layers": (5,)}, r"memory layer 5 is out of range: the model has layers 0\.\.4"),
             ({"mem_layers": (1, 1)}, "names a layer twice"),
-            ({"local_context": 65}, "made for 64 positions"),
+            ({"local_context": 65}, "has only 64 positions"),
             ({"last_context_length": 17}, "longer than the window"),
-            ({"overflow_keep": 16}, "would never empty"),
+            ({"overflow_keep": 16}, "would have no room for new tokens"),
             ({"top_k": 0}, "top_k is 0"),
             ({"key_dtype": "int4"}, "key_dtype is 'int4'"),
             ({"mem_attention_grouping": (0, 4)}, "two positive numbers"),

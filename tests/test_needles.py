@@ -55,7 +55,7 @@ def test_haystack_is_exact_and_holds_each_needle_once(tokenizer: Any) -> None:
         for needle in haystack.needles:
             text = text.replace(f"\n{needle.statement}\n", "")
         assert text in TEXT * 100, "what lies between is consecutive"
-    with pytest.raises(ValueError, match=r"5 needles do not fit in 100 tokens: they take \d+ without"):
+    with pytest.raises(ValueError, match=r"5 needles do not fit in 100 tokens: they need \d+ tokens without"):
         needles.make_haystack(tokenizer, texts(tokenizer), 100, 5, random.Random(0))
 
 

@@ -41,7 +41,7 @@ def test_seed_draws_keys_and_depths(tokenizer: PreTrainedTokenizerFast) -> None:
 
 
 def test_too_short(tokenizer: PreTrainedTokenizerFast) -> None:
-    with pytest.raises(ValueError, match=r"a passkey prompt of 10 tokens cannot be: it takes at least \d\d\d"):
+    with pytest.raises(ValueError, match=r"a passkey prompt of 10 tokens is too short: it needs at least \d\d\d"):
         passkey.make_prompt(tokenizer, 10, random.Random(0))
 
 

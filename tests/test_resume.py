@@ -71,7 +71,7 @@ def test_what_makes_another_run_is_refused(
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 1
     assert words in said[0]
-    assert "put that back, or start a new run in another --out" in said[0]
+    assert "Change that back, or start a new run in another --out" in said[0]
     assert {begun / path.relative_to(out): path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
 
 
@@ -89,8 +89,8 @@ def test_what_changes_the_steps_has_to_be_said(
     assert status == 2
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 1
-    assert f"the run was made by another recipe: {key}" in said[0]
-    assert f"say on the command line that it shall change: {key}=..." in said[0]
+    assert f"the run was started with another recipe: {key}" in said[0]
+    assert f"confirm the change on the command line: {key}=..." in said[0]
     AcceleratorState._reset_state(reset_partial_state=True)
     status, out = resumed(begun, tmp_path / "2", f"{key}={json.dumps(value)}", "steps=3")
     assert status == 0
@@ -126,7 +126,7 @@ def test_another_number_of_processes_is_refused(begun: Path, tmp_path: Path, cap
         (path / "sha256.json").unlink()
         write_sums(path)
     assert train(write_recipe(tmp_path / "recipe.yaml", **FEW), out, "--resume") == 2
-    assert "was made by 2 processes, each with its own share of the data, and this run has 1" in capsys.readouterr().err
+    assert "was made by 2 processes, each with its own share of the data, but this run has 1" in capsys.readouterr().err
 
 
 def test_callbacks_see_each_record_and_may_end_the_run(tmp_path: Path) -> None:
@@ -201,7 +201,7 @@ def test_processes_that_accelerate_did_not_start(
     if count is None:
         assert "accelerate" not in said
     else:
-        assert f"accelerate was asked for {count} processes and started one" in said
+        assert f"accelerate was asked for {count} processes but started only one" in said
         assert f"torchrun --nproc_per_node {count} -m fot train" in said
 
 

@@ -26,8 +26,8 @@ def test_d_over_time() -> None:
     ("settings", "message"),
     [
         ({"kind": "sometimes"}, "kind is 'sometimes'"),
-        ({"kind": "ramp", "values": [1]}, "takes 2 values and 1 entries"),
-        ({"kind": "steps", "values": [1, 2], "at": [5]}, "as many entries in at as values"),
+        ({"kind": "ramp", "values": [1]}, "needs 2 values and 1 entries"),
+        ({"kind": "steps", "values": [1, 2], "at": [5]}, "one entry in at for each of its values"),
         ({"values": [-1]}, "at least 0"),
         ({"previous_windows": -1}, "previous_windows is -1"),
         ({"positives": 3}, "unknown entry 'positives'"),

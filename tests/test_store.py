@@ -240,7 +240,7 @@ def test_what_lies_on_disk_is_not_truncated(tmp_path: Path) -> None:
     store.save(tmp_path / "memory")
     opened = Memory.open(tmp_path / "memory")
     opened.truncate(10)
-    with pytest.raises(ValueError, match="would lose tokens: drop its documents instead"):
+    with pytest.raises(ValueError, match="cannot be truncated: drop documents from it instead"):
         opened.truncate(9)
     assert len(opened) == 10
 
@@ -284,9 +284,9 @@ class TestBadInput:
 
     def test_shapes(self) -> None:
         store, good = make(), {n: vectors(4) for n in LAYERS}
-        with pytest.raises(ValueError, match=r"keys are of layers \[1\]; this memory holds \[1, 4\]"):
+        with pytest.raises(ValueError, match=r"keys belong to layers \[1\], but this memory has layers \[1, 4\]"):
             store.append({1: vectors(4)}, good, range(4))
-        with pytest.raises(ValueError, match=r"values of layer 4 are 3 tokens, the ids are 4"):
+        with pytest.raises(ValueError, match=r"values of layer 4 have 3 tokens, but there are 4 token ids"):
             store.append(good, {1: vectors(4), 4: vectors(3)}, range(4))
         with pytest.raises(ValueError, match=r"shape \(2, 4, 9\); this memory takes \(2, tokens, 8\)"):
             store.append({1: torch.zeros(2, 4, 9), 4: vectors(4)}, good, range(4))

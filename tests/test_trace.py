@@ -254,7 +254,7 @@ def test_bad_input(setting: Setting, make_model: ModelMaker, ids: Draw) -> None:
     model, memory = setting
     with pytest.raises(ValueError, match=r"top is 0; it must be 1\.\.128"):
         trace(model, "Hi", memory, top=0)
-    with pytest.raises(ValueError, match="2 sequences at once"):
+    with pytest.raises(ValueError, match="runs 2 sequences at once"):
         trace(model, "Hi", memory, num_beams=2)
     assert model.recorder is None
     with pytest.raises(ValueError, match=r"needs model\.tokenizer"):

@@ -335,7 +335,7 @@ def test_shipped_recipes_are_valid(path: Path) -> None:
         ("memory.mem_layers=[9]", "memory layer 9 is out of range"),
         ("tasks=[]", "nothing to train on"),
         ("strength=1.5", "strength is 1.5"),
-        ("strength=0.5", "needs weights to start with"),
+        ("strength=0.5", "needs a model with initial weights"),
         ("noequals", "not of the form key=value"),
     ],
 )
@@ -349,6 +349,6 @@ def test_folders_that_hold_another_run_or_none(recipe: Path, tmp_path: Path, cap
     assert main(["train", str(recipe), "steps=2", "--out", str(out), "--resume"]) == 0
     assert "holds no checkpoint to resume from: starting from the beginning" in capsys.readouterr().err
     assert main(["train", str(recipe), "steps=2", "--out", str(out)]) == 2
-    assert "holds a run already" in capsys.readouterr().err
+    assert "already holds a run" in capsys.readouterr().err
     assert main(["train", "nosuch", "--out", str(out)]) == 2
     assert "no recipe 'nosuch'" in capsys.readouterr().err

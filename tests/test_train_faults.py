@@ -262,7 +262,7 @@ def test_a_result_without_checkpoints_is_not_written_over(
     shutil.copytree(undisturbed[1], out)
     shutil.rmtree(out / "checkpoints")
     assert train(undisturbed[0], out) == 2
-    assert "holds the result of a run (model) and no checkpoint: give another --out" in capsys.readouterr().err
+    assert "holds the result of a run (model) but no checkpoint: choose another --out" in capsys.readouterr().err
 
 
 def test_torn_lines_of_the_log(undisturbed: tuple[Path, Path], halfway: Path, tmp_path: Path) -> None:
@@ -300,7 +300,9 @@ def test_full_disk_in_the_log(
         patch.setattr(training.log, "open", opening, raising=False)
         assert train(recipe, out) == 2
     said = capsys.readouterr().err
-    assert "log.jsonl could not be written (No space left on device): make room, and go on with --resume" in said
+    assert (
+        "log.jsonl could not be written (No space left on device): free some space, and continue with --resume" in said
+    )
     assert not (out / "log.jsonl").read_text().endswith("\n")
     assert_resumes(recipe, out, expected)
 
@@ -372,8 +374,8 @@ def test_what_is_not_finite_changes_no_weights(
     said = capsys.readouterr().err.splitlines()[-1]
     assert f"the {what} is" in said
     assert "at step 4" in said
-    assert "step 3 leads to it and is now failed-step-0000003" in said
-    assert "go on from step-0000002 with --resume and learning_rate=... lower" in said
+    assert "step 3 leads to it, so it was renamed to failed-step-0000003" in said
+    assert "continue from step-0000002 with --resume and a lower learning_rate=..." in said
     for line in (out / "log.jsonl").read_text().splitlines():
         json.loads(line, parse_constant=pytest.fail)
     for path in list_checkpoints(out / "checkpoints"):
@@ -423,7 +425,7 @@ def test_a_signal_saves_and_says_so(number: signal.Signals, tmp_path: Path, undi
     assert process.returncode == 128 + number, said
     [saved] = list_checkpoints(out / "checkpoints")
     done = int(saved.name[5:])
-    assert f"stopped after step {done}, which is saved: go on with --resume" in said
+    assert f"stopped after step {done}, which is saved: continue with --resume" in said
     assert [step for step, _ in losses(out)] == list(range(1, done + 1))
     assert train(recipe, out, f"steps={done + 2}", "--resume") == 0
     whole = tmp_path / "whole"

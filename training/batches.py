@@ -128,7 +128,9 @@ class TaskSource:
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.weight) and self.weight > 0):
-            raise ValueError(f"task {self.label!r}: weight is {self.weight}; it must be above 0, or leave it out")
+            raise ValueError(
+                f"task {self.label!r}: weight is {self.weight}; it must be above 0: correct it, or omit it"
+            )
 
     @property
     def label(self) -> str:
@@ -184,7 +186,9 @@ class DocumentLoader(Iterator[Batch]):
         self._tasks = {n: source.task for n, source in enumerate(sources) if isinstance(source, TaskSource)}
         texts = {n: source for n, source in enumerate(sources) if isinstance(source, DataSource)}
         if texts and tokenizer is None:
-            raise ValueError(f"source {self._labels[min(texts)]!r} is text, for which a tokenizer is needed")
+            raise ValueError(
+                f"source {self._labels[min(texts)]!r} is text, and text needs a tokenizer: name a model that has one"
+            )
         self._streams = {
             n: DocumentStream(source, tokenizer, seed=seed, rank=rank, world_size=world_size)
             for n, source in texts.items()
@@ -239,13 +243,15 @@ class DocumentLoader(Iterator[Batch]):
         """
         if state.get("layout") != LAYOUT:
             raise ValueError(
-                "the checkpoint's position in the data was saved by another version of this program: start a new run "
-                "from its last result"
+                "the checkpoint's position in the data was saved by another version of fot: start a new run from the "
+                "last result"
             )
         for name, value in self._settings().items():
             if state["settings"].get(name) != value:
                 was = state["settings"].get(name)
-                raise ValueError(f"the checkpoint's data has {name} {was!r}, this run {value!r}: resume with the same")
+                raise ValueError(
+                    f"the checkpoint was made with {name} {was!r}, but this run has {value!r}: resume with {was!r}"
+                )
         for n, stream in self._streams.items():
             stream.load_state_dict(state["streams"][str(n)])
         self._lanes = [[Piece.from_dict(piece) for piece in pieces] for pieces in state["lanes"]]

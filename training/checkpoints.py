@@ -171,8 +171,8 @@ def _sealed_folder(final: Path) -> Iterator[Path]:
     except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have errors of their own
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
         raise OSError(
-            f"{final} could not be written ({reason}); what was saved before is whole: "
-            "make room, and go on with --resume"
+            f"{final} could not be written ({reason}). Everything that was saved before is complete: "
+            "free some space, and continue with --resume"
         ) from error
 
 

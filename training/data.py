@@ -46,14 +46,15 @@ class DataSource:
     Attributes:
         path: a file, a folder, a glob such as ``books/*.txt``, or a data set's id on the hub. ``.jsonl``, ``.json``,
             ``.parquet``, ``.csv`` and ``.tsv`` hold a document a row; any other file is one document, in UTF-8.
-        weight: share of the tokens, in proportion to the weights of other sources.
-        split: of a data set on the hub.
+        weight: share of the tokens, relative to the weights of the other sources.
+        split: split of a data set on the hub.
         name: configuration of a data set on the hub.
-        text_field: column with the text; of rows only.
-        pattern: which files of a folder, such as ``**/*.py``; None: all. Hidden files and folders are never read.
+        text_field: column with the text, if the source has rows.
+        pattern: which files of a folder are read, such as ``**/*.py``; None reads all. Hidden files and folders are
+            never read.
         min_tokens: documents with fewer tokens (BOS and EOS not counted) are left out.
         min_chars: documents with fewer characters are left out, before they are tokenised.
-        shuffle_buffer: rows that are shuffled together; files are shuffled as a whole.
+        shuffle_buffer: number of rows that are shuffled together. Files are shuffled all together.
     """
 
     path: str
@@ -70,7 +71,9 @@ class DataSource:
         if not self.path:
             raise ValueError("a source has an empty path: give a file, a folder or a hub id")
         if not (math.isfinite(self.weight) and self.weight > 0):
-            raise ValueError(f"source {self.path!r}: weight is {self.weight}; it must be above 0, or leave it out")
+            raise ValueError(
+                f"source {self.path!r}: weight is {self.weight}; it must be above 0: correct it, or omit it"
+            )
         for entry in ("min_tokens", "min_chars", "shuffle_buffer"):
             if getattr(self, entry) < 1:
                 raise ValueError(f"source {self.path!r}: {entry} is {getattr(self, entry)}; it must be at least 1")
@@ -194,8 +197,8 @@ class DocumentStream:
         block = next(self._blocks, _Block([], 0))
         if state["files"] != self._reader.fingerprint or state["check"] != block.check:
             raise ValueError(
-                f"source {self._reader.source.label!r} has changed since the checkpoint, so its order can't be kept: "
-                "bring the old files back, or start a new run from the last result"
+                f"source {self._reader.source.label!r} has changed since the checkpoint, so its order cannot be kept: "
+                "restore the old files, or start a new run from the last result"
             )
         self._enter(block)
         self._place = state["place"]
@@ -238,7 +241,10 @@ class _Reader:
             mixed = ", ".join(sorted(kind or "text" for kind in kinds))
             raise ValueError(f"source {source.label!r} has files of kinds {mixed}: name one with pattern, as '**/*.py'")
         if files and (source.name or source.split != "train"):
-            raise ValueError(f"source {source.label!r} is on this machine; name and split are for data sets on the hub")
+            raise ValueError(
+                f"source {source.label!r} is on this machine, but name and split are only for data sets on "
+                "the hub: omit them"
+            )
         self.source = source
         self.skipped = {"short": 0, "unreadable": 0}
         self._tokenizer = tokenizer
@@ -337,7 +343,7 @@ class _Reader:
                 names = [glob.escape(str(file)) for file in self._files]
                 dataset = readers[str(self._builder)](names, split="train", streaming=True, **tabs).read()
         except StopIteration as error:  # of the JSON reader
-            raise ValueError(f"source {source.label!r} holds no rows: add some, or leave it out") from error
+            raise ValueError(f"source {source.label!r} holds no rows: add some, or omit it") from error
         except (DatasetsError, OSError, ValueError) as error:
             what = "neither a file or folder here nor readable from the hub" if self._files is None else "not readable"
             raise ValueError(f"source {source.label!r} is {what}: {error}") from error
@@ -354,7 +360,7 @@ class _Reader:
             except StopIteration:
                 return
             except (DatasetsError, OSError, ValueError) as error:
-                raise ValueError(f"source {self.source.label!r} can't be read on: {error}") from error
+                raise ValueError(f"source {self.source.label!r} cannot be read any further: {error}") from error
             yield row
 
 
@@ -373,7 +379,7 @@ def find_files(source: DataSource) -> list[Path] | None:
             raise FileNotFoundError(f"{path} holds no file that matches {pattern!r}: correct pattern, or path")
         return found
     if source.pattern and path.is_file():
-        raise ValueError(f"source {source.label!r}: pattern is for a folder, and {path} is a file; leave it out")
+        raise ValueError(f"source {source.label!r}: pattern is for a folder, but {path} is a file: omit pattern")
     if path.is_file():
         return [path]
     if glob.has_magic(source.path):

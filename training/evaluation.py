@@ -45,11 +45,14 @@ def build_evaluation(
     names = [ANSWERS] * bool(documents) + (held_out.names if held_out else [])
     if recipe.best_by is not None and recipe.best_by not in names:
         raise ValueError(
-            f"recipe: best_by is {recipe.best_by!r}, and this run measures {', '.join(names) or 'nothing'}: choose one "
-            "of these, or name held_out texts"
+            f"recipe: best_by is {recipe.best_by!r}, but this run measures "
+            f"{', '.join(names) or 'nothing'}: choose one of these, or name held_out texts"
         )
     if held_out is None and accelerator.is_main_process:
-        tqdm.write("no held_out texts are named: the log won't say what the memory is worth on text", file=sys.stderr)
+        tqdm.write(
+            "the recipe names no held_out texts, so the log will not show whether the memory helps on text",
+            file=sys.stderr,
+        )
 
     def answers() -> dict[str, float]:
         correct = asked = 0.0

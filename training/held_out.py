@@ -70,7 +70,7 @@ def build_held_out(recipe: Recipe, config: MemoryConfig, tokenizer: Any) -> Held
     if longest < needed:
         memory = f" after a memory of {max(sizes)}" if sizes else ""
         raise ValueError(
-            f"held_out: the longest text has {longest} tokens, and a window of {window}{memory} takes {needed}: give "
+            f"held_out: the longest text has {longest} tokens, but a window of {window}{memory} needs {needed}: give "
             "longer texts" + (", or smaller sizes in held_out_memory" if sizes else "")
         )
     starts = [(ids, start) for ids in documents for start in range(0, len(ids) - needed + 1, window)]

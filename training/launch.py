@@ -15,8 +15,8 @@ def lone_process() -> str | None:
     if wanted is None or wanted < 2:
         return None
     return (
-        f"accelerate was asked for {wanted} processes and started one, as it does without a GPU; for {wanted} on CPUs: "
-        f"torchrun --nproc_per_node {wanted} -m fot train ..."
+        f"accelerate was asked for {wanted} processes but started only one, because there is no GPU. To run {wanted} "
+        f"processes on CPUs, use: torchrun --nproc_per_node {wanted} -m fot train ..."
     )
 
 

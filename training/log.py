@@ -58,7 +58,7 @@ class Log:
                 file.write(json.dumps(self.last, allow_nan=False) + "\n")
         except OSError as error:
             raise OSError(
-                f"{self._path} could not be written ({error.strerror}): make room, and go on with --resume"
+                f"{self._path} could not be written ({error.strerror}): free some space, and continue with --resume"
             ) from error
         if self._writer is not None:
             for name, value in numbers(line).items():
@@ -82,7 +82,7 @@ class Log:
                 kept.append(text)
                 self.last = line
         if torn:
-            print(f"fot: {self._path}: left out {torn} torn line{'s' * (torn > 1)}", file=sys.stderr)
+            print(f"fot: {self._path}: removed {torn} incomplete line{'s' * (torn > 1)}", file=sys.stderr)
         write_file(self._path, "".join(f"{text}\n" for text in kept))
 
 
@@ -139,5 +139,5 @@ def summary_writer() -> type:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
-        raise ImportError("tensorboard: true needs a package: pip install 'fot[tensorboard]'") from error
+        raise ImportError("tensorboard: true needs the package tensorboard: pip install 'fot[tensorboard]'") from error
     return SummaryWriter

@@ -38,46 +38,46 @@ class Recipe:
     """One training run.
 
     Attributes:
-        model: name, folder or hub id; or the settings of a new Llama model, started from random weights.
+        model: name, folder or hub id of a model; or the settings of a new model with random weights.
         memory: settings of ``MemoryConfig``: ``mem_layers``, ``local_context``, ``mem_positionals``.
         sources: texts to train on, entries of ``training.data.DataSource``.
         tasks: synthetic documents, entries of ``training.tasks``, each with ``kind``, ``weight`` and its settings.
-        held_out: texts whose loss is measured, without a memory and with one, entries like those of ``sources``; never
-            trained on.
-        held_out_memory: sizes in tokens of the memories with which it is measured; none: 2 and 8 windows, as far as
-            the texts are that long.
-        lanes: documents side by side, on each process.
-        windows: consecutive windows of each document in a batch (k).
+        held_out: texts whose loss is measured, without a memory and with one; entries like those of ``sources``. They
+            are never trained on.
+        held_out_memory: sizes of the memories, in tokens, with which this loss is measured. If it is empty, the sizes
+            are 2 and 8 windows, as far as the texts are long enough.
+        lanes: number of documents that each process reads side by side.
+        windows: number of consecutive windows of each document in a batch (k).
         contexts: settings of ``ContextSchedule``.
-        trainable: ``all`` parameters, the attention of ``memory`` layers, or ``lora`` adapters.
+        trainable: what is trained: ``all`` parameters, the attention of the ``memory`` layers, or ``lora`` adapters.
         lora: settings of ``peft.LoraConfig`` for ``lora``.
-        strength: the result's weights lie so far from those it started with towards the trained ones (Wortsman et al.,
-            arXiv 2109.01903): a little less than 1 keeps more of what the model could do, and most of what it learnt.
-            The log's figures are of the trained weights.
-        result: weights of the ``last`` step, or of the ``best`` evaluation.
-        best_by: what the best evaluation is best by, a name from the log such as ``held_out_loss_memory_2048``; None:
-            most answers right, or, without tasks, the lowest loss of held-out text with the largest memory.
+        strength: how far the weights of the result lie on the way from the initial to the trained weights (Wortsman et
+            al., arXiv 2109.01903). A number a little below 1 keeps more of the model's abilities and most of what it
+            learned. The figures in the log are those of the trained weights.
+        result: which weights become the result: those of the ``last`` step or of the ``best`` evaluation.
+        best_by: figure of the log that decides which evaluation is best, such as ``held_out_loss_memory_2048``. None
+            takes the most right answers, or, without tasks, the lowest held-out loss with the largest memory.
         optimizer: ``adamw`` or ``adafactor``.
-        learning_rate: its highest value.
-        lr_schedule: after the warm-up ``constant``, ``linear`` (to 0), ``cosine`` (to a hundredth), ``inverse_sqrt``,
-            or ``warmup_stable_decay``: constant, and over the last ``decay_steps`` linear to 0.
-        warmup_steps: linear, from 0.
-        decay_steps: of ``warmup_stable_decay``; 0 for a tenth of all steps.
-        betas: of AdamW.
-        weight_decay: of matrices; norms and biases have none.
-        clip: largest norm of the gradient; 0 for none.
-        accumulation: batches to a step.
-        steps: optimiser steps.
-        dtype: ``float32``, ``bfloat16`` (with float32 masters), or ``auto``: the faster here.
-        checkpointing: make activations anew in the backward pass, memory layers included.
-        seed: draws data, contexts and new weights.
-        log_every: steps between lines of the log.
-        eval_every: steps between evaluations; 0 for none but the last.
-        eval_batches: batches of an evaluation.
-        patience: end the run after so many evaluations without a better one; 0 for never.
-        save_every: steps between checkpoints.
-        tensorboard: write the log's numbers to ``tensorboard`` in the run's folder, too.
-        trackers: where to log the numbers besides, by accelerate: ``wandb``, ``mlflow``, ``comet_ml``, ...
+        learning_rate: highest learning rate of the run.
+        lr_schedule: what follows the warm-up: ``constant``, ``linear`` (to 0), ``cosine`` (to a hundredth),
+            ``inverse_sqrt``, or ``warmup_stable_decay`` (constant, then linear to 0 over the last ``decay_steps``).
+        warmup_steps: number of steps in which the learning rate rises linearly from 0.
+        decay_steps: number of decay steps of ``warmup_stable_decay``; 0 means a tenth of all steps.
+        betas: coefficients of AdamW.
+        weight_decay: weight decay of matrices; norms and biases have none.
+        clip: largest norm of the gradient; 0 turns clipping off.
+        accumulation: number of batches in a step (gradient accumulation).
+        steps: number of optimiser steps.
+        dtype: ``float32``, ``bfloat16`` (with master weights in float32), or ``auto``, which takes the faster one.
+        checkpointing: whether to use gradient checkpointing, memory layers included.
+        seed: seed for data, contexts and new weights.
+        log_every: number of steps between lines of the log.
+        eval_every: number of steps between evaluations; 0 means only one, at the end.
+        eval_batches: number of batches in an evaluation.
+        patience: number of evaluations without a better one after which the run ends; 0 means never.
+        save_every: number of steps between checkpoints.
+        tensorboard: whether to write the log's figures to the folder ``tensorboard`` of the run, too.
+        trackers: further trackers for the log's figures, by accelerate: ``wandb``, ``mlflow``, ``comet_ml``, ...
     """
 
     model: Annotated[str, Field(min_length=1)] | dict[str, Any] = "smollm2-135m"
@@ -134,18 +134,18 @@ class Recipe:
             raise ValueError("recipe: neither sources nor tasks are given, so there is nothing to train on")
         if self.schedule().kind == "accuracy" and not self.tasks:
             raise ValueError(
-                "recipe: contexts.kind is 'accuracy', which waits until answers are right, and without tasks there are "
-                "no answers: use kind 'steps', or add a task"
+                "recipe: contexts.kind is 'accuracy', which waits until answers are right, but a recipe without tasks "
+                "has no answers: use kind 'steps', or add a task"
             )
         if self.strength < 1 and (self.trainable == "lora" or isinstance(self.model, dict)):
             raise ValueError(
-                f"recipe: strength is {self.strength}; below 1 it needs weights to start with, and no lora: lower "
-                "lora_alpha there"
+                f"recipe: strength is {self.strength}; a strength below 1 needs a model with initial weights, and "
+                "it does not work with lora: set strength: 1, and for lora lower lora_alpha instead"
             )
         if self.trainable != "all" and isinstance(self.model, dict):
             raise ValueError(
-                f"recipe: trainable is {self.trainable!r}, which leaves an adapter, but model is made from random "
-                "weights that nobody could load it over: set trainable: all, or name a model"
+                f"recipe: trainable is {self.trainable!r}, which writes an adapter, but the base model would have "
+                "random weights that are not saved: set trainable: all, or name a model"
             )
         if self.lora and self.trainable != "lora":
             raise ValueError(f"recipe: lora is {self.lora}, but trainable is {self.trainable!r}: set trainable: lora")
@@ -158,7 +158,7 @@ class Recipe:
         if self.decay_steps and self.lr_schedule != "warmup_stable_decay":
             raise ValueError(
                 f"recipe: decay_steps is {self.decay_steps}, but lr_schedule is {self.lr_schedule!r}: only "
-                "warmup_stable_decay has such steps"
+                "warmup_stable_decay uses decay_steps"
             )
         for name, on in (("result", self.result == "best"), ("patience", self.patience > 0)):
             if on and not self.tasks and not self.held_out:
@@ -167,8 +167,9 @@ class Recipe:
                 )
             if on and not 0 < self.eval_every < self.steps:
                 raise ValueError(
-                    f"recipe: eval_every is {self.eval_every} and {name} is {getattr(self, name)!r}, but the only "
-                    f"evaluation of {self.steps} steps would be the last: set eval_every to a part of the steps"
+                    f"recipe: eval_every is {self.eval_every} and {name} is {getattr(self, name)!r}, "
+                    f"so the only evaluation would come after all {self.steps} steps: set eval_every "
+                    "to a smaller number of steps"
                 )
 
     def schedule(self) -> ContextSchedule:
@@ -192,8 +193,8 @@ def load_recipe(name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         overrides: ``key=value`` or ``key.inner=value``; values are YAML.
 
     Raises:
-        ValueError: an entry that is not known, or out of range.
-        FileNotFoundError: no such file or recipe.
+        ValueError: An entry is not known or out of range.
+        FileNotFoundError: There is no such file or recipe.
     """
     import yaml
 

@@ -88,10 +88,12 @@ def find_start(out: Path, recipe: Recipe, *, resume: bool, changed: Collection[s
         recover(place)
     found = list_checkpoints(folder)
     if found and not resume:
-        raise ValueError(f"{out} holds a run already ({found[-1].name}): add --resume to go on, or give another --out")
+        raise ValueError(
+            f"{out} already holds a run ({found[-1].name}): add --resume to continue it, or choose another --out"
+        )
     results = [name for name in RESULTS if (out / name).exists()]
     if results and not found:
-        raise ValueError(f"{out} holds the result of a run ({results[0]}) and no checkpoint: give another --out")
+        raise ValueError(f"{out} holds the result of a run ({results[0]}) but no checkpoint: choose another --out")
     if not found:
         if resume:
             _say(f"{out} holds no checkpoint to resume from: starting from the beginning")
@@ -99,7 +101,7 @@ def find_start(out: Path, recipe: Recipe, *, resume: bool, changed: Collection[s
     path, broken = last_whole_checkpoint(folder)
     if path is None:
         raise ValueError(
-            f"no checkpoint in {folder} is whole ({'; '.join(broken)}): bring one back, or give another --out"
+            f"no checkpoint in {folder} is complete ({'; '.join(broken)}): restore one, or choose another --out"
         )
     for words in broken:
         _say(f"not resuming from {words}")
@@ -136,14 +138,14 @@ def check_same_run(saved: dict[str, Any], recipe: Recipe, changed: Collection[st
                 (unsaid if key in SAID else fixed).append(words)
     if fixed:
         raise ValueError(
-            f"this recipe can't go on with the run: {'; '.join(fixed + unsaid)}; put that back, or start a new run in "
-            "another --out"
+            f"the run cannot continue with this recipe: {'; '.join(fixed + unsaid)}. Change that back, "
+            "or start a new run in another --out"
         )
     if unsaid:
         keys = " ".join(f"{words.split()[0].split('.')[0].split('[')[0]}=..." for words in unsaid)
         raise ValueError(
-            f"the run was made by another recipe: {'; '.join(unsaid)}; put that back, or say on the command line that "
-            f"it shall change: {keys}"
+            f"the run was started with another recipe: {'; '.join(unsaid)}. Change that back, or confirm the change on "
+            f"the command line: {keys}"
         )
     return allowed
 
@@ -170,7 +172,10 @@ def claim(out: Path, recipe: Recipe, data: dict[str, Any], start: Path | None) -
     else:
         remove_old(folder, start)
         if broken := drop_broken_best(folder):
-            _say(f"the weights of the best evaluation so far are lost ({broken}); the best from here on are kept")
+            _say(
+                f"the weights of the best evaluation so far are lost ({broken}). The run keeps the best "
+                "weights from here on"
+            )
         elif (kept := read_best(folder)) is not None and kept.step > step_of(start):
             shutil.rmtree(kept.path)  # of a future that will come again
     write_file(out / "recipe.json", json.dumps(recipe.to_dict(), indent=1) + "\n")
@@ -186,12 +191,13 @@ def restore(path: Path, trained: dict[str, Tensor], optimizer: Any, accelerator:
     tensors, optimizer_state, state = load_checkpoint(path)
     if {n: t.shape for n, t in tensors.items()} != {n: p.shape for n, p in trained.items()}:
         raise ValueError(
-            f"{path} has other parameters than the model: it has changed since the run began; bring it back"
+            f"{path} does not have the parameters of the model, so the model has changed since the run "
+            "began: restore the old model"
         )
     if len(state["data"]) != accelerator.num_processes:
         raise ValueError(
-            f"{path} was made by {len(state['data'])} processes, each with its own share of the data, and this run has "
-            f"{accelerator.num_processes}: resume with as many, or start a new run from the result"
+            f"{path} was made by {len(state['data'])} processes, each with its own share of the data, but this run has "
+            f"{accelerator.num_processes}: resume with {len(state['data'])}, or start a new run from the result"
         )
     with torch.no_grad():
         for name, parameter in trained.items():

@@ -12,17 +12,20 @@ class ContextSchedule:
     """Which windows a row attends to besides itself (arXiv 2307.03170, sections 3.2 and A).
 
     Attributes:
-        segments: (positives, negatives) of each equal segment of the batch's lanes, LongLLaMA's form; for 3B
-            ``[(0, 0), (1, 1), (2, 1), (3, 0)]``, for 7B ``[(0, 0), (1, 2), (2, 5), (3, 4)]``. Excludes ``d``.
-        kind: how d goes over time: ``constant`` (``values[0]``), ``steps`` (from step ``at[i]`` on, ``values[i]``),
-            ``ramp`` (from ``values[0]`` to ``values[1]`` over the first ``at[0]`` steps), ``accuracy``
-            (``values[0]`` until the accuracy of answers to tasks' questions has reached ``at[0]``, then
-            ``values[1]``), ``drawn`` (one of ``values`` at every step).
-        values: numbers of contexts d: as many positives as there are, up to ``previous_windows``, the rest negatives.
-        at: steps or an accuracy, see ``kind``.
-        previous_windows: w, earlier windows of its own document that a row may see.
-        copies: a row's negatives count as up to so many of themselves, drawn for each row and step, evenly on a
-            logarithmic scale. So a batch of a few windows trains for the dilution of a memory of thousands.
+        segments: (positives, negatives) for each of equally large segments of the batch's lanes. This is LongLLaMA's
+            form: ``[(0, 0), (1, 1), (2, 1), (3, 0)]`` for 3B and ``[(0, 0), (1, 2), (2, 5), (3, 4)]`` for 7B. It
+            replaces ``kind`` and ``values``.
+        kind: how the number of contexts d changes over time. ``constant`` keeps ``values[0]``. ``steps`` takes
+            ``values[i]`` from step ``at[i]`` on. ``ramp`` goes from ``values[0]`` to ``values[1]`` over the first
+            ``at[0]`` steps. ``accuracy`` takes ``values[0]`` until the accuracy of answers to tasks' questions reaches
+            ``at[0]``, then ``values[1]``. ``drawn`` draws one of ``values`` at every step.
+        values: numbers of contexts d. A row gets as many positives as there are, up to ``previous_windows``; the other
+            contexts are negatives.
+        at: steps, or an accuracy; see ``kind``.
+        previous_windows: w, the number of earlier windows of its own document that a row may see.
+        copies: each negative of a row is weighted as if the memory held c copies of it. c is drawn for each row and
+            step between 1 and ``copies``, evenly on a logarithmic scale. In this way a batch of a few windows has the
+            diluting effect of a memory of thousands.
     """
 
     segments: tuple[Demand, ...] = ()
@@ -41,9 +44,12 @@ class ContextSchedule:
             raise ValueError(f"contexts: kind is {self.kind!r}; choose one of {', '.join(needed)}")
         values, at = needed[self.kind]
         if (values is not None and len(self.values) != values) or (at is not None and len(self.at) != at):
-            raise ValueError(f"contexts: kind {self.kind!r} takes {values} values and {at} entries in at")
+            raise ValueError(f"contexts: kind {self.kind!r} needs {values} values and {at} entries in at")
         if self.kind == "steps" and (len(self.at) != len(self.values) or list(self.at) != sorted(self.at)):
-            raise ValueError("contexts: kind 'steps' takes as many entries in at as values, ascending, the first 0")
+            raise ValueError(
+                "contexts: kind 'steps' needs one entry in at for each of its values: in ascending order, "
+                "the first of them 0"
+            )
         if not self.values or min(self.values) < 0:
             raise ValueError(f"contexts: values are {self.values}; give numbers of at least 0")
         if self.previous_windows < 0:
@@ -52,12 +58,12 @@ class ContextSchedule:
             raise ValueError(f"contexts: copies is {self.copies}; it must be at least 1")
 
     def contexts_at(self, step: int, accuracy: float, seed: int) -> int:
-        """d at this step.
+        """The number of contexts d at this step.
 
         Args:
             step: 0, 1, ...
             accuracy: best answer accuracy so far, 0..1.
-            seed: draws d for ``drawn``; every process gets the same.
+            seed: seed for the kind ``drawn``; every process draws the same number.
         """
         if self.kind == "steps":
             return next((v for v, a in zip(self.values[::-1], self.at[::-1], strict=True) if step >= a), 0)
@@ -72,10 +78,10 @@ class ContextSchedule:
 
 
 def schedule_from(settings: dict[str, Any]) -> ContextSchedule:
-    """From a recipe's dictionary.
+    """The schedule that a recipe's ``contexts`` describes.
 
     Raises:
-        ValueError: an entry that is not known.
+        ValueError: An entry is not known.
     """
     unknown = set(settings) - set(ContextSchedule.__dataclass_fields__)
     if unknown:

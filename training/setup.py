@@ -54,7 +54,7 @@ def _new_config(settings: dict[str, Any]) -> Any:
         known = set(AutoConfig.for_model(family).to_dict())
     except (KeyError, ValueError):
         raise ValueError(
-            f"recipe: model.model_type is {family!r}, which transformers does not know: try llama"
+            f"recipe: model.model_type is {family!r}, which transformers does not know: use for instance llama"
         ) from None
     for key, value in settings.items():
         if key not in known:  # transformers would keep it and not use it
@@ -161,13 +161,14 @@ def check_contexts(recipe: Recipe, world_size: int = 1) -> None:
     for number, (positives, negatives) in enumerate(schedule.segments):
         if positives > recipe.windows - 1 or negatives > others:
             raise ValueError(
-                f"recipe: contexts.segments[{number}] is {[positives, negatives]}, but a window has at most "
+                f"recipe: contexts.segments[{number}] is {[positives, negatives]}, but a window can have at most "
                 f"{[recipe.windows - 1, others]} (positives, negatives) in {shape}"
             )
     for number, d in enumerate(() if schedule.segments else schedule.values):
         if d > own + others:
             raise ValueError(
-                f"recipe: contexts.values[{number}] is {d}, but a window has at most {own + others} others in {shape}"
+                f"recipe: contexts.values[{number}] is {d}, but a window can attend to at most "
+                f"{own + others} other windows in {shape}"
             )
 
 
@@ -186,9 +187,7 @@ def check_texts(recipe: Recipe, config: MemoryConfig, tokenizer: Any) -> None:
 def _check_length(place: str, settings: dict[str, Any], needed: int, config: MemoryConfig, tokenizer: Any) -> None:
     with entry(place):
         if tokenizer is None:
-            raise ValueError(
-                f"{settings['path']!r} is text, and the model has no tokenizer to read it with: name a model"
-            )
+            raise ValueError(f"{settings['path']!r} is text, but the model has no tokenizer: name a model that has one")
         source = data_source(settings)
         if find_files(source) is None:
             return  # on the hub, where looking costs a download
@@ -221,7 +220,7 @@ def build_task(settings: dict[str, Any], recipe: Recipe, config: MemoryConfig, t
         return DictionaryTask(**(shape | own))
     if tokenizer is None:
         raise ValueError(
-            "kind is 'retrieval', which is text, and the model has no tokenizer to read it with: name a model"
+            "kind is 'retrieval', which is text, but the model has no tokenizer: name a model that has one"
         )
     texts = []
     for number, source in enumerate(settings["filler"]):

@@ -25,8 +25,8 @@ def check_sharding(accelerator: Accelerator) -> None:
         return
     if accelerator.distributed_type != DistributedType.FSDP:
         raise ValueError(
-            f"FSDP was asked for, but accelerate does not shard on {accelerator.device.type}: launch without it "
-            "(accelerate launch --multi_gpu), or on GPUs"
+            f"FSDP was asked for, but accelerate does not shard on {accelerator.device.type}: launch without FSDP "
+            "(accelerate launch --multi_gpu), or use GPUs"
         )
     if accelerator.state.fsdp_plugin.fsdp_version != 2:
         raise ValueError("FSDP version 1 is not supported: set fsdp_version: 2, as in examples/fsdp.yaml")

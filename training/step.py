@@ -140,8 +140,8 @@ def set_contexts(
         if accelerator.is_main_process:
             lanes, texts = len(set(rows.lane.tolist())), len({name for held in rows.held or () for name, _, _ in held})
             tqdm.write(
-                f"no window has a negative, though contexts ask for {choice.wanted} in this batch: its {lanes} lanes "
-                f"read {texts} different text(s); give more documents, or more lanes",
+                f"no window has a negative, though contexts ask for {choice.wanted} in this batch. Its {lanes} lanes "
+                f"read {texts} different text(s): give more documents, or more lanes",
                 file=sys.stderr,
             )
 

@@ -124,14 +124,17 @@ class SyntheticRetrieval:
 
     def __post_init__(self) -> None:
         if self.windows < 2 or self.window < 1:
-            raise ValueError(f"{self.windows} windows of {self.window} tokens: facts and questions take at least 2")
+            raise ValueError(
+                f"there are {self.windows} windows of {self.window} tokens, but facts and questions need "
+                "at least 2 windows"
+            )
         if not 1 <= self.facts[0] <= self.facts[1]:
             raise ValueError(f"facts={self.facts} must be (least, most) with 1 <= least <= most")
         for field in ("text_share", "near_share", "again_share", "distractor_share", "chat_share"):
             if not 0 <= getattr(self, field) <= 1:
-                raise ValueError(f"{field}={getattr(self, field)} is a share: choose it from 0 to 1")
+                raise ValueError(f"{field}={getattr(self, field)} is a share: choose a number from 0 to 1")
         if self.near_share == 1:
-            raise ValueError("near_share=1 leaves no fact for the earlier windows: lower it")
+            raise ValueError("near_share=1 puts no fact into the earlier windows: lower it")
         if self.text_weight < 0:
             raise ValueError(f"text_weight={self.text_weight} must not be negative")
         if self.chat_share and not getattr(self.tokenizer, "chat_template", None):
@@ -202,7 +205,9 @@ class SyntheticRetrieval:
         rooms = [length - sum(len(piece.ids) for piece in pieces) for length, pieces in regions]
         filler = self.filler(rng, sum(rooms))  # one text runs through the document, facts stand between
         if len(filler) != sum(rooms):
-            raise ValueError(f"the filler gave {len(filler)} tokens when asked for {sum(rooms)}: it must give all")
+            raise ValueError(
+                f"the filler gave {len(filler)} tokens, but {sum(rooms)} were asked for: it must give all of them"
+            )
         text = iter(filler)
         ids, weights = list(bos), [0.0] * len(bos)
         placed = []
@@ -259,7 +264,7 @@ class SyntheticRetrieval:
             prompt, answered, ids = map(self._encode, ((before + head).rstrip(" "), text, text + tail + after))
             if answered[: len(prompt)] == prompt and ids[: len(answered)] == answered and len(ids) > len(answered):
                 return Piece(number, ids, (len(prompt), len(answered)))
-        raise ValueError(f"the tokenizer joins {fact.value!r} to what stands around it in all of {fact.kind.questions}")
+        raise ValueError(f"the tokenizer joins {fact.value!r} with the text around it in all of {fact.kind.questions}")
 
     def _chat_question(self, number: int, fact: Fact, question: str, reply: str, rng: random.Random) -> Piece | None:
         """A user's turn and the model's; None if the two together read like the passkey test, or tokens join."""
@@ -272,7 +277,8 @@ class SyntheticRetrieval:
         whole = self.tokenizer.apply_chat_template([user, {"role": "assistant", "content": said}], tokenize=False)
         if not whole.startswith(prompt + said):
             raise ValueError(
-                "the chat template puts a reply elsewhere than where it has one begin: set chat_share to 0"
+                "the chat template does not put a reply at the place where its generation prompt "
+                "ends: set chat_share to 0"
             )
         texts = (prompt, prompt + head.rstrip(" "), prompt + head + fact.value, prompt + said, whole)
         pieces = [self._encode(text) for text in texts]

@@ -56,23 +56,24 @@ def train(
     Args:
         recipe: what to do.
         out: folder for checkpoints, ``log.jsonl`` and the result.
-        resume: go on from the last whole checkpoint in ``out``, to the same losses as an undisturbed run; from the
-            beginning if there is none.
-        max_hours: stop in time, with a checkpoint and a result.
+        resume: whether to continue from the last complete checkpoint in ``out``. The losses are then those of a run
+            without interruption. If there is no checkpoint, the run starts from the beginning.
+        max_hours: the run ends within this time, with a checkpoint and a result.
         changed: entries of the recipe that are meant to differ from those that the run in ``out`` was made with.
         callbacks: called on the main process with each record of the log before it is written; one that returns True
             ends the run after this step, with a checkpoint and a result.
-        peak_tflops: of one device at the run's precision; with it, the log has ``mfu``, the share of it that is used.
+        peak_tflops: peak TFLOP/s of one device at the run's precision. With it, the log has ``mfu``, the share of this
+            peak that is used.
 
     Returns:
-        the last line of the log.
+        The last line of the log.
 
     Raises:
-        ValueError: a folder that holds another run, settings that do not fit, or FSDP on a CPU.
-        FloatingPointError: the loss, a gradient or a weight is not finite; the checkpoints are of before.
-        OSError: a file could not be written; what was saved before is whole.
-        ImportError: a package that the recipe's logging takes is not installed.
-        Stopped: SIGINT or SIGTERM came; the step was finished and a checkpoint saved.
+        ValueError: The folder holds another run, the settings do not fit, or FSDP was asked for on a CPU.
+        FloatingPointError: The loss, a gradient or a weight is not finite. The checkpoints are from before that.
+        OSError: A file could not be written. Everything that was saved before is complete.
+        ImportError: A package that the recipe's logging needs is not installed.
+        Stopped: SIGINT or SIGTERM arrived. The run finished its step and saved a checkpoint.
     """
     started = time.monotonic()
     if recipe.tensorboard:
@@ -187,7 +188,7 @@ def train(
                     break
                 if signum:
                     accelerator.end_training()
-                    raise Stopped(signum, f"stopped after step {step + 1}, which is saved: go on with --resume")
+                    raise Stopped(signum, f"stopped after step {step + 1}, which is saved: continue with --resume")
     except FloatingPointError as error:
         raise FloatingPointError(f"{error}; {_way_on(out / 'checkpoints', step, accelerator)}") from error
     parameters = whole_parameters(model)
@@ -216,12 +217,12 @@ def agree(accelerator: Accelerator, ends: bool, signum: int) -> tuple[bool, int]
 def _way_on(folder: Path, step: int, accelerator: Accelerator) -> str:
     """What to do after step ``step + 1`` came out not finite. The checkpoint that leads straight to it is set aside."""
     aside = set_aside(folder, step) if accelerator.is_main_process else None
-    words = f"the checkpoint of step {step} leads to it and is now {aside.name}; " if aside else ""
+    words = f"the checkpoint of step {step} leads to it, so it was renamed to {aside.name}; " if aside else ""
     whole_ones = list_checkpoints(folder)
     if not whole_ones:
-        return f"{words}start again with a lower learning_rate, a longer warm-up, or dtype float32"
-    lower = "learning_rate=... lower, or dtype=float32"
-    return f"{words}go on from {whole_ones[-1].name} with --resume and {lower}"
+        return f"{words}start a new run with a lower learning_rate, a longer warm-up, or dtype=float32"
+    remedy = "a lower learning_rate=..., or with dtype=float32"
+    return f"{words}continue from {whole_ones[-1].name} with --resume and {remedy}"
 
 
 def _keep_if_best(

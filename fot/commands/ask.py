@@ -14,30 +14,35 @@ from fot.files import check_unicode
 def add(commands: Any) -> None:
     ask = commands.add_parser(
         "ask",
-        help="a question to a memory, and the passages that answered it",
-        description="An answer generated with a memory, then the passages that carried most attention mass.",
+        help="ask a memory a question, and list the passages that the answer used",
+        description="Answer a question with a memory. Then list the passages that received the most attention mass.",
     )
     _add_options(ask)
-    ask.add_argument("question", help="shorter than the local window")
+    ask.add_argument("question", help="the question; it must be shorter than the local window")
     ask.set_defaults(command=_ask)
     chat = commands.add_parser(
         "chat",
-        help="a conversation with a memory",
-        description="A conversation. Its older turns move to a memory of its own; the file is not touched.",
+        help="hold a conversation with a memory",
+        description="Hold a conversation with a memory. Older turns of the conversation move to a second memory, "
+        "which is not saved. The memory in the folder does not change.",
     )
     _add_options(chat)
     chat.set_defaults(command=_chat)
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("memory", type=named_path, help="folder made by fot memory build")
-    parser.add_argument("--model", metavar="NAME", help="default: the model that made the memory")
+    parser.add_argument("memory", type=named_path, help="folder of a memory, made by fot memory build")
+    parser.add_argument("--model", metavar="NAME", help="model to ask (default: the model that made the memory)")
     add_memory_options(parser)
     parser.add_argument(
-        "--max-new-tokens", type=positive, default=128, metavar="N", help="longest answer (default: 128)"
+        "--max-new-tokens", type=positive, default=128, metavar="N", help="most tokens in an answer (default: 128)"
     )
-    parser.add_argument("--passages", type=positive, default=5, metavar="N", help="passages listed (default: 5)")
-    parser.add_argument("--plain", action="store_true", help="no chat template: the question as to a base model")
+    parser.add_argument(
+        "--passages", type=positive, default=5, metavar="N", help="number of passages to list (default: 5)"
+    )
+    parser.add_argument(
+        "--plain", action="store_true", help="use no chat template; ask the question as you would ask a base model"
+    )
 
 
 def _ask(args: argparse.Namespace) -> int:
@@ -54,7 +59,9 @@ def _chat(args: argparse.Namespace) -> int:
 
     memory, model = open_memory(args)
     conversation = Conversation(model, memory, use_chat_template=False if args.plain else None)
-    print(f"{memory.describe()}\nAsk, or leave with Ctrl-D. Ctrl-C ends an answer.", file=sys.stderr)
+    print(
+        f"{memory.describe()}\nType a question. Ctrl-C ends an answer, Ctrl-D ends the conversation.", file=sys.stderr
+    )
     while True:
         try:
             text = _typed()
@@ -118,10 +125,10 @@ def _turn(args: argparse.Namespace, conversation: Any, text: str, **options: Any
     for passage in answer.passages:
         table.add_row(f"{passage.share:.1%}", printable(passage.document), f"{passage.start:,}", passage.text)
     # Texts and names may hold what rich takes for markup.
-    Console(highlight=False, soft_wrap=False).print(table if answer.passages else "nothing in memory", markup=False)
+    Console(highlight=False, soft_wrap=False).print(table if answer.passages else "the memory is empty", markup=False)
     rest = answer.answer_tokens - 1
     rate = f", then {rest / (answer.seconds - answer.first_token_seconds):.1f} tokens a second" if rest > 0 else ""
     print(
-        f"{answer.prompt_tokens} tokens asked, first token after {answer.first_token_seconds:.1f} s{rate}",
+        f"{answer.prompt_tokens} tokens in the prompt, first token after {answer.first_token_seconds:.1f} s{rate}",
         file=sys.stderr,
     )

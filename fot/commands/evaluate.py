@@ -28,8 +28,9 @@ def add(commands: Any) -> None:
 def _add_dictionary(kinds: Any) -> None:
     parser = kinds.add_parser(
         "dictionary",
-        help="dictionary lookup, by size of the dictionary",
-        description="Accuracy of answers about records read into the memory, for a model trained on such records.",
+        help="measure dictionary lookup for several sizes of the dictionary",
+        description="Read records into the memory, and measure how many questions about them the model answers "
+        "correctly. The model must have been trained on such records.",
     )
     parser.add_argument(
         "model",
@@ -39,83 +40,96 @@ def _add_dictionary(kinds: Any) -> None:
     )
     add_memory_options(parser)
     parser.add_argument("--lengths", type=positive_list, default=[16_000, 256_000, 1_000_000], metavar="N,N,...",
-                        help="tokens of records (default: 16000,256000,1000000)")  # fmt: skip
-    parser.add_argument("--windows", type=positive, default=4, help="windows of questions (default: 4)")
-    add_outcome_options(parser, seed="draws dictionary and questions", result="write the results")
+                        help="tokens of records in memory (default: 16000,256000,1000000)")  # fmt: skip
+    parser.add_argument("--windows", type=positive, default=4, help="number of windows that ask questions (default: 4)")
+    add_outcome_options(parser, seed="seed for the dictionary and the questions", result="file to write the results to")
     parser.set_defaults(command=_eval_dictionary)
 
 
 def _add_needles(kinds: Any) -> None:
     parser = kinds.add_parser(
         "needles",
-        help="facts hidden in a novel, in words that no model here was trained on",
-        description="Hide facts in a long text, read it into the memory, ask for each: with the memory and without.",
+        help="ask for facts hidden in a long text, in words that no shipped model was trained on",
+        description="Hide facts in a long text and read the text into the memory. Then ask for each fact, with "
+        "the memory and without it.",
     )
     parser.add_argument("model", help="alias, folder, GGUF file or hub id")
     parser.add_argument("files", nargs="+", type=named_path, metavar="FILE", help="UTF-8 text to hide the facts in")
     add_memory_options(parser)
     parser.add_argument("--lengths", type=positive_list, default=[4096, 16384, 65536], metavar="N,N,...",
-                        help="tokens of text and facts (default: 4096,16384,65536)")  # fmt: skip
-    parser.add_argument("--needles", type=positive, default=8, help="facts in each text (default: 8)")
-    parser.add_argument("--trials", type=positive, default=4, help="texts of each length (default: 4)")
+                        help="tokens of the text with its facts (default: 4096,16384,65536)")  # fmt: skip
+    parser.add_argument("--needles", type=positive, default=8, help="number of facts in each text (default: 8)")
+    parser.add_argument("--trials", type=positive, default=4, help="number of texts of each length (default: 4)")
     parser.add_argument("--chat", action="store_true", help="ask in the model's chat template, as fot ask does")
-    add_outcome_options(parser, seed="draws facts, texts and depths", result="write all results, answer by answer")
+    add_outcome_options(
+        parser, seed="seed for facts, texts and depths", result="file to write the results to, with every answer"
+    )
     parser.set_defaults(command=_eval_needles)
 
 
 def _add_perplexity(kinds: Any) -> None:
     parser = kinds.add_parser(
         "perplexity",
-        help="perplexity of texts, within a window or with a memory",
-        description="Perplexity within single windows; or of the last windows of each text, by size of the memory that "
-        "holds what comes before them.",
+        help="measure the perplexity of texts, within a window or with a memory",
+        description="Measure perplexity within single windows. With --with-memory, measure the perplexity of the last "
+        "windows of each text, with a memory of the tokens before them.",
     )
     parser.add_argument("model", help="alias, folder, GGUF file or hub id")
     parser.add_argument("files", nargs="+", type=named_path, metavar="FILE", help="UTF-8 text")
     add_memory_options(parser)
-    parser.add_argument("--base", metavar="NAME", help="a model to compare with: the one before training")
-    parser.add_argument("--with-memory", action="store_true", help="last windows of each text, after --lengths tokens")
+    parser.add_argument("--base", metavar="NAME", help="model to compare with, for example the one before training")
+    parser.add_argument(
+        "--with-memory",
+        action="store_true",
+        help="measure the last windows of each text, with a memory of the --lengths tokens before them",
+    )
     parser.add_argument("--lengths", type=_lengths, default=[0, 2048, 8192], metavar="N,N,...",
                         help="tokens in memory, with --with-memory (default: 0,2048,8192)")  # fmt: skip
     parser.add_argument("--tokens", type=positive, default=32768, metavar="N",
-                        help="tokens whose perplexity is taken, in all texts together (default: 32768)")  # fmt: skip
-    parser.add_argument("--json", type=named_path, metavar="OUT", help="write the results")
+                        help="number of tokens to measure, in all texts together (default: 32768)")  # fmt: skip
+    parser.add_argument("--json", type=named_path, metavar="OUT", help="file to write the results to")
     parser.set_defaults(command=_eval_perplexity)
 
 
 def _add_distraction(kinds: Any) -> None:
     parser = kinds.add_parser(
         "distraction",
-        help="attention to what belongs to the text, by number of windows in memory",
-        description="Positive attention mass: what share of its attention to memory a window gives to the window "
-        "before it, among windows of other texts. A model without preference gives 1/contexts.",
+        help="measure how much attention goes to the right window, as the memory grows",
+        description="Measure the positive attention mass. The memory holds the window before the current one and "
+        "windows of other texts. The positive attention mass is the share of the attention to memory "
+        "that goes to the window before. It is 1/contexts for a model without a preference.",
     )
     parser.add_argument("models", nargs="+", metavar="MODEL", help="alias, folder, GGUF file or hub id")
     data = parser.add_mutually_exclusive_group(required=True)
-    data.add_argument("--text", nargs="+", type=named_path, metavar="FILE", help="UTF-8 texts, at least two")
-    data.add_argument("--task", choices=["dictionary"], help="windows of dictionary records instead of texts")
+    data.add_argument("--text", nargs="+", type=named_path, metavar="FILE", help="at least two UTF-8 texts")
+    data.add_argument("--task", choices=["dictionary"], help="use windows of dictionary records instead of texts")
     add_memory_options(parser)
     parser.add_argument("--contexts", type=positive_list, default=[1, 2, 4, 8, 16, 32, 64, 128], metavar="N,N,...",
-                        help="windows in memory (default: 1,2,4,...,128)")  # fmt: skip
-    parser.add_argument("--trials", type=positive, default=8, help="windows that read them (default: 8)")
-    add_outcome_options(parser, seed="draws windows", result="write the results, layer by layer")
-    parser.add_argument("--plot", type=named_path, metavar="OUT.png", help="draw the shares by number of contexts")
+                        help="numbers of windows in memory (default: 1,2,4,...,128)")  # fmt: skip
+    parser.add_argument(
+        "--trials", type=positive, default=8, help="number of windows that read the memory (default: 8)"
+    )
+    add_outcome_options(parser, seed="seed for the windows", result="file to write the results to, for each layer")
+    parser.add_argument(
+        "--plot", type=named_path, metavar="OUT.png", help="file to draw the shares in, by number of contexts"
+    )
     parser.set_defaults(command=_eval_distraction)
 
 
 def _add_layers(kinds: Any) -> None:
     parser = kinds.add_parser(
         "layers",
-        help="which layers of a model should have the memory",
-        description="Greedy search for the memory layers with which an untrained model finds most facts in its memory.",
+        help="find out which layers of a model should have the memory",
+        description="Search for the memory layers with which a model that was not trained for a memory finds the most "
+        "facts in it. The search is greedy: it adds one layer at a time.",
     )
     parser.add_argument("model", help="alias, folder, GGUF file or hub id")
-    parser.add_argument("files", nargs="+", type=named_path, metavar="FILE", help="UTF-8 text to hide facts in")
+    parser.add_argument("files", nargs="+", type=named_path, metavar="FILE", help="UTF-8 text to hide the facts in")
     add_memory_options(parser)
-    parser.add_argument("--count", type=positive, default=4, metavar="N", help="largest set of layers (default: 4)")
-    parser.add_argument("--windows", type=positive, default=2, help="windows of text in memory (default: 2)")
-    parser.add_argument("--trials", type=positive, default=4, help="texts (default: 4)")
-    add_outcome_options(parser, seed="draws facts and texts", result="write the results")
+    parser.add_argument("--count", type=positive, default=4, metavar="N", help="most memory layers (default: 4)")
+    parser.add_argument("--windows", type=positive, default=2, help="number of windows of text in memory (default: 2)")
+    parser.add_argument("--trials", type=positive, default=4, help="number of texts (default: 4)")
+    add_outcome_options(parser, seed="seed for facts and texts", result="file to write the results to")
     parser.set_defaults(command=_eval_layers)
 
 
@@ -178,7 +192,10 @@ def _eval_perplexity(args: argparse.Namespace) -> int:
         args.model = args.base
         base = attach_memory(load(args), settings)
         if read_texts(args.files, base.tokenizer) != list(texts.values()):
-            raise ValueError(f"{args.base} has another tokenizer: perplexities of other tokens cannot be compared")
+            raise ValueError(
+                f"{args.base} has another tokenizer, and perplexities of different tokens cannot be "
+                "compared: choose a model with the same tokenizer"
+            )
         models.append(about(base, args.base) | _perplexity(base, texts, args))
     result = {"with_memory": args.with_memory, "window": settings.window, "models": models}
     result["interrupted"] = any(entry["interrupted"] for entry in models)

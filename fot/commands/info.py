@@ -9,8 +9,9 @@ from fot.commands.options import add_model_options, find_dtype, memory_settings,
 def add(commands: Any) -> None:
     parser = commands.add_parser(
         "info",
-        help="what a model name stands for, and what fits in this machine",
-        description="What would be loaded, its memory layers, and how long a memory fits in this machine.",
+        help="describe a model, and say how large a memory fits on this machine",
+        description="Describe the model that a name stands for and its memory layers, and say how large a memory "
+        "fits on this machine.",
     )
     add_model_options(parser)
     parser.set_defaults(command=_info)
@@ -27,6 +28,6 @@ def _info(args: argparse.Namespace) -> int:
         config, settings = load_config(args.model, str(dtype).removeprefix("torch."), **memory_settings(args))
     if config.model_type not in SUPPORTED_MODEL_TYPES:
         known = ", ".join(SUPPORTED_MODEL_TYPES)
-        raise ValueError(f"{config.model_type!r} models have no memory attention here; supported: {known}")
+        raise ValueError(f"{config.model_type!r} models are not supported; fot supports {known}")
     print(info_text(args.model, config, settings, dtype))
     return 0

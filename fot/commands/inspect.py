@@ -12,22 +12,30 @@ KEPT_HITS = 32
 def add(commands: Any) -> None:
     parser = commands.add_parser(
         "inspect",
-        help="which memories an answer looked at",
-        description="Answer a prompt and show which stored tokens each token of the answer looked at.",
+        help="show which stored tokens an answer attended to",
+        description="Answer a prompt and show which stored tokens each token of the answer attended to.",
     )
     parser.add_argument("memory", type=named_path, help="folder of a memory")
     parser.add_argument("prompt", help="text to answer")
-    parser.add_argument("--model", metavar="NAME", help="default: the model that made the memory")
+    parser.add_argument("--model", metavar="NAME", help="model to ask (default: the model that made the memory)")
     add_memory_options(parser)
     parser.add_argument("--chat", action="store_true", help="put the prompt into the model's chat template")
-    parser.add_argument("--max-new-tokens", type=positive, default=32, metavar="N", help="longest answer (default: 32)")
-    parser.add_argument("--layer", type=int, metavar="L", help="show one memory layer (default: all)")
-    parser.add_argument("--head", type=int, metavar="H", help="show one query head (default: all)")
-    parser.add_argument("--top", type=positive, default=3, metavar="K", help="hits shown for a token (default: 3)")
-    parser.add_argument("--prompt-tokens", action="store_true", help="show prompt tokens, too")
-    parser.add_argument("--html", type=named_path, metavar="OUT.html", help="write a page to look at it in a browser")
-    parser.add_argument("--json", type=named_path, metavar="OUT.json", help="write everything recorded")
-    parser.add_argument("--plot", type=named_path, metavar="OUT.png", help="draw attention by position in memory")
+    parser.add_argument(
+        "--max-new-tokens", type=positive, default=32, metavar="N", help="most tokens in the answer (default: 32)"
+    )
+    parser.add_argument("--layer", type=int, metavar="L", help="show only this memory layer (default: all)")
+    parser.add_argument("--head", type=int, metavar="H", help="show only this query head (default: all)")
+    parser.add_argument(
+        "--top", type=positive, default=3, metavar="K", help="number of hits to show for each token (default: 3)"
+    )
+    parser.add_argument("--prompt-tokens", action="store_true", help="also show the tokens of the prompt")
+    parser.add_argument("--html", type=named_path, metavar="OUT.html", help="file to write a page for the browser to")
+    parser.add_argument(
+        "--json", type=named_path, metavar="OUT.json", help="file to write everything that was recorded to"
+    )
+    parser.add_argument(
+        "--plot", type=named_path, metavar="OUT.png", help="file to draw the attention by position in memory in"
+    )
     parser.set_defaults(command=_inspect)
 
 

@@ -13,46 +13,57 @@ from fot.commands.options import add_memory_options, check_writable, load, named
 def add(commands: Any) -> None:
     parser = commands.add_parser(
         "memory",
-        help="make and keep memories: build, append, info, drop, compact, verify",
-        description="Memories as folders: read documents once, ask about them often (fot ask).",
+        help="create and maintain memories: build, append, info, drop, compact, verify",
+        description="Create and maintain memories. A memory is a folder: read documents into it once, then ask "
+        "about them with fot ask as often as you like.",
     )
     kinds = parser.add_subparsers(title="what to do", required=True, metavar="WHAT")
     build = kinds.add_parser("build", help="read documents into a new memory", description="Read documents into a new "
-                             "memory: text, Markdown, source code, PDF, HTML; folders with all they hold.")  # fmt: skip
-    build.add_argument("memory", type=named_path, metavar="OUT", help="folder to be made")
+                             "memory. A document is text, Markdown, source code, PDF or HTML. A folder stands for all "
+                             "documents in it.")  # fmt: skip
+    build.add_argument("memory", type=named_path, metavar="OUT", help="folder to create")
     _add_document_options(build)
     build.add_argument("--model", default="smollm2-135m-fot", metavar="NAME",
                        help="alias, folder, GGUF file or hub id (default: smollm2-135m-fot)")  # fmt: skip
     build.set_defaults(command=_build)
-    append = kinds.add_parser("append", help="add documents; those that are there already cost nothing",
-                              description="Add documents. What was interrupted goes on where it was.")  # fmt: skip
+    append = kinds.add_parser(
+        "append",
+        help="add documents; skip those that the memory holds already",
+        description="Add documents. Documents that the memory holds already are skipped, "
+        "and a document that was interrupted is continued.",
+    )
     append.add_argument("memory", type=named_path, metavar="MEMORY")
     _add_document_options(append)
-    append.add_argument("--model", metavar="NAME", help="default: the model that made the memory")
+    append.add_argument("--model", metavar="NAME", help="model to use (default: the model that made the memory)")
     append.set_defaults(command=_append)
-    info = kinds.add_parser("info", help="what a memory holds", description="What a memory holds.")
+    info = kinds.add_parser("info", help="show what a memory holds", description="Show what a memory holds.")
     info.add_argument("memory", type=named_path, metavar="MEMORY")
-    info.add_argument("--json", type=named_path, metavar="OUT", help="write it to a file")
-    drop = kinds.add_parser("drop", help="forget documents", description="Forget documents. compact frees their space.")
+    info.add_argument("--json", type=named_path, metavar="OUT", help="also write it to this file")
+    drop = kinds.add_parser(
+        "drop", help="remove documents", description="Remove documents. Their space is freed by compact."
+    )
     drop.add_argument("memory", type=named_path, metavar="MEMORY")
-    drop.add_argument("names", nargs="+", metavar="NAME", help="as info shows them")
+    drop.add_argument("names", nargs="+", metavar="NAME", help="name of a document, as info shows it")
     compact = kinds.add_parser("compact", help="free the space of dropped documents",
-                               description="Write the memory anew without what was dropped.")  # fmt: skip
+                               description="Write the memory anew, without the dropped documents.")  # fmt: skip
     compact.add_argument("memory", type=named_path, metavar="MEMORY")
-    verify = kinds.add_parser("verify", help="compare every byte with the checksums",
-                              description="Compare all bytes with the checksums; status 1 if one differs.")  # fmt: skip
+    verify = kinds.add_parser(
+        "verify",
+        help="compare every byte with the checksums",
+        description="Compare every byte with the checksums. The exit status is 1 if one differs.",
+    )
     verify.add_argument("memory", type=named_path, metavar="MEMORY")
     for command, function in ((info, _info), (drop, _drop), (compact, _compact), (verify, _verify)):
-        command.add_argument("-v", "--verbose", action="store_true", help="say what is chosen and why")
+        command.add_argument("-v", "--verbose", action="store_true", help="print what is chosen automatically, and why")
         command.set_defaults(command=function)
 
 
 def _add_document_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("files", type=named_path, nargs="+", metavar="FILE", help="files and folders")
+    parser.add_argument("files", type=named_path, nargs="+", metavar="FILE", help="files and folders to read")
     parser.add_argument("--include", nargs="+", default=[], metavar="GLOB",
-                        help="of folders, only such files: --include '*.py' '*.md'")  # fmt: skip
+                        help="read only these files from folders, for example --include '*.py' '*.md'")  # fmt: skip
     parser.add_argument(
-        "--exclude", nargs="+", default=[], metavar="GLOB", help="of folders, not such files or folders"
+        "--exclude", nargs="+", default=[], metavar="GLOB", help="skip these files and folders inside folders"
     )
     add_memory_options(parser)
 
@@ -62,7 +73,7 @@ def _build(args: argparse.Namespace) -> int:
     from fot.documents import find_documents
 
     if (args.memory / "manifest.json").exists():
-        raise ValueError(f"{args.memory} is a memory already: add to it with fot memory append, or choose another name")
+        raise ValueError(f"{args.memory} is already a memory: add to it with fot memory append, or choose another name")
     if args.memory.exists() and not args.memory.is_dir():
         raise ValueError(f"{args.memory} is a file; a memory is a folder: choose another name")
     check_writable(args.memory / "manifest.json" if args.memory.exists() else args.memory)
@@ -102,10 +113,10 @@ def _read(args: argparse.Namespace, model: Any, memory: Any, found: Any) -> int:
         read, same = add_documents(model, memory, found)
         memory.prepare()  # asking needs the index; making it is part of building
         memory.flush()
-        print(f"{read:,} tokens read" + (f"; {same:,} documents were there already" if same else ""))
+        print(f"{read:,} tokens read" + (f"; {same:,} documents were already in the memory" if same else ""))
     except KeyboardInterrupt:
         memory.flush()
-        print(f"interrupted; go on with: {_to_go_on(args)}", file=sys.stderr)
+        print(f"interrupted; to continue, run: {_to_go_on(args)}", file=sys.stderr)
         status = 130
     print(f"{args.memory}: {len(memory.documents()):,} documents, {memory.describe()}")
     if found.left_out:
@@ -141,7 +152,7 @@ def _drop(args: argparse.Namespace) -> int:
         known = memory.documents()
         for name in args.names:
             if name not in known:
-                raise ValueError(f"{args.memory} holds no document {name!r}, so nothing was dropped; fot memory info "
+                raise ValueError(f"{args.memory} holds no document {name!r}, so nothing was dropped: fot memory info "
                                  "lists them")  # fmt: skip
         dropped = sum(memory.drop_document(name) for name in dict.fromkeys(args.names))
     print(f"{dropped:,} tokens dropped; fot memory compact {args.memory} frees their space")
@@ -168,7 +179,7 @@ def _verify(args: argparse.Namespace) -> int:
     for problem in problems:
         print(f"fot: {problem}", file=sys.stderr)
     if not problems:
-        print(f"{args.memory}: {len(read_manifest(args.memory).files()):,} parts, all as they were written")
+        print(f"{args.memory}: {len(read_manifest(args.memory).files()):,} parts, all unchanged")
     return 1 if problems else 0
 
 
@@ -211,7 +222,7 @@ def _print(described: dict[str, Any]) -> None:
     rows = {
         "tokens": f"{described['tokens']:,}",
         "size": f"{described['bytes'] / 1e6:,.1f} MB in {described['parts']:,} parts",
-        "dropped": f"{described['dropped_tokens']:,} tokens, until it is compacted",
+        "dropped": f"{described['dropped_tokens']:,} tokens, until fot memory compact frees their space",
         "layers": f"{', '.join(map(str, described['layers']))}; {described['num_key_value_heads']} key-value heads of "
         f"{described['head_dim']}",
         "stored as": f"{described['key_dtype']} keys, {described['value_dtype']} values, index {described['index']}",
@@ -226,7 +237,7 @@ def _print(described: dict[str, Any]) -> None:
     documents.add_column("tokens", justify="right")
     for document in described["documents"]:
         documents.add_row(
-            printable(document["name"]), f"{document['tokens']:,}" + ("" if document["complete"] else ", not all")
+            printable(document["name"]), f"{document['tokens']:,}" + ("" if document["complete"] else ", incomplete")
         )
     console = Console()
     console.print(table, markup=False)

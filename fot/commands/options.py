@@ -18,16 +18,28 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_memory_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--mem-layers", type=integers, metavar="N,N,...", help="memory layers (default: the model's)")
+    parser.add_argument(
+        "--mem-layers", type=integers, metavar="N,N,...", help="layers with a memory (default: those of the model)"
+    )
     parser.add_argument("--local-context", type=positive, metavar="N",
-                        help="tokens of a local window (default: the model's, at most 2048)")  # fmt: skip
-    parser.add_argument("--index", metavar="NAME",
-                        help="auto, exact, or a FAISS factory string such as IVF,Flat or HNSW32")  # fmt: skip
-    parser.add_argument("--top-k", type=int, metavar="K", help="pairs a query retrieves (default: all, or 128)")
+                        help="tokens in a local window (default: that of the model, at most 2048)")  # fmt: skip
+    parser.add_argument(
+        "--index",
+        metavar="NAME",
+        help="search index: auto, exact, or a FAISS factory string such as IVF,Flat or HNSW32",
+    )
+    parser.add_argument(
+        "--top-k",
+        type=int,
+        metavar="K",
+        help="pairs that a query retrieves (default: all with the exact index, 128 with FAISS)",
+    )
     parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto",
-                        help="auto: the fastest on this device")  # fmt: skip
-    parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
-    parser.add_argument("-v", "--verbose", action="store_true", help="say what is chosen and why")
+                        help="dtype of the model; auto is the fastest on this device (default: auto)")  # fmt: skip
+    parser.add_argument(
+        "--device", metavar="NAME", help="device: cpu, cuda, cuda:1, ... (default: a GPU if there is one)"
+    )
+    parser.add_argument("-v", "--verbose", action="store_true", help="print what is chosen automatically, and why")
 
 
 def load(args: argparse.Namespace, *, tokenizer: bool = True, saved: Mapping[str, Any] | None = None) -> Any:
@@ -43,7 +55,7 @@ def load(args: argparse.Namespace, *, tokenizer: bool = True, saved: Mapping[str
     with readable(args.model):
         model: Any = FoTForCausalLM.from_pretrained(args.model, dtype=find_dtype(args), **settings)
     if tokenizer and model.tokenizer is None:
-        raise ValueError(f"{args.model} has no tokenizer beside its weights; put its tokenizer files into the folder")
+        raise ValueError(f"{args.model} has no tokenizer beside its weights: put its tokenizer files into the folder")
     logging.getLogger("fot").info(
         "%s in %s on %s; %s", args.model, str(model.dtype).removeprefix("torch."), device, model.memory_config
     )
@@ -60,7 +72,7 @@ def readable(name: str) -> Iterator[None]:
     try:
         yield
     except (SafetensorError, struct.error) as error:  # of safetensors; of transformers' reader of GGUF files
-        raise ValueError(f"{name} is damaged ({error}): get it again") from error
+        raise ValueError(f"{name} is damaged ({error}): download it again") from error
 
 
 def open_memory(args: argparse.Namespace, mode: str = "r") -> tuple[Any, Any]:
@@ -72,11 +84,11 @@ def open_memory(args: argparse.Namespace, mode: str = "r") -> tuple[Any, Any]:
     try:
         args.model = args.model or memory.metadata.get("model")
         if args.model is None:
-            raise ValueError(f"{args.memory} does not say which model made it: add --model")
+            raise ValueError(f"{args.memory} does not record which model made it: add --model")
         saved = memory.metadata.get("memory", {})
         window = MemoryConfig.from_dict(saved).local_context  # names a setting that this version does not know
         if None not in (window, args.local_context) and window != args.local_context:
-            raise ValueError(f"{args.memory} was made with windows of {window} tokens: leave --local-context out")
+            raise ValueError(f"{args.memory} was made with windows of {window} tokens: omit --local-context")
         model = load(args, saved=saved)
         model.check_memory(memory)
     except BaseException:
@@ -128,13 +140,13 @@ def check_writable(*paths: Path | None) -> None:
             continue
         folder = path.absolute().parent
         if path.is_dir():
-            raise OSError(f"{path} is a folder; give the name of a file to write")
+            raise OSError(f"{path} is a folder: give the name of a file to write")
         if path.exists() and not path.is_file():  # files are replaced, and a device must not be
-            raise OSError(f"{path} is a pipe or a device; give the name of a file to write")
+            raise OSError(f"{path} is a pipe or a device: give the name of a file to write")
         if not folder.is_dir():
-            raise OSError(f"{folder} is not a folder, so {path.name} cannot be written there; make it first")
+            raise OSError(f"{folder} is not a folder, so {path.name} cannot be written there: create the folder first")
         if not os.access(folder, os.W_OK):
-            raise OSError(f"{folder} is read-only, so {path.name} cannot be written there; choose another place")
+            raise OSError(f"{folder} is read-only, so {path.name} cannot be written there: choose another folder")
 
 
 def check_plot(path: Path | None) -> None:
@@ -147,7 +159,9 @@ def check_plot(path: Path | None) -> None:
     except ImportError as error:
         raise ImportError("--plot needs matplotlib: pip install 'fot[plot]'") from error
     if path.suffix.lstrip(".") not in FigureCanvasBase.filetypes:
-        raise ValueError(f"--plot {path}: pictures of that kind cannot be drawn; end the name in .png, .svg or .pdf")
+        raise ValueError(
+            f"--plot {path} has a picture format that is not supported: end the name in .png, .svg or .pdf"
+        )
 
 
 def named_path(text: str) -> Path:

@@ -21,22 +21,27 @@ def add(commands: Any) -> None:
     parser = commands.add_parser(
         "passkey",
         help="hide a number in a long text and ask for it",
-        description="The passkey test: accuracy by length, with the memory and without.",
+        description="Run the passkey test. It hides a number in long texts and asks for it, with the memory and "
+        "without it.",
     )
     add_model_options(parser)
     parser.add_argument("--lengths", type=positive_list, default=[1024, 2048, 4096], metavar="N,N,...",
-                        help="prompt lengths in tokens (default: 1024,2048,4096)")  # fmt: skip
-    parser.add_argument("--trials", type=positive, default=4, help="prompts of each length (default: 4)")
-    parser.add_argument("--no-memory", action="store_true", help="test the plain model alone")
-    parser.add_argument("--no-baseline", action="store_true", help="do not test the plain model beside it")
-    add_outcome_options(parser, seed="draws keys and depths", result="write all results, trial by trial")
-    parser.add_argument("--plot", type=named_path, metavar="OUT.png", help="draw accuracy by length and depth")
+                        help="lengths of the prompts in tokens (default: 1024,2048,4096)")  # fmt: skip
+    parser.add_argument("--trials", type=positive, default=4, help="number of prompts of each length (default: 4)")
+    parser.add_argument("--no-memory", action="store_true", help="test only the plain model, without a memory")
+    parser.add_argument("--no-baseline", action="store_true", help="do not test the plain model")
+    add_outcome_options(
+        parser, seed="seed for keys and depths", result="file to write the results to, with every trial"
+    )
+    parser.add_argument(
+        "--plot", type=named_path, metavar="OUT.png", help="file to draw the accuracy by length and depth in"
+    )
     parser.set_defaults(command=_passkey)
 
 
 def _passkey(args: argparse.Namespace) -> int:
     if args.no_memory and args.no_baseline:
-        raise ValueError("--no-memory and --no-baseline leave nothing to test: drop one of them")
+        raise ValueError("--no-memory and --no-baseline leave nothing to test: omit one of them")
     check_writable(args.json)
     check_plot(args.plot)
     model = load(args)

@@ -13,17 +13,28 @@ def add(commands: Any) -> None:
     parser = commands.add_parser(
         "train",
         help="fine-tune a model with crossbatch",
-        description="Crossbatch fine-tuning by a recipe. On several GPUs: accelerate launch -m fot train ...; "
-        "in several processes on CPUs: torchrun --nproc_per_node N -m fot train ...",
+        description="Fine-tune a model with crossbatch, as a recipe describes. Use accelerate launch -m fot train "
+        "... on several GPUs, and torchrun --nproc_per_node N -m fot train ... for several processes "
+        "on CPUs.",
     )
     parser.add_argument("recipe", help="YAML or JSON file, or the name of a shipped recipe")
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="entries to change, such as steps=100")
-    parser.add_argument("--out", type=named_path, required=True, help="folder for checkpoints, log and result")
-    parser.add_argument("--resume", action="store_true", help="go on from the last whole checkpoint in --out")
-    parser.add_argument("--max-hours", type=above_zero, metavar="H", help="end in time, with a checkpoint and a result")
-    parser.add_argument("--peak-tflops", type=above_zero, metavar="X",
-                        help="of a device at the run's precision; logs the share of it that is used")  # fmt: skip
-    parser.add_argument("-v", "--verbose", action="store_true", help="say what is chosen and why")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="KEY=VALUE", help="entries of the recipe to change, such as steps=100"
+    )
+    parser.add_argument(
+        "--out", type=named_path, required=True, help="folder for the checkpoints, the log and the result"
+    )
+    parser.add_argument("--resume", action="store_true", help="continue from the last complete checkpoint in --out")
+    parser.add_argument(
+        "--max-hours", type=above_zero, metavar="H", help="end the run within this time, with a checkpoint and a result"
+    )
+    parser.add_argument(
+        "--peak-tflops",
+        type=above_zero,
+        metavar="X",
+        help="peak TFLOP/s of one device at the run's precision; the log then has the share of it that is used",
+    )
+    parser.add_argument("-v", "--verbose", action="store_true", help="print what is chosen automatically, and why")
     parser.set_defaults(command=_train)
 
 

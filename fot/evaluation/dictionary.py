@@ -34,7 +34,10 @@ def run(
     """
     window = model.memory_config.window
     if model.config.vocab_size < VOCABULARY:
-        raise ValueError(f"the model has {model.config.vocab_size} tokens, the dictionary task {VOCABULARY}")
+        raise ValueError(
+            f"the model has {model.config.vocab_size} tokens, but the dictionary task needs {VOCABULARY}: "
+            "use a model trained by the dictionary recipes"
+        )
     tables = [DictionaryTable.of_tokens(length, seed, window) for length in lengths]
     found: list[dict[str, Any]] = []
     interrupted = False

@@ -60,12 +60,14 @@ class DictionaryTask:
 
     def __post_init__(self) -> None:
         if self.windows < 2:
-            raise ValueError(f"windows={self.windows}: records and questions take at least 2")
+            raise ValueError(f"windows is {self.windows}, but records and questions need at least 2")
         most = _fit(self.window) * (self.windows - 1)
         if self.fewest_records is not None and not 1 <= self.fewest_records <= most:
-            raise ValueError(f"fewest_records={self.fewest_records}: these windows hold 1 to {most} records")
+            raise ValueError(f"fewest_records is {self.fewest_records}, but these windows hold 1 to {most} records")
         if not 0 <= self.similar <= 1:
-            raise ValueError(f"similar={self.similar} is a share of the records: choose 0 to 1")
+            raise ValueError(
+                f"similar is {self.similar}, but it is a share of the records: choose a number from 0 to 1"
+            )
 
     def document(self, rng: random.Random) -> tuple[list[int], list[float]]:
         """windows * window + 1 token ids, and weights: of the values of questions, else 0.

@@ -73,8 +73,8 @@ def text_sample(texts: Sequence[Sequence[int]], window: int, most: int, trials: 
     )
     if not queries or fewest < most - 1:
         raise ValueError(
-            f"{most} contexts take two windows of {window} tokens of one text and {most - 1} of others, these texts "
-            f"have {fewest}: give more or longer files, or fewer --contexts"
+            f"{most} contexts need two windows of {window} tokens from one text and {most - 1} from others, but "
+            f"these texts have {fewest}: give more or longer files, or fewer --contexts"
         )
     order = rng.sample(range(len(rows)), len(rows))
     found = []

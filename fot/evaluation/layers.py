@@ -66,7 +66,7 @@ def run(
     """
     config, number = model.memory_config, model.config.num_hidden_layers
     if not 1 <= count <= number:
-        raise ValueError(f"{count} memory layers are asked for; the model has {number}: choose 1..{number}")
+        raise ValueError(f"{count} memory layers are asked for, but the model has {number} layers: choose 1..{number}")
     rng = random.Random(seed)
     length = windows * config.window
     haystacks = [make_haystack(model.tokenizer, texts, length, needles, rng) for _ in range(trials)]

@@ -49,13 +49,13 @@ def find_device(name: str | None) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise ValueError(f"{name!r} is no device: use cpu, cuda or cuda:N") from error
+        raise ValueError(f"{name!r} is not a device: use cpu, cuda or cuda:N") from error
     if device.type == "cuda" and (device.index or 0) >= gpus:
-        raise ValueError(f"{name} is not here: torch {torch.__version__} sees {gpus} CUDA devices; use cpu")
+        raise ValueError(f"{name} is not available: torch {torch.__version__} finds {gpus} CUDA devices; use cpu")
     try:
         torch.zeros(1, device=device).item()
     except (RuntimeError, NotImplementedError, AssertionError) as error:  # this torch is built without it; meta
-        raise ValueError(f"nothing can be computed on {name} with torch {torch.__version__} here; use cpu") from error
+        raise ValueError(f"torch {torch.__version__} cannot compute on {name} on this machine: use cpu") from error
     return device
 
 

@@ -95,7 +95,7 @@ def draw_needles(rng: random.Random, count: int) -> list[Needle]:
     makers = (_sandwich, _pastime, _phone_number, _birthplace)
     most = len(makers) * len(_ACTIVITIES) * len(_PLACES)  # the kind with the fewest answers
     if not 0 <= count <= most:
-        raise ValueError(f"{count} needles with distinct answers cannot be drawn: ask for at most {most}")
+        raise ValueError(f"there are no {count} needles with distinct answers: ask for at most {most}")
     needles: list[Needle] = []
     while len(needles) < count:
         needle = makers[len(needles) % len(makers)](rng)
@@ -168,7 +168,9 @@ def make_haystack(
     ids = _bos(tokenizer)
     room = length - len(ids) - sum(map(len, pieces))
     if room < 0:
-        raise ValueError(f"{count} needles do not fit in {length} tokens: they take {length - room} without any text")
+        raise ValueError(
+            f"{count} needles do not fit in {length} tokens: they need {length - room} tokens without any other text"
+        )
     text = [token for some in texts for token in some]
     start = rng.randrange(len(text))
     text = (text[start:] + text * (room // len(text) + 1))[:room]

@@ -94,7 +94,7 @@ def make_prompt(tokenizer: Any, length: int, rng: random.Random) -> Prompt:
     question = encode("\n" + QUESTION)
     room = length - len(head) - len(needle) - len(question)
     if room < 0:
-        raise ValueError(f"a passkey prompt of {length} tokens cannot be: it takes at least {length - room}")
+        raise ValueError(f"a passkey prompt of {length} tokens is too short: it needs at least {length - room} tokens")
     unit = encode(FILLER + " ")
     filler = (unit * (room // len(unit) + 1))[:room]
     before = rng.randint(0, room)

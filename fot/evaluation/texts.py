@@ -19,6 +19,6 @@ def read_texts(paths: Sequence[Path], tokenizer: Any) -> list[list[int]]:
         check_utf8(path)
         ids = tokenizer(path.read_text(encoding="utf-8"), add_special_tokens=False, verbose=False).input_ids
         if not ids:
-            raise ValueError(f"{path} is empty; give a file with text")
+            raise ValueError(f"{path} is empty: give a file with text")
         texts.append(list(ids))
     return texts

@@ -26,7 +26,7 @@ def position_plot(path: Path, trace: Trace) -> None:
         raise ImportError("drawing needs matplotlib: pip install 'fot[plot]'") from error
     filled = [number for number, memory in enumerate(trace.memories) if len(memory)]
     if not filled:
-        raise ValueError("nothing is in memory, so there is nothing to draw: ingest a text first")
+        raise ValueError("the memory is empty, so there is nothing to draw: ingest a text first")
     figure = Figure(figsize=(10, 1.5 + 1.2 * len(trace.layers)), layout="constrained")
     rows = figure.subplots(len(trace.layers), sharex=True, sharey=True, squeeze=False)[:, 0]
     queries = int(trace.found.chose.sum()) * trace.found.local.shape[2]
