@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-from memory.store import check_index
+from memory.backends import check_index
 from memory.vectors import VECTOR_DTYPES
 
 # Key of the dictionary that `save_pretrained` leaves in config.json; plain transformers keeps it and ignores it.

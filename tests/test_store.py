@@ -192,12 +192,12 @@ def test_interrupted_append_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> 
     store = make()
     append(store, 20)
     before = store[1].keys()
-    last = store[LAYERS[-1]]
+    last = store._indexed[LAYERS[-1]]
 
     def interrupted(*args: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(last, "_append", interrupted)
+    monkeypatch.setattr(last, "append", interrupted)
     with pytest.raises(KeyboardInterrupt):
         append(store, 20, 1)
     assert len(store) == len(store[1]) == 20
