@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fot.config import MemoryConfig
-from fot.pretrained import ADAPTER_DESCRIPTION, aliases, shipped_models
+from fot.names import ADAPTER_DESCRIPTION, aliases, shipped_models
+from memory.atomic import write_json
 
 TENSORS = "adapter.safetensors"
 PEFT_CONFIG = "adapter_config.json"
@@ -56,7 +57,7 @@ def write_description(folder: Path, description: AdapterDescription) -> None:
         "memory": description.memory.to_dict(),
         "made_by": description.made_by,
     }
-    (folder / ADAPTER_DESCRIPTION).write_text(json.dumps(content, indent=1) + "\n")
+    write_json(folder / ADAPTER_DESCRIPTION, content)
 
 
 def read_description(folder: Path) -> AdapterDescription:

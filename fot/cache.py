@@ -7,18 +7,15 @@
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache
 from transformers.models.llama.modeling_llama import rotate_half
 
+from fot.recording import Recorder
 from memory import Memory
-
-if TYPE_CHECKING:
-    from fot.trace import Recorder
-    from fot.windows import Inputs
 
 UNKNOWN_TOKEN = -1  # stored for inputs given as embeddings
 LAST = torch.iinfo(torch.int64).max  # behind every position
@@ -45,7 +42,7 @@ class LocalCache(DynamicCache):
 
     is_last = True
 
-    def __init__(self, memories: Sequence[Sequence[Memory]], recorder: "Recorder | None" = None) -> None:
+    def __init__(self, memories: Sequence[Sequence[Memory]], recorder: Recorder | None = None) -> None:
         super().__init__()
         self.memories = memories
         self.recorder = recorder
@@ -316,7 +313,7 @@ class FoTCache(Cache):
         """Start an empty local window that reads the rows' memories."""
         self.local = LocalCache([row.memories for row in self.rows], self.recorder)
 
-    def watch(self, recorder: "Recorder | None") -> None:
+    def watch(self, recorder: Recorder | None) -> None:
         """Let a recorder take note of what is attended to from here on; None for nobody."""
         self.recorder = self.local.recorder = recorder
         if recorder is not None:
@@ -346,10 +343,10 @@ class FoTCache(Cache):
         other.local.memories = [row.memories for row in other.rows]
         return other
 
-    def advance(self, inputs: "Inputs") -> None:
-        """Count tokens that went through."""
-        self.seen += inputs.length
-        self.next_positions = inputs.positions[:, -1:] + 1
+    def advance(self, length: int, positions: Tensor) -> None:
+        """Count tokens that went through, ``length`` a row, and their positions (B, length)."""
+        self.seen += length
+        self.next_positions = positions[:, -1:] + 1
 
     def flush(self) -> None:
         """Move what is left in the local window to the rows' own memories."""

@@ -13,12 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from memory.atomic import file_sha256
 from memory.content import Content
 from memory.folder import Folder, changing, commit, is_ours, next_path, remove_leftovers, take_lock
 from memory.index import LearntIndex
 from memory.lock import Lock
 from memory.manifest import LOCK, MANIFEST, Manifest, Part, read_manifest
-from memory.parts import MappedPart, file_sha256, write_part
+from memory.parts import MappedPart, write_part
 from memory.segments import (
     Segment,
     check_documents,

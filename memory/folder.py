@@ -4,9 +4,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from memory.atomic import sync_folder, write_text
 from memory.lock import Lock
 from memory.manifest import LOCK, MANIFEST, PART_NAME, Manifest, read_manifest
-from memory.parts import TEMPORARY, sync_folder, write_text
+from memory.parts import TEMPORARY, unfinished
 
 
 class Folder:
@@ -73,7 +74,7 @@ def commit(folder: Path, manifest: Manifest) -> None:
     """Make a change real: from here on the folder holds what this manifest says."""
     manifest.stamp()
     sync_folder(folder)  # the parts have their names before the manifest has them
-    write_text(folder / MANIFEST, manifest.to_json())
+    write_text(folder / MANIFEST, manifest.to_json(), unfinished(folder / MANIFEST))
     sync_folder(folder)
     remove_leftovers(folder)
 

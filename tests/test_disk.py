@@ -10,8 +10,8 @@ from disk_helpers import HEADS, LAYERS, ROOT, append, assert_same, forge, make, 
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import memory.atomic
 import memory.disk
-import memory.parts
 import memory.vectors
 from memory import DocumentNote, Memory, faiss_factory, faiss_heads
 from memory.disk import verify
@@ -245,7 +245,7 @@ def test_a_damaged_index_is_named_before_faiss_sees_it(tensor: str, change: floa
     tensors = load_file(part)
     tensors[tensor][0, 0] = change
     save_file(tensors, part)
-    forge(tmp_path / "m", "learnt", bytes=part.stat().st_size, sha256=memory.parts.file_sha256(part))
+    forge(tmp_path / "m", "learnt", bytes=part.stat().st_size, sha256=memory.atomic.file_sha256(part))
     opened = Memory.open(tmp_path / "m")
     with pytest.raises(ValueError, match=r"index-000001\.safetensors is damaged .*index='exact'"):
         opened[int(tensor[-1])].search(vectors(2), 3)

@@ -123,8 +123,8 @@ def _to_go_on(args: argparse.Namespace) -> str:
 
 def _info(args: argparse.Namespace) -> int:
     check_writable(args.json)
-    from fot.evaluation.report import write_json
     from memory import Memory
+    from memory.atomic import write_json
     from memory.manifest import read_manifest
 
     described = _describe(Memory.open(args.memory), read_manifest(args.memory))

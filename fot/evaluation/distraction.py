@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fot.attention import attend_local, project_keys_values, project_queries, rotate
-from fot.evaluation.dictionary_data import DictionaryTask
+from fot.tasks.dictionary import DictionaryTask
 from memory import Memory
 
 
