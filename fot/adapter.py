@@ -76,12 +76,6 @@ def read_description(folder: Path) -> AdapterDescription:
         raise ValueError(f"{path} is damaged ({error}); fetch the adapter again") from error
 
 
-def base_name(model: str) -> str:
-    """How an adapter names its base model: paths absolute, so that it loads from any working folder."""
-    named = model in aliases() or model in shipped_models()
-    return model if named or not Path(model).expanduser().exists() else str(Path(model).expanduser().resolve())
-
-
 def find_base(folder: Path) -> str:
     """Name or path of the model that the adapter in ``folder`` belongs to.
 

@@ -28,3 +28,12 @@ def aliases() -> dict[str, str]:
 def shipped_models() -> list[str]:
     """Names of the models and adapters that come with the package."""
     return sorted(path.parent.name for path in SHIPPED.glob("*/*") if path.name in (ADAPTER_DESCRIPTION, "config.json"))
+
+
+def lasting_name(name_or_path: str | Path) -> str:
+    """A model's name for a file that is read elsewhere and later: paths absolute, whatever the working folder is."""
+    name = str(name_or_path)
+    if isinstance(name_or_path, str) and (name in ALIASES or name in shipped_models()):
+        return name
+    path = Path(name).expanduser()
+    return str(path.resolve()) if path.exists() else name

@@ -9,7 +9,6 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 
-
 @pytest.mark.parametrize("name", ["memory", "training"])
 def test_a_folder_in_the_way_is_named(name: str, tmp_path: Path) -> None:
     (tmp_path / name).mkdir()
