@@ -11,13 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from filelock import FileLock
 from torch import Tensor
 
 from memory.atomic import file_sha256
 from memory.content import Content
 from memory.folder import Folder, changing, commit, is_ours, next_path, remove_leftovers, take_lock
 from memory.index import LearntIndex
-from memory.lock import Lock
 from memory.manifest import LOCK, MANIFEST, Manifest, Part, read_manifest
 from memory.parts import MappedPart, write_part
 from memory.segments import (
@@ -238,7 +238,7 @@ def _bytes_per_token(content: Content) -> int:
     return max(1, numbers * content.num_key_value_heads)
 
 
-def _load(folder: Path, manifest: Manifest, lock: Lock | None, device: torch.device) -> Opened:
+def _load(folder: Path, manifest: Manifest, lock: FileLock | None, device: torch.device) -> Opened:
     living = [document for document in manifest.documents if not document.dropped]
     segments = [map_segment(folder, manifest, part) for part in manifest.segments]
     content = Content(

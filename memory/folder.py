@@ -1,11 +1,13 @@
 """The folder of a memory as files: who may write, how a change happens whole or not at all, what is left over."""
 
+import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from memory.atomic import sync_folder, write_text
-from memory.lock import Lock
 from memory.manifest import LOCK, MANIFEST, PART_NAME, Manifest, read_manifest
 from memory.parts import TEMPORARY, unfinished
 
@@ -19,7 +21,7 @@ class Folder:
         stored: how many of the memory's first tokens are on disk.
     """
 
-    def __init__(self, path: Path, manifest: Manifest, stored: int, lock: Lock | None) -> None:
+    def __init__(self, path: Path, manifest: Manifest, stored: int, lock: FileLock | None) -> None:
         self.path = path
         self.manifest = manifest
         self.stored = stored
@@ -40,21 +42,24 @@ class Folder:
             self._lock = None
 
 
-def take_lock(folder: Path) -> Lock:
-    """Be the only one who writes to a folder.
+def take_lock(folder: Path) -> FileLock:
+    """Be the only one who writes to a folder, until the lock is released or this process ends, however it ends.
 
     Raises:
         OSError: it is read-only, or somebody else writes to it.
     """
+    # Whichever thread closes the memory lets go of it.
+    lock = FileLock(folder / LOCK, thread_local=False)
     try:
-        return Lock(folder / LOCK)
-    except BlockingIOError as error:
+        lock.acquire(timeout=0)
+    except Timeout as error:
         raise BlockingIOError(
-            error.errno, f"{folder} is open for writing elsewhere; wait for that to end, or close that memory"
+            errno.EAGAIN, f"{folder} is open for writing elsewhere; wait for that to end, or close that memory"
         ) from error
     except OSError as error:
         raise OSError(error.errno, f"{folder} cannot be written to ({error.strerror}); choose another place, or change "
                       "its permissions") from error  # fmt: skip
+    return lock
 
 
 @contextmanager

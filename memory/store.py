@@ -218,6 +218,23 @@ class Memory:
         """Stored tokens."""
         return len(self._content.tokens)
 
+    def __bool__(self) -> bool:
+        """True, of an empty memory as well: ``if memory`` asks whether there is one, ``len(memory)`` what it holds."""
+        return True
+
+    def __contains__(self, document: object) -> bool:
+        """Whether tokens of a document of this name are stored."""
+        return document in self._content.tokens.names
+
+    __iter__ = None  # not over ``memory[0]``, ``memory[1]``, ...: layers and tokens are both numbered
+
+    def __repr__(self) -> str:
+        layers = ", ".join(map(str, self.layers))
+        documents = len(self._content.tokens.names)
+        index = self._backends.name if isinstance(self.index, str) else "custom"
+        place = "" if self._folder is None else f", in {self._folder.path}"
+        return f"<Memory: {len(self):,} tokens, {documents:,} documents, layers {layers}, index {index}{place}>"
+
     def __getitem__(self, layer: int) -> LayerMemory:
         """Keys and values of one memory layer."""
         if layer not in self._layers:

@@ -28,3 +28,19 @@ def test_public_names() -> None:
         assert getattr(fot, name) is not None
     with pytest.raises(AttributeError, match="nothing_here"):
         _ = fot.nothing_here
+
+
+def test_modules_of_fot_are_there_when_named() -> None:
+    """``fot.ask.ask`` and ``fot.trace.trace``, after ``import fot`` alone; nothing is loaded before."""
+    code = "import sys; sys.argv = ['fot']; import fot; assert 'torch' not in sys.modules; fot.ask.ask; fot.trace.trace"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_help_of_the_module_is_quick() -> None:
+    """``python -m fot --help`` loads no torch, as ``fot --help`` does not."""
+    command = [sys.executable, "-X", "importtime", "-m", "fot", "--help"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    loaded = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "fot.cli" in loaded
+    assert not loaded & {"torch", "transformers", "numpy"}
