@@ -20,9 +20,9 @@ import torch
 
 import fot
 import fot.attention
-from fot.evaluation.machine import describe_machine, peak_rss_bytes
-from fot.evaluation.report import write_json
+from fot.machine import describe_machine, peak_rss_bytes
 from memory import Memory
+from memory.atomic import write_json
 
 
 def standard_library(tokenizer: Any, count: int) -> list[int]:

@@ -20,9 +20,9 @@ from typing import Any
 import psutil
 import torch
 
-from fot.evaluation.machine import describe_machine
-from fot.evaluation.report import write_json
+from fot.machine import describe_machine
 from memory import Memory
+from memory.atomic import write_json
 
 LAYERS, KV_HEADS, HEAD_DIM, GROUP = (8, 16, 24, 28), 3, 64, 3
 STEP = 4096

@@ -19,8 +19,8 @@ from tqdm import tqdm
 
 import fot
 from fot.compat import CACHE
-from fot.evaluation.machine import describe_machine
-from fot.evaluation.report import write_json
+from fot.machine import describe_machine
+from memory.atomic import write_json
 
 
 @torch.no_grad()

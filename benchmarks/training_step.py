@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from fot.evaluation.machine import default_dtype, describe_machine, find_device, peak_rss_bytes
-from fot.evaluation.report import write_json
+from fot.machine import default_dtype, describe_machine, find_device, peak_rss_bytes
+from memory.atomic import write_json
 from training.allocator import keep_freed_memory
 from training.batches import Batch
 from training.contexts import choose_contexts, rows_of

@@ -47,8 +47,14 @@ _HOMES = {
 }
 
 
+# Modules that people use as they are: ``fot.ask.ask(...)``.
+_MODULES = ("ask", "trace")
+
+
 def __getattr__(name: str) -> Any:
-    """Public names are imported when first used."""
+    """Public names and modules are imported when first used."""
+    if name in _MODULES:
+        return import_module(f"fot.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module 'fot' has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)
@@ -70,6 +76,14 @@ def _check_own_packages() -> None:
 
 _check_own_packages()
 
+
+def _is_command() -> bool:
+    """Whether this process is ``fot`` or ``python -m fot``, whose ``sys.argv[0]`` is ``-m`` while it is imported."""
+    if sys.argv[0] == "-m":
+        return "-mfot" in sys.orig_argv or ("-m", "fot") in zip(sys.orig_argv, sys.orig_argv[1:], strict=False)
+    return Path(sys.argv[0]).stem == "fot"
+
+
 # The command registers LongLLaMA when it loads a model, so that `fot --help` need not wait for torch.
-if Path(sys.argv[0]).stem != "fot":
+if not _is_command():
     import_module("fot.longllama")

@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fot.config import MemoryConfig
-from fot.pretrained import ADAPTER_DESCRIPTION, aliases, shipped_models
+from fot.names import ADAPTER_DESCRIPTION, aliases, shipped_models
+from memory.atomic import write_json
 
 TENSORS = "adapter.safetensors"
 PEFT_CONFIG = "adapter_config.json"
@@ -56,7 +57,7 @@ def write_description(folder: Path, description: AdapterDescription) -> None:
         "memory": description.memory.to_dict(),
         "made_by": description.made_by,
     }
-    (folder / ADAPTER_DESCRIPTION).write_text(json.dumps(content, indent=1) + "\n")
+    write_json(folder / ADAPTER_DESCRIPTION, content)
 
 
 def read_description(folder: Path) -> AdapterDescription:
@@ -76,12 +77,6 @@ def read_description(folder: Path) -> AdapterDescription:
         return AdapterDescription(content["base"], MemoryConfig.from_dict(content["memory"]), content["made_by"])
     except (KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is damaged ({error}): get the adapter again") from error
-
-
-def base_name(model: str) -> str:
-    """How an adapter names its base model: paths absolute, so that it loads from any working folder."""
-    named = model in aliases() or model in shipped_models()
-    return model if named or not Path(model).expanduser().exists() else str(Path(model).expanduser().resolve())
 
 
 def find_base(folder: Path) -> str:

@@ -7,7 +7,7 @@
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,12 +15,9 @@ from transformers import Cache, DynamicCache
 
 from fot.attention import memory_attention
 from fot.config import MemoryConfig
+from fot.recording import Recorder
 from fot.rotary import Rotary, rotary_of
 from memory import Memory
-
-if TYPE_CHECKING:
-    from fot.trace import Recorder
-    from fot.windows import Inputs
 
 UNKNOWN_TOKEN = -1  # stored for inputs given as embeddings
 LAST = torch.iinfo(torch.int64).max  # behind every position
@@ -54,7 +51,7 @@ class LocalCache(DynamicCache):
         memories: Sequence[Sequence[Memory]],
         config: MemoryConfig,
         rotary: Rotary,
-        recorder: "Recorder | None" = None,
+        recorder: Recorder | None = None,
     ) -> None:
         """
         Args:
@@ -354,7 +351,7 @@ class FoTCache(Cache):
         memories = [row.memories for row in self.rows]
         self.local = LocalCache(memories, self.local.config, self.local.rotary, self.recorder)
 
-    def watch(self, recorder: "Recorder | None") -> None:
+    def watch(self, recorder: Recorder | None) -> None:
         """Let a recorder take note of what is attended to from here on; None for nobody."""
         self.recorder = self.local.recorder = recorder
         if recorder is not None:
@@ -384,10 +381,10 @@ class FoTCache(Cache):
         other.local.memories = [row.memories for row in other.rows]
         return other
 
-    def advance(self, inputs: "Inputs") -> None:
-        """Count tokens that went through."""
-        self.seen += inputs.length
-        self.next_positions = inputs.positions[:, -1:] + 1
+    def advance(self, length: int, positions: Tensor) -> None:
+        """Count tokens that went through, ``length`` a row, and their positions (B, length)."""
+        self.seen += length
+        self.next_positions = positions[:, -1:] + 1
 
     def flush(self) -> None:
         """Move what is left in the local window to the rows' own memories."""
@@ -446,7 +443,7 @@ class FoTCache(Cache):
         return other
 
 
-def local_window(model: Any, memories: Sequence[Sequence[Memory]], recorder: "Recorder | None" = None) -> LocalCache:
+def local_window(model: Any, memories: Sequence[Sequence[Memory]], recorder: Recorder | None = None) -> LocalCache:
     """An empty local window of a ``FoTForCausalLM`` that reads these memories, for each row."""
     config = model.memory_config
     without = () if config.mem_positionals else config.layers

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-from memory.store import check_index
+from memory.backends import check_index
 from memory.vectors import VECTOR_DTYPES
 
 # Key of the dictionary that `save_pretrained` leaves in config.json; plain transformers keeps it and ignores it.
@@ -92,7 +92,13 @@ class MemoryConfig:
             raise ValueError(f"align_padding is {self.align_padding!r}; choose row or batch")
         check_index(self.index)
 
-    def resolve(self, num_hidden_layers: int, max_position_embeddings: int, dtype: str) -> "MemoryConfig":
+    def resolve(
+        self,
+        num_hidden_layers: int,
+        max_position_embeddings: int,
+        dtype: str,
+        default_layers: tuple[int, ...] | None = None,
+    ) -> "MemoryConfig":
         """Derive the settings that are None from the model, and check the others.
 
         Args:

@@ -12,6 +12,7 @@ from fot import pretrained
 from fot.adapter import apply_adapter, read_description
 from fot.config import CONFIG_KEY, MemoryConfig
 from fot.model import FoTForCausalLM, attach_memory
+from fot.names import lasting_name
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +35,7 @@ def load_model(name_or_path: str | Path, *args: Any, **kwargs: Any) -> FoTForCau
     model: Any = attach_memory(plain, _merge(plain.config, checkpoint, settings))
     model.eval()
     model.tokenizer = _tokenizer_or_none(checkpoint, hub)
+    model.loaded_as = lasting_name(name_or_path)
     return model
 
 

@@ -17,9 +17,10 @@ from fot.cache import FoTCache
 from fot.compat import CACHE, given_cache
 from fot.config import CONFIG_KEY, MemoryConfig, check_memory_layers
 from fot.families import attention_modules, check_supported, head, key_value_shape, whole_layers
-from fot.fingerprint import MADE_WITH, Fingerprint, difference, tokenizer_fingerprint, weights_fingerprint
+from fot.fingerprint import Fingerprint, difference, tokenizer_fingerprint, weights_fingerprint
 from fot.ingest import ingest
 from fot.loss import chunked_loss
+from fot.origin import origin
 from fot.recording import recorder_of
 from fot.windows import Inputs, extend, prefill
 from memory import Memory
@@ -105,11 +106,13 @@ class FoTForCausalLM:
         memory_config: resolved settings.
         memory_hooks: handles of what ``attach_memory`` hung on memory layers.
         tokenizer: set by ``from_pretrained`` if the checkpoint has one; ``ingest`` of text needs it.
+        loaded_as: the name that ``from_pretrained`` was given, paths absolute; memories note it.
     """
 
     memory_config: MemoryConfig
     memory_hooks: Sequence[Any] = ()
     tokenizer: Any = None
+    loaded_as: str = ""
 
     # What every Hugging Face model that this is mixed into has.
     config: Any
@@ -323,7 +326,7 @@ class FoTForCausalLM:
             fingerprint=made_with.name,
             **(defaults | settings),
         )
-        memory.metadata[MADE_WITH] = made_with.to_dict()
+        memory.metadata |= origin(self, made_with)
         return memory
 
     def ingest(

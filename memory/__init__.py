@@ -1,6 +1,7 @@
 """The external store of (key, value) pairs. It knows vectors, not language models."""
 
-from memory.index import BackendChoice, ExactIndex, Index, choose_backend
+from memory.backends import BackendChoice, choose_backend
+from memory.index import CustomIndex, ExactIndex, Index
 from memory.layer import LayerMemory
 from memory.recall import attention_mass_recall
 from memory.softmax import attend, merge
@@ -10,6 +11,7 @@ from memory.vectors import VectorBlocks
 
 __all__ = [
     "BackendChoice",
+    "CustomIndex",
     "DocumentNote",
     "ExactIndex",
     "Index",

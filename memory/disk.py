@@ -6,18 +6,20 @@ written again, so those who read keep what they opened.
 """
 
 from copy import deepcopy
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from filelock import FileLock
 from torch import Tensor
 
+from memory.atomic import file_sha256
+from memory.content import Content
 from memory.folder import Folder, changing, commit, is_ours, next_path, remove_leftovers, take_lock
 from memory.index import LearntIndex
-from memory.lock import Lock
 from memory.manifest import LOCK, MANIFEST, Manifest, Part, read_manifest
-from memory.parts import MappedPart, file_sha256, write_part
+from memory.parts import MappedPart, write_part
 from memory.segments import (
     Segment,
     check_documents,
@@ -28,7 +30,6 @@ from memory.segments import (
     number_documents,
     segment_streams,
 )
-from memory.store import IndexFactory, Memory
 from memory.tokens import DocumentNote, TokenTable
 
 # A segment is no larger than either of these.
@@ -36,19 +37,31 @@ SEGMENT_TOKENS = 65_536
 SEGMENT_BYTES = 1 << 28
 
 
-def writable_folder(memory: Memory) -> Folder:
-    """The folder that a memory may write to; ValueError if there is none."""
-    if memory._folder is None:
-        raise ValueError("this memory has no folder yet: save(path), then Memory.open(path, mode='a')")
-    memory._folder.check_writable()
-    return memory._folder
+@dataclass(frozen=True)
+class Opened:
+    """What a folder holds.
+
+    Attributes:
+        content: of the memory.
+        folder: it was read from.
+        learnt: layer -> what its index learnt.
+    """
+
+    content: Content
+    folder: Folder
+    learnt: dict[int, LearntIndex]
 
 
-def save(memory: Memory, path: str | Path) -> None:
+def save(content: Content, path: str | Path, learnt: dict[int, LearntIndex]) -> None:
     """Write all of a memory to a new folder, or in place of the memory in that folder.
 
     A custom index is saved as ``auto``. The memory object does not change: its vectors stay in RAM, or mapped from the
     folder that they come from.
+
+    Args:
+        content: what is written.
+        path: of the folder.
+        learnt: layer -> what its index learnt.
 
     Raises:
         ValueError: The folder is not empty and holds no memory, or JSON cannot hold the metadata.
@@ -64,7 +77,7 @@ def save(memory: Memory, path: str | Path) -> None:
     try:
         lock = take_lock(folder)
         try:
-            _write_all(memory, folder, old.created if old else "")
+            _write_all(content, folder, learnt, old.created if old else "")
         finally:
             lock.release()
     except BaseException:
@@ -74,31 +87,8 @@ def save(memory: Memory, path: str | Path) -> None:
         raise
 
 
-def open_memory(
-    path: str | Path,
-    mode: str,
-    *,
-    index: str | IndexFactory | None = None,
-    top_k: int | None = None,
-    device: str | torch.device = "cpu",
-) -> Memory:
-    """Open a memory that ``save`` wrote. On a CPU it is mapped: vectors are read from disk when they are needed.
-
-    Opening checks sizes and not hashes; ``verify`` checks hashes. Indexes are built at the first search.
-
-    Args:
-        path: the folder.
-        mode: ``r`` opens the memory to read, ``a`` to change it as well. Any number of processes may read it at once,
-            but only one may change it.
-        index: replaces the index that the memory was made with; as for ``Memory``.
-        top_k: replaces the number of pairs that a query attends to.
-        device: device of the vectors.
-
-    Raises:
-        OSError: There is no such folder, or it cannot be read. With mode ``a``: it cannot be written, or another
-            process writes to it.
-        ValueError: The folder holds no memory, a part is damaged (the message names it), or the mode is not known.
-    """
+def open_folder(path: str | Path, mode: str, device: torch.device) -> Opened:
+    """What ``save`` wrote; arguments and errors as for ``Memory.open``."""
     if mode not in ("r", "a"):
         raise ValueError(f"mode is {mode!r}; choose 'r' to read or 'a' to add")
     folder = Path(path)
@@ -110,7 +100,7 @@ def open_memory(
         while True:
             try:
                 manifest = read_manifest(folder)
-                return _load(folder, manifest, lock, index, top_k, device)
+                return _load(folder, manifest, lock, device)
             except (ValueError, OSError):
                 if read_manifest(folder) == manifest:
                     raise  # else: somebody put another memory there while this one was being opened
@@ -120,36 +110,38 @@ def open_memory(
         raise
 
 
-def flush(memory: Memory, folder: Folder) -> None:
-    """Write what is not on disk yet as a new segment (several if it is large), and map it from there."""
+def flush(content: Content, folder: Folder, learnt: dict[int, LearntIndex] | None) -> None:
+    """Write what is not on disk yet as a new segment (several if it is large), and map it from there.
+
+    Args:
+        content: of the memory.
+        folder: its own.
+        learnt: layer -> what its index learnt; None while no index is built, to leave what is there.
+    """
     manifest, start = deepcopy(folder.manifest), folder.stored
-    _describe(memory, manifest)
+    _describe(content, manifest)
     with changing(folder.path):
-        new = _write_segments(memory, folder.path, manifest, start)
-        if any(memory[layer]._index is not None for layer in memory.layers):
-            learnt = _learnt(memory)
-            if not manifest.learnt or not learnt or manifest.learnt.tokens != _known(learnt) or new:
-                _write_learnt(folder.path, manifest, learnt)
+        new = _write_segments(content, folder.path, manifest, start)
+        if learnt is not None and (
+            not manifest.learnt or not learnt or manifest.learnt.tokens != _known(learnt) or new
+        ):
+            _write_learnt(folder.path, manifest, learnt)
         if manifest == folder.manifest:
             return
         commit(folder.path, manifest)
-    folder.manifest, folder.stored = manifest, len(memory)
-    _swap(memory, [map_segment(folder.path, manifest, part) for part in new], start)
+    folder.manifest, folder.stored = manifest, len(content)
+    _swap(content, [map_segment(folder.path, manifest, part) for part in new], start)
 
 
-def drop(memory: Memory, folder: Folder, name: str, keep: Tensor) -> dict[int, LearntIndex]:
+def drop(folder: Folder, name: str, keep: Tensor, learnt: dict[int, LearntIndex]) -> None:
     """Mark a document as dropped in the manifest, if it is there.
 
     Args:
-        memory: which still holds the document.
-        folder: its own.
+        folder: of the memory, which still holds the document.
         name: of the document.
         keep: (M,) int64, slots of the other tokens.
-
-    Returns:
-        layer -> what its index learnt, for the slots kept.
+        learnt: layer -> what its index learnt, for the slots kept.
     """
-    learnt = {layer: one.kept(keep) for layer, one in _learnt(memory).items()}
     manifest, stored = deepcopy(folder.manifest), int((keep < folder.stored).sum())
     on_disk = [document for document in manifest.documents if document.name == name and not document.dropped]
     if on_disk:
@@ -159,13 +151,13 @@ def drop(memory: Memory, folder: Folder, name: str, keep: Tensor) -> dict[int, L
             _write_learnt(folder.path, manifest, short)
             commit(folder.path, manifest)
     folder.manifest, folder.stored = manifest, stored
-    return learnt
 
 
-def compact(memory: Memory, folder: Folder) -> None:
+def compact(content: Content, folder: Folder, learnt: dict[int, LearntIndex]) -> None:
     """Write everything anew, without what was dropped, and map it from there. Needs room for both at once."""
-    folder.manifest, folder.stored = _write_all(memory, folder.path, folder.manifest.created), len(memory)
-    _swap(memory, [map_segment(folder.path, folder.manifest, part) for part in folder.manifest.segments], 0)
+    folder.manifest = _write_all(content, folder.path, learnt, folder.manifest.created)
+    folder.stored = len(content)
+    _swap(content, [map_segment(folder.path, folder.manifest, part) for part in folder.manifest.segments], 0)
 
 
 def verify(path: str | Path) -> list[str]:
@@ -185,46 +177,46 @@ def verify(path: str | Path) -> list[str]:
     return problems
 
 
-def _write_all(memory: Memory, folder: Path, created: str) -> Manifest:
+def _write_all(content: Content, folder: Path, learnt: dict[int, LearntIndex], created: str) -> Manifest:
     manifest = Manifest(
-        layers=list(memory.layers),
-        num_key_value_heads=memory.num_key_value_heads,
-        head_dim=memory.head_dim,
-        key_dtype=memory.key_dtype,
-        value_dtype=memory.value_dtype,
+        layers=list(content.layers),
+        num_key_value_heads=content.num_key_value_heads,
+        head_dim=content.head_dim,
+        key_dtype=content.key_dtype,
+        value_dtype=content.value_dtype,
         index="",
         top_k=None,
-        fingerprint=memory.fingerprint,
+        fingerprint=content.fingerprint,
         metadata={},
         created=created,
     )
     with changing(folder):
-        _write_segments(memory, folder, manifest, 0)
-        _describe(memory, manifest)
-        _write_learnt(folder, manifest, _learnt(memory))
+        _write_segments(content, folder, manifest, 0)
+        _describe(content, manifest)
+        _write_learnt(folder, manifest, learnt)
         commit(folder, manifest)
     return manifest
 
 
-def _describe(memory: Memory, manifest: Manifest) -> None:
+def _describe(content: Content, manifest: Manifest) -> None:
     """Put into the manifest what may change without a token."""
-    manifest.metadata = deepcopy(memory.metadata)
-    manifest.index = memory.index if isinstance(memory.index, str) else "auto"
-    manifest.top_k = memory.top_k
+    manifest.metadata = deepcopy(content.metadata)
+    manifest.index = content.index
+    manifest.top_k = content.top_k
 
 
-def _write_segments(memory: Memory, folder: Path, manifest: Manifest, start: int) -> list[Part]:
+def _write_segments(content: Content, folder: Path, manifest: Manifest, start: int) -> list[Part]:
     """Write the tokens from slot ``start`` on, and note them and their documents in the manifest."""
-    rows = number_documents(manifest, memory, start)
+    rows = number_documents(manifest, content, start)
     for document in manifest.documents:
         if not document.dropped:
-            note = memory.notes.get(document.name, DocumentNote())
+            note = content.notes.get(document.name, DocumentNote())
             document.sha256, document.complete = note.sha256, note.complete
-    size = min(SEGMENT_TOKENS, max(1, SEGMENT_BYTES // _bytes_per_token(memory)))
+    size = min(SEGMENT_TOKENS, max(1, SEGMENT_BYTES // _bytes_per_token(content)))
     parts = []
-    for first in range(start, len(memory), size):
-        stop = min(first + size, len(memory))
-        streams = segment_streams(memory, first, stop, rows[first - start : stop - start])
+    for first in range(start, len(content), size):
+        stop = min(first + size, len(content))
+        streams = segment_streams(content, first, stop, rows[first - start : stop - start])
         parts.append(write_part(next_path(folder, "segment"), streams, stop - first))
     manifest.segments += parts
     return parts
@@ -237,65 +229,48 @@ def _write_learnt(folder: Path, manifest: Manifest, learnt: dict[int, LearntInde
         manifest.learnt_name = next(iter(learnt.values())).name
 
 
-def _learnt(memory: Memory) -> dict[int, LearntIndex]:
-    found = {layer: memory[layer]._learnt() for layer in memory.layers}
-    return {layer: one for layer, one in found.items() if one is not None}
-
-
 def _known(learnt: dict[int, LearntIndex]) -> int:
     return min(one.lists.shape[1] for one in learnt.values())
 
 
-def _bytes_per_token(memory: Memory) -> int:
-    blocks = [b for layer in memory.layers for b in (memory[layer]._keys, memory[layer]._values)]
+def _bytes_per_token(content: Content) -> int:
+    blocks = [blocks for layer in content.layers.values() for blocks in (layer.keys, layer.values)]
     numbers = sum(b.head_dim * b.dtype.itemsize + (4 if b.dtype == torch.int8 else 0) for b in blocks)
-    return max(1, numbers * memory.num_key_value_heads)
+    return max(1, numbers * content.num_key_value_heads)
 
 
-def _load(
-    folder: Path,
-    manifest: Manifest,
-    lock: Lock | None,
-    index: str | IndexFactory | None,
-    top_k: int | None,
-    device: str | torch.device,
-) -> Memory:
-    memory = Memory(
-        manifest.layers,
-        manifest.num_key_value_heads,
-        manifest.head_dim,
-        key_dtype=manifest.key_dtype,
-        value_dtype=manifest.value_dtype,
-        index=manifest.index if index is None else index,
-        top_k=manifest.top_k if top_k is None else top_k,
-        device=device,
-        fingerprint=manifest.fingerprint,
-    )
+def _load(folder: Path, manifest: Manifest, lock: FileLock | None, device: torch.device) -> Opened:
     living = [document for document in manifest.documents if not document.dropped]
     segments = [map_segment(folder, manifest, part) for part in manifest.segments]
-    memory._tokens = TokenTable(
-        np.concatenate([np.empty((0, 4), np.int32), *(segment.rows for segment in segments)]),
-        [document.name for document in living],
+    content = Content(
+        num_key_value_heads=manifest.num_key_value_heads,
+        head_dim=manifest.head_dim,
+        key_dtype=manifest.key_dtype,
+        value_dtype=manifest.value_dtype,
+        index=manifest.index,
+        top_k=manifest.top_k,
+        fingerprint=manifest.fingerprint,
+        device=device,
+        tokens=TokenTable(
+            np.concatenate([np.empty((0, 4), np.int32), *(segment.rows for segment in segments)]),
+            [document.name for document in living],
+        ),
+        metadata=deepcopy(manifest.metadata),
+        notes={document.name: DocumentNote(document.sha256, document.complete) for document in living},
     )
-    memory.metadata = deepcopy(manifest.metadata)
-    memory.notes = {document.name: DocumentNote(document.sha256, document.complete) for document in living}
-    _swap(memory, segments, 0)
-    learnt = map_learnt(folder, manifest)
-    for layer in memory.layers:
-        memory[layer]._put_off(learnt.get(layer))
-    memory._folder = Folder(folder, manifest, len(memory), lock)
-    return memory
+    content.layers = {layer: content.empty_layer() for layer in manifest.layers}
+    _swap(content, segments, 0)
+    return Opened(content, Folder(folder, manifest, len(content), lock), map_learnt(folder, manifest))
 
 
-def _swap(memory: Memory, segments: list[Segment], start: int) -> None:
+def _swap(content: Content, segments: list[Segment], start: int) -> None:
     """Put mapped vectors in place of those from slot ``start`` on."""
-    for number in memory.layers:
-        layer = memory[number]
-        for blocks, name in ((layer._keys, "keys"), (layer._values, "values")):
+    for number, layer in content.layers.items():
+        for blocks, name in ((layer.keys, "keys"), (layer.values, "values")):
             parts = [part for segment in segments for part in getattr(segment, name)[number]]
             blocks.remap(
                 start,
-                ((data.to(memory.device), None if s is None else s.to(memory.device)) for data, s in parts),
+                ((data.to(content.device), None if s is None else s.to(content.device)) for data, s in parts),
             )
 
 

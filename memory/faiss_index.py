@@ -23,7 +23,7 @@ from memory.faiss_factory import (
     parse_factory,
 )
 from memory.faiss_heads import Head, InvertedHead, is_simple_inverted, make_head
-from memory.index import DEFAULT_TOP_K, ExactIndex, LearntIndex, attend_hits
+from memory.index import DEFAULT_TOP_K, ExactIndex, Index, LearntIndex, attend_hits
 from memory.vectors import VectorBlocks
 
 REBUILD_GROWTH = 4  # train again when the memory is this many times larger: all rebuilds cost 4/3 of the last one
@@ -36,7 +36,7 @@ RESCORED_NUMBERS = 1 << 24  # float32 numbers gathered at a time: 64 MiB
 ONE_THREAD_WORK = 1 << 25
 
 
-class FaissIndex:
+class FaissIndex(Index):
     """Top-k attention over one FAISS index per KV head; see ``memory.index.Index`` for the methods.
 
     A trained index (IVF, PQ, SQ) is built once enough keys are stored, from these, and again each time the memory has
@@ -129,6 +129,11 @@ class FaissIndex:
             return self._exact.attend(queries, scale=scale)
         scores, slots = self.search(queries, min(self._top_k, len(self._keys)))
         return attend_hits(queries, scores, slots, self._values, scale=scale)
+
+    @property
+    def attends_to_all(self) -> bool:
+        """Until the index is built, unless ``top_k`` is set."""
+        return self._heads is None and self._exact.attends_to_all
 
     def nbytes(self) -> int:
         """Bytes of the FAISS structures, by arithmetic: codes, ids, links and centroids, free room left out."""

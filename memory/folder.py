@@ -1,12 +1,15 @@
 """The folder of a memory as files: who may write, how a change happens whole or not at all, what is left over."""
 
+import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from memory.lock import Lock
+from filelock import FileLock, Timeout
+
+from memory.atomic import sync_folder, write_text
 from memory.manifest import LOCK, MANIFEST, PART_NAME, Manifest, read_manifest
-from memory.parts import TEMPORARY, sync_folder, write_text
+from memory.parts import TEMPORARY, unfinished
 
 
 class Folder:
@@ -18,7 +21,7 @@ class Folder:
         stored: how many of the memory's first tokens are on disk.
     """
 
-    def __init__(self, path: Path, manifest: Manifest, stored: int, lock: Lock | None) -> None:
+    def __init__(self, path: Path, manifest: Manifest, stored: int, lock: FileLock | None) -> None:
         self.path = path
         self.manifest = manifest
         self.stored = stored
@@ -39,17 +42,19 @@ class Folder:
             self._lock = None
 
 
-def take_lock(folder: Path) -> Lock:
-    """Be the only one who writes to a folder.
+def take_lock(folder: Path) -> FileLock:
+    """Be the only one who writes to a folder, until the lock is released or this process ends, however it ends.
 
     Raises:
         OSError: it is read-only, or somebody else writes to it.
     """
+    # Whichever thread closes the memory lets go of it.
+    lock = FileLock(folder / LOCK, thread_local=False)
     try:
-        return Lock(folder / LOCK)
-    except BlockingIOError as error:
+        lock.acquire(timeout=0)
+    except Timeout as error:
         raise BlockingIOError(
-            error.errno,
+            errno.EAGAIN,
             f"{folder} is already open for writing: wait until the other writer has finished, or close that memory",
         ) from error
     except OSError as error:
@@ -57,6 +62,7 @@ def take_lock(folder: Path) -> Lock:
             error.errno,
             f"{folder} cannot be written to ({error.strerror}): choose another folder, or change its permissions",
         ) from error
+    return lock
 
 
 @contextmanager
@@ -79,7 +85,7 @@ def commit(folder: Path, manifest: Manifest) -> None:
     """Make a change real: from here on the folder holds what this manifest says."""
     manifest.stamp()
     sync_folder(folder)  # the parts have their names before the manifest has them
-    write_text(folder / MANIFEST, manifest.to_json())
+    write_text(folder / MANIFEST, manifest.to_json(), unfinished(folder / MANIFEST))
     sync_folder(folder)
     remove_leftovers(folder)
 

@@ -1,4 +1,4 @@
-"""What a memory backend must do, the exact backend, and how one is chosen.
+"""What a memory backend must do, and the exact backend.
 
 A backend serves one memory layer: G KV heads, the query heads of a KV head folded into the query axis, so that
 keys are neither expanded nor stored twice. The model calls ``attend``; ``search`` is how some backends do it, and
@@ -6,7 +6,7 @@ what inspection and tests use.
 """
 
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -16,9 +16,6 @@ from memory.vectors import VectorBlocks
 
 # Retrieved pairs of one query when a backend must cut off and the user named no number (the paper's k).
 DEFAULT_TOP_K = 128
-
-# On a CPU, an approximate index pays from here on (benchmarks/memory_backends.py measures the crossover).
-AUTO_EXACT_LIMIT = 262_144
 
 
 @dataclass(frozen=True)
@@ -46,8 +43,8 @@ class LearntIndex:
         return replace(self, lists=self.lists[:, slots[slots < self.lists.shape[1]]])
 
 
-class Index(Protocol):
-    """A backend over the keys and values of one memory layer. It reads them from the blocks it was made with."""
+class CustomIndex(Protocol):
+    """What an index of the user's own needs. It reads the keys and values of one layer from the blocks given to it."""
 
     def add(self, keys: Tensor) -> None:
         """Add (G, T, D) keys that were just appended to the blocks."""
@@ -78,6 +75,20 @@ class Index(Protocol):
         """A short description of the index in use, for people."""
 
 
+@runtime_checkable
+class Index(CustomIndex, Protocol):
+    """A backend over the keys and values of one memory layer: all that a memory asks of it."""
+
+    @property
+    def attends_to_all(self) -> bool:
+        """Whether ``attend`` looks at every stored pair, not at retrieved ones alone."""
+        return False
+
+    def learnt(self) -> LearntIndex | None:
+        """What the index can be built again from without learning; None where it is built from the keys alone."""
+        return None
+
+
 def attend_hits(
     queries: Tensor, scores: Tensor, slots: Tensor, values: VectorBlocks, *, scale: float
 ) -> tuple[Tensor, Tensor]:
@@ -105,7 +116,7 @@ def attend_hits(
     return torch.cat(outputs, dim=1).to(queries.dtype), lse
 
 
-class ExactIndex:
+class ExactIndex(Index):
     """Dense attention over all of memory, block by block, or over the exact top-k if ``top_k`` is set.
 
     Runs on the device of the stored vectors. Holds nothing of its own, and never a score matrix of queries x memory.
@@ -144,6 +155,11 @@ class ExactIndex:
         output, lse = merge(attend(queries[None], k[None], v[None], scale=scale) for k, v in pairs)
         return output[0], lse[0]
 
+    @property
+    def attends_to_all(self) -> bool:
+        """Unless ``top_k`` is set."""
+        return self._top_k is None
+
     def nbytes(self) -> int:
         """0: the keys and values are counted by the store."""
         return 0
@@ -157,24 +173,3 @@ def _top_k_of_block(queries: Tensor, keys: Tensor, k: int) -> tuple[Tensor, Tens
     rows = max(1, 4 * NAIVE_SCORES // (keys.shape[0] * keys.shape[1]))
     found = [(queries[:, i : i + rows] @ keys.mT).topk(k, dim=-1) for i in range(0, queries.shape[1], rows)]
     return torch.cat([scores for scores, _ in found], dim=1), torch.cat([slots for _, slots in found], dim=1)
-
-
-@dataclass(frozen=True)
-class BackendChoice:
-    """A backend by name (``exact`` or a FAISS factory string), and why it was taken."""
-
-    name: str
-    reason: str
-
-
-def choose_backend(num_keys: int, device: torch.device) -> BackendChoice:
-    """What ``index="auto"`` uses for a memory of ``num_keys`` tokens whose vectors lie on ``device``."""
-    if device.type != "cpu":
-        return BackendChoice("exact", f"on {device.type}, dense attention is faster than a search in an index")
-    if num_keys < AUTO_EXACT_LIMIT:
-        return BackendChoice(
-            "exact", f"{num_keys:,} keys are fewer than {AUTO_EXACT_LIMIT:,}, so exact attention is fast enough"
-        )
-    return BackendChoice(
-        "IVF,Flat", f"{num_keys:,} keys on a CPU: searching an inverted file is faster than reading all"
-    )

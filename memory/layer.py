@@ -1,22 +1,11 @@
-"""Keys, values and the index of one memory layer."""
-
-import logging
-import threading
-from typing import TYPE_CHECKING
+"""Keys, values and the index of one memory layer, to be read."""
 
 import torch
 from torch import Tensor
 
-from memory.index import BackendChoice, Index, LearntIndex
-from memory.vectors import VECTOR_DTYPES, VectorBlocks
-
-if TYPE_CHECKING:
-    from memory.store import Memory
-
-logger = logging.getLogger(__name__)
-
-# Threads may ask a memory that was just opened at once: one of them builds its index.
-_BUILDING = threading.Lock()
+from memory.backends import BackendChoice
+from memory.indexed import IndexedLayer
+from memory.vectors import VectorBlocks
 
 
 class LayerMemory:
@@ -25,34 +14,33 @@ class LayerMemory:
     G is the number of KV heads, D the head size. Query heads that share a KV head lie along the query axis T.
     """
 
-    def __init__(self, owner: "Memory") -> None:
-        self._owner = owner
-        self._keys = VectorBlocks(owner.num_key_value_heads, owner.head_dim, VECTOR_DTYPES[owner.key_dtype])
-        self._values = VectorBlocks(owner.num_key_value_heads, owner.head_dim, VECTOR_DTYPES[owner.value_dtype])
-        self._index: Index | None = None
-        self._choice: BackendChoice | None = None
-        # A layer that was read from disk gets its index when it is first asked: opening stays quick.
-        self._lazy = False
-        self._saved: LearntIndex | None = None
+    def __init__(self, layer: IndexedLayer) -> None:
+        self._layer = layer
 
     def __len__(self) -> int:
-        return len(self._keys)
+        return len(self._layer)
 
     @property
     def device(self) -> torch.device:
         """Where the vectors lie."""
-        return self._keys.device or torch.device("cpu")
+        return self._layer.content.device
 
     @property
     def backend(self) -> BackendChoice | None:
         """The backend in use and why; None while nothing is stored."""
-        return self._choice
+        return self._layer.choice
+
+    @property
+    def attends_to_all(self) -> bool:
+        """Whether ``attend`` looks at every stored pair, not at retrieved ones alone."""
+        index = self._layer.ready()
+        return index is not None and index.attends_to_all
 
     def describe(self) -> str:
         """The index in use, in a few words."""
-        if self._index is not None:
-            return self._index.describe()
-        return "empty" if self._choice is None else f"{self._choice.name}, built at the first search"
+        if self._layer.index is not None:
+            return self._layer.index.describe()
+        return "empty" if self.backend is None else f"{self.backend.name}, built at the first search"
 
     def search(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """The k stored keys that have the largest inner product with each query, best first.
@@ -70,8 +58,8 @@ class LayerMemory:
         """
         if k < 1:
             raise ValueError(f"k is {k}; ask for at least 1 hit")
-        self._check_shape(queries, "queries")
-        index = self._ready()
+        self.check_shape(queries, "queries")
+        index = self._layer.ready()
         if index is None:
             return queries.new_empty(*queries.shape[:2], 0).float(), queries.new_empty(*queries.shape[:2], 0).long()
         scores, slots = index.search(queries.to(self.device), min(k, len(self)))
@@ -88,7 +76,7 @@ class LayerMemory:
             The output, (G, T, D) in the dtype and on the device of ``queries``, and the log-sum-exp, (G, T) float32. It
             is -inf if nothing is stored.
         """
-        index = self._ready()
+        index = self._layer.ready()
         if index is None:
             empty = torch.full(queries.shape[:2], -torch.inf, device=queries.device)
             return torch.zeros_like(queries), empty
@@ -97,7 +85,7 @@ class LayerMemory:
 
     def keys(self, slots: Tensor | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
         """Stored keys: all as (G, N, D), or those in ``slots`` (G, ...) as (G, ..., D)."""
-        return self._vectors(self._keys, slots, dtype)
+        return self._vectors(self._layer.content.keys, slots, dtype)
 
     def values(self, slots: Tensor | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
         """Stored values: all as (G, N, D), or those in ``slots`` (G, ...) as (G, ..., D).
@@ -105,7 +93,7 @@ class LayerMemory:
         Raises:
             IndexError: A slot lies outside 0..N-1.
         """
-        return self._vectors(self._values, slots, dtype)
+        return self._vectors(self._layer.content.values, slots, dtype)
 
     def _vectors(self, blocks: VectorBlocks, slots: Tensor | None, dtype: torch.dtype) -> Tensor:
         if slots is None:
@@ -115,69 +103,9 @@ class LayerMemory:
             raise IndexError(f"slot {bad[0].item()} is outside 0..{len(blocks) - 1}, what this memory holds")
         return blocks.gather(slots.to(self.device), dtype)
 
-    def _append(self, keys: Tensor, values: Tensor) -> None:
-        self._keys.append(keys)
-        self._values.append(values)
-        choice = self._owner._choose(len(self), self.device)
-        if self._lazy:
-            self._choice = choice
-        elif self._index is None or self._choice is None or choice.name != self._choice.name:
-            self._build_index()
-        else:
-            self._index.add(keys)
-
-    def _ready(self) -> Index | None:
-        if self._lazy:
-            with _BUILDING:
-                if self._lazy:
-                    self._build_index()
-        return self._index
-
-    def _build_index(self) -> None:
-        self._index = self._choice = None
-        if len(self):
-            choice = self._owner._choose(len(self), self.device)
-            self._index = self._owner._make_index(choice.name, self._keys, self._values, self._saved)
-            self._choice = choice
-            logger.info("memory backend %s: %s", choice.name, choice.reason)
-        self._lazy, self._saved = False, None
-
-    def _put_off(self, saved: LearntIndex | None) -> None:
-        """Build the index, from what it learnt before, only when it is needed."""
-        self._index = None
-        self._choice = self._owner._choose(len(self), self.device) if len(self) else None
-        self._lazy, self._saved = True, saved
-
-    def _learnt(self) -> LearntIndex | None:
-        """What the index learnt, or what it will be built from."""
-        learnt = getattr(self._index, "learnt", None)  # FaissIndex has it
-        return self._saved if learnt is None else learnt()
-
-    def _reset(self) -> None:
-        self._keys.reset()
-        self._values.reset()
-        self._index = self._choice = self._saved = None
-
-    def _truncate(self, length: int) -> None:
-        if len(self._keys) > length or len(self._values) > length:
-            learnt = self._learnt()
-            self._keys.truncate(length)
-            self._values.truncate(length)
-            known = learnt is not None and learnt.trained_on <= length
-            self._rebuild(learnt.kept(torch.arange(length)) if known and learnt else None)
-
-    def _keep(self, slots: Tensor, saved: LearntIndex | None = None) -> None:
-        slots = slots.to(self.device)
-        self._keys, self._values = self._keys.kept(slots), self._values.kept(slots)
-        self._rebuild(saved)
-
-    def _rebuild(self, saved: LearntIndex | None) -> None:
-        if self._lazy or saved is not None:
-            self._put_off(saved)
-        else:
-            self._build_index()
-
-    def _check_shape(self, tensor: Tensor, what: str) -> None:
-        heads, dim = self._owner.num_key_value_heads, self._owner.head_dim
+    def check_shape(self, tensor: Tensor, what: str) -> None:
+        """Raise ValueError if ``what`` is not (G, tokens, D)."""
+        blocks = self._layer.content.keys
+        heads, dim = blocks.num_heads, blocks.head_dim
         if tensor.ndim != 3 or tensor.shape[0] != heads or tensor.shape[2] != dim:
             raise ValueError(f"{what} have shape {tuple(tensor.shape)}; this memory takes ({heads}, tokens, {dim})")

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from memory.atomic import replacing
 from memory.manifest import Part
 
 TEMPORARY = ".tmp"
@@ -42,6 +42,11 @@ class Stream:
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
+def unfinished(path: Path) -> Path:
+    """The name of a file of the folder while it is written."""
+    return path.with_name(path.name + TEMPORARY)
+
+
 def write_part(path: Path, streams: Mapping[str, Stream], tokens: int) -> Part:
     """Write a safetensors file under a temporary name, then give it its own; on stable storage when this returns.
 
@@ -53,49 +58,12 @@ def write_part(path: Path, streams: Mapping[str, Stream], tokens: int) -> Part:
     # By size of a number: so each tensor is aligned.
     ordered = dict(sorted(streams.items(), key=lambda item: -item[1].dtype.itemsize))
     digest, size = hashlib.sha256(), 0
-    temporary = path.with_name(path.name + TEMPORARY)
-    try:
-        with open(temporary, "wb") as file:
-            for block in _bytes(ordered):
-                file.write(block)
-                digest.update(block)
-                size += len(block)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    with replacing(path, unfinished(path)) as file:
+        for block in _bytes(ordered):
+            file.write(block)
+            digest.update(block)
+            size += len(block)
     return Part(path.name, size, digest.hexdigest(), tokens)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a small file whole or not at all; on stable storage when this returns.
-
-    Raises:
-        OSError: it cannot be written; the old one is as it was.
-    """
-    temporary = path.with_name(path.name + TEMPORARY)
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the names in a folder survive a loss of power."""
-    if os.name == "nt":  # which cannot open a folder
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 class MappedPart:
@@ -149,15 +117,6 @@ class MappedPart:
             f"{self.path} is damaged or belongs to another memory: {why}; restore it from a copy, or "
             "build the memory again"
         )
-
-
-def file_sha256(path: Path) -> str:
-    """Hash of a file's content, hexadecimal."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _bytes(streams: Mapping[str, Stream]) -> Iterator[memoryview | bytes]:

@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from memory.content import Content
 from memory.index import LearntIndex
 from memory.manifest import Document, Manifest, Part
 from memory.parts import MappedPart, Stream
-from memory.store import Memory
 from memory.tokens import NO_DOCUMENT
 from memory.vectors import VECTOR_DTYPES, VectorBlocks, runs
 
@@ -35,19 +35,19 @@ class Segment:
     values: dict[int, list[Stored]]
 
 
-def segment_streams(memory: Memory, start: int, stop: int, rows: np.ndarray) -> dict[str, Stream]:
+def segment_streams(content: Content, start: int, stop: int, rows: np.ndarray) -> dict[str, Stream]:
     """The tensors of a segment of slots start..stop-1.
 
     Args:
-        memory: what is written.
+        content: what is written.
         start: first slot.
         stop: past-the-end slot.
         rows: (stop - start, 4) int32, documents numbered as in the manifest.
     """
     streams = {"tokens": Stream.of(torch.from_numpy(np.ascontiguousarray(rows)))}
-    heads, count, dim = memory.num_key_value_heads, stop - start, memory.head_dim
-    for layer in memory.layers:
-        for name, blocks in (("keys", memory[layer]._keys), ("values", memory[layer]._values)):
+    heads, count, dim = content.num_key_value_heads, stop - start, content.head_dim
+    for layer, vectors in content.layers.items():
+        for name, blocks in (("keys", vectors.keys), ("values", vectors.values)):
             pieces = _by_head(blocks, start, stop, 0)
             streams[f"{name}.{layer}"] = Stream(blocks.dtype, (heads, count, dim), pieces)
             if blocks.dtype == torch.int8:
@@ -56,13 +56,13 @@ def segment_streams(memory: Memory, start: int, stop: int, rows: np.ndarray) -> 
     return streams
 
 
-def number_documents(manifest: Manifest, memory: Memory, start: int) -> np.ndarray:
+def number_documents(manifest: Manifest, content: Content, start: int) -> np.ndarray:
     """The token rows from slot ``start`` on, documents numbered as in the manifest, which takes them in."""
-    rows = memory._tokens.rows[start:].copy()
+    rows = content.tokens.rows[start:].copy()
     living = {document.name: number for number, document in enumerate(manifest.documents) if not document.dropped}
     numbers, offset = rows[:, 1].copy(), manifest.tokens()
     for number in np.unique(numbers[numbers != NO_DOCUMENT]).tolist():
-        name, places = memory._tokens.names[number], np.flatnonzero(numbers == number)
+        name, places = content.tokens.names[number], np.flatnonzero(numbers == number)
         if name not in living:
             living[name] = len(manifest.documents)
             manifest.documents.append(Document(name, 0, offset + int(places[0]), 0))

@@ -3,24 +3,24 @@
 Per memory layer and KV head, keys and values in append order; once per token, its id and where it came from.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from copy import deepcopy
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from memory.index import BackendChoice, ExactIndex, Index, LearntIndex, choose_backend
+from memory import disk
+from memory.backends import Backends, IndexFactory, check_index
+from memory.content import Content
+from memory.folder import Folder
+from memory.index import LearntIndex
+from memory.indexed import IndexedLayer
 from memory.layer import LayerMemory
 from memory.tokens import DocumentNote, Source, TokenTable
-from memory.vectors import VECTOR_DTYPES, VectorBlocks, as_stored
-
-if TYPE_CHECKING:
-    from memory.folder import Folder
-
-IndexFactory = Callable[[VectorBlocks, VectorBlocks], Index]
+from memory.vectors import VECTOR_DTYPES, as_stored
 
 
 class Memory:
@@ -61,48 +61,124 @@ class Memory:
         device: str | torch.device | None = None,
         fingerprint: str = "",
     ) -> None:
-        for name, dtype in (("key_dtype", key_dtype), ("value_dtype", value_dtype)):
-            if dtype not in VECTOR_DTYPES:
-                raise ValueError(f"{name} is {dtype!r}; choose one of {', '.join(VECTOR_DTYPES)}")
-        if top_k is not None and top_k < 1:
-            raise ValueError(
-                f"top_k is {top_k}; a query must retrieve at least 1 pair (None means all pairs with the "
-                "exact index, 128 with FAISS)"
-            )
+        backends = Backends(index, top_k)
+        where = None if device is None else torch.device(device)
+        content = Content(
+            num_key_value_heads, head_dim, key_dtype, value_dtype, backends.name, top_k, fingerprint, where
+        )
         check_index(index, head_dim)
-        self.num_key_value_heads = num_key_value_heads
-        self.head_dim = head_dim
-        self.key_dtype = key_dtype
-        self.value_dtype = value_dtype
-        self.index = index
-        self.top_k = top_k
-        self.device = None if device is None else torch.device(device)
-        self.fingerprint = fingerprint
-        self._layers = {layer: LayerMemory(self) for layer in layers}
-        self._tokens = TokenTable()
-        self.metadata: dict[str, Any] = {}
-        self.notes: dict[str, DocumentNote] = {}
-        self._folder: Folder | None = None  # what it was opened from
+        content.layers = {layer: content.empty_layer() for layer in layers}
+        self._hold(content, backends)
+
+    def _hold(self, content: Content, backends: Backends, folder: Folder | None = None) -> None:
+        self._content = content
+        self._backends = backends
+        self._folder = folder  # what it was opened from
+        self._indexed = {number: IndexedLayer(layer, backends) for number, layer in content.layers.items()}
+        self._layers = {number: LayerMemory(layer) for number, layer in self._indexed.items()}
+
+    @classmethod
+    def _of(cls, content: Content, backends: Backends, folder: Folder | None = None) -> "Memory":
+        memory = cls.__new__(cls)
+        memory._hold(content, backends, folder)
+        return memory
+
+    @property
+    def num_key_value_heads(self) -> int:
+        """G, KV heads of a layer."""
+        return self._content.num_key_value_heads
+
+    @property
+    def head_dim(self) -> int:
+        """D, size of a head."""
+        return self._content.head_dim
+
+    @property
+    def key_dtype(self) -> str:
+        """How keys are stored."""
+        return self._content.key_dtype
+
+    @property
+    def value_dtype(self) -> str:
+        """How values are stored."""
+        return self._content.value_dtype
+
+    @property
+    def index(self) -> str | IndexFactory:
+        """What was asked for."""
+        return self._backends.index
+
+    @property
+    def top_k(self) -> int | None:
+        """Pairs that a query attends to; None for all of them where the backend can, 128 elsewhere."""
+        return self._content.top_k
+
+    @property
+    def device(self) -> torch.device | None:
+        """Where the vectors are kept; None for where they come from."""
+        return self._content.device
+
+    @property
+    def fingerprint(self) -> str:
+        """Names the weights that the keys were made with."""
+        return self._content.fingerprint
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """Whatever is kept beside the memory."""
+        return self._content.metadata
+
+    @metadata.setter
+    def metadata(self, metadata: dict[str, Any]) -> None:
+        self._content.metadata = metadata
+
+    @property
+    def notes(self) -> dict[str, DocumentNote]:
+        """By name, what is known of documents as a whole."""
+        return self._content.notes
 
     @staticmethod
     def open(
         path: str | Path,
         mode: str = "r",
         *,
-        index: "str | IndexFactory | None" = None,
+        index: str | IndexFactory | None = None,
         top_k: int | None = None,
         device: str | torch.device = "cpu",
     ) -> "Memory":
-        """A memory that ``save`` wrote, mapped from disk; see ``memory.disk.open_memory``."""
-        from memory.disk import open_memory
+        """A memory that ``save`` wrote. On a CPU it is mapped: vectors are read from disk when they are needed.
 
-        return open_memory(path, mode, index=index, top_k=top_k, device=device)
+        Sizes are checked, hashes are not (``memory.disk.verify`` does). Indexes are built at the first search.
+
+        Args:
+            path: the folder.
+            mode: ``r`` to read, by any number of processes at once; ``a`` to add and drop as well, by one at a time.
+            index: another index than the one it was made with, as for ``Memory``.
+            top_k: another number of pairs that a query attends to.
+            device: where the vectors are put.
+
+        Raises:
+            OSError: there is no such folder, it cannot be read, or with mode ``a`` not written, or another process
+                writes to it.
+            ValueError: it holds no memory, a part is damaged (it is named), or an argument is out of range.
+        """
+        opened = disk.open_folder(path, mode, torch.device(device))
+        content = opened.content
+        try:
+            backends = Backends(content.index if index is None else index, content.top_k if top_k is None else top_k)
+            content = replace(content, index=backends.name, top_k=backends.top_k)
+            check_index(backends.index, content.head_dim)
+            memory = Memory._of(content, backends, opened.folder)
+        except BaseException:
+            opened.folder.close()
+            raise
+        for number, layer in memory._indexed.items():
+            layer.put_off(opened.learnt.get(number))
+        return memory
 
     def save(self, path: str | Path) -> None:
         """Write all of it to a new folder, or in place of the memory in that folder; see ``memory.disk.save``."""
-        from memory.disk import save
-
-        save(self, path)
+        disk.save(self._content, path, self._learnt())
 
     def flush(self) -> None:
         """Write the new tokens to the memory's folder: all of them or none. The memory must be open with ``mode="a"``.
@@ -111,9 +187,8 @@ class Memory:
             ValueError: The memory was not opened with ``mode="a"``.
             OSError: The folder cannot be written. It is as it was before, and the memory still holds everything.
         """
-        from memory.disk import flush, writable_folder
-
-        flush(self, writable_folder(self))
+        built = any(layer.index is not None for layer in self._indexed.values())
+        disk.flush(self._content, self._writable_folder(), self._learnt() if built else None)
 
     def compact(self) -> None:
         """Flush, and write the folder anew to free the space of dropped documents. Needs ``mode="a"``.
@@ -121,14 +196,12 @@ class Memory:
         Raises:
             ValueError, OSError: The same as for ``flush``.
         """
-        from memory.disk import compact, writable_folder
-
-        compact(self, writable_folder(self))
+        disk.compact(self._content, self._writable_folder(), self._learnt())
 
     def prepare(self) -> None:
         """Build the indexes now and not at the first search. ``flush`` then saves what they learned."""
-        for layer in self._layers.values():
-            layer._ready()
+        for layer in self._indexed.values():
+            layer.ready()
 
     def close(self) -> None:
         """Release the lock on the folder. Tokens that were not flushed are only in this object, which cannot grow."""
@@ -143,7 +216,24 @@ class Memory:
 
     def __len__(self) -> int:
         """Stored tokens."""
-        return len(self._tokens)
+        return len(self._content.tokens)
+
+    def __bool__(self) -> bool:
+        """True, of an empty memory as well: ``if memory`` asks whether there is one, ``len(memory)`` what it holds."""
+        return True
+
+    def __contains__(self, document: object) -> bool:
+        """Whether tokens of a document of this name are stored."""
+        return document in self._content.tokens.names
+
+    __iter__ = None  # not over ``memory[0]``, ``memory[1]``, ...: layers and tokens are both numbered
+
+    def __repr__(self) -> str:
+        layers = ", ".join(map(str, self.layers))
+        documents = len(self._content.tokens.names)
+        index = self._backends.name if isinstance(self.index, str) else "custom"
+        place = "" if self._folder is None else f", in {self._folder.path}"
+        return f"<Memory: {len(self):,} tokens, {documents:,} documents, layers {layers}, index {index}{place}>"
 
     def __getitem__(self, layer: int) -> LayerMemory:
         """Keys and values of one memory layer."""
@@ -181,33 +271,33 @@ class Memory:
         self._check_open()
         ids = np.asarray(token_ids.cpu() if isinstance(token_ids, Tensor) else token_ids, dtype=np.int32)
         self._check(keys, values, len(ids))
-        prepared = self._tokens.prepare(ids, document, spans)
+        prepared = self._content.tokens.prepare(ids, document, spans)
         try:
-            for number, layer in self._layers.items():
-                layer._append(self._place(keys[number]), self._place(values[number]))
-            self._tokens.commit(prepared)
+            for number, layer in self._indexed.items():
+                layer.append(self._place(keys[number]), self._place(values[number]))
+            self._content.tokens.commit(prepared)
         except BaseException:  # Ctrl-C or no memory left half-way: layers of different length would be garbage
-            for layer in self._layers.values():
-                layer._truncate(len(self))
+            for layer in self._indexed.values():
+                layer.truncate(len(self))
             raise
 
     def token_ids(self, slots: "np.ndarray | Sequence[int] | slice" = slice(None)) -> np.ndarray:
         """Ids of the tokens in these slots (all by default), int32."""
-        return self._tokens.ids[slots]
+        return self._content.tokens.ids[slots]
 
     def source(self, slot: int) -> Source:
         """Where the token in this slot came from."""
         if not 0 <= slot < len(self):
             raise IndexError(f"slot {slot} is outside 0..{len(self) - 1}, what this memory holds")
-        return self._tokens.source(slot)
+        return self._content.tokens.source(slot)
 
     def documents(self) -> dict[str, int]:
         """Name -> number of stored tokens, for each named document."""
-        return self._tokens.documents()
+        return self._content.tokens.documents()
 
     def document_runs(self) -> list[tuple[str | None, int, int]]:
         """(document, first slot, past-the-end slot) of each run of tokens of one document, in slot order."""
-        return self._tokens.runs()
+        return self._content.tokens.runs()
 
     def drop_document(self, name: str) -> int:
         """Remove one document. The slots after it move up, and indexes are built again.
@@ -223,16 +313,15 @@ class Memory:
             ValueError: The memory was opened read-only.
         """
         self._check_open()
-        slots = self._tokens.slots_outside(name)
+        slots = self._content.tokens.slots_outside(name)
         dropped, keep, saved = len(self) - len(slots), torch.from_numpy(slots), {}
         if self._folder is not None:
-            from memory.disk import drop
-
-            saved = drop(self, self._folder, name, keep)
+            saved = {number: one.kept(keep) for number, one in self._learnt().items()}
+            disk.drop(self._folder, name, keep, saved)
         try:
-            for number, layer in self._layers.items():
-                layer._keep(keep, saved.get(number))
-            self._tokens.keep(slots, name)
+            for number, layer in self._indexed.items():
+                layer.keep(keep, saved.get(number))
+            self._content.tokens.keep(slots, name)
         except BaseException:
             self.close()  # what is on disk is right; half of this object must not be written there
             raise
@@ -251,10 +340,11 @@ class Memory:
             raise ValueError(
                 f"{self._folder.path} was opened from a folder and cannot be truncated: drop documents from it instead"
             )
-        for layer in self._layers.values():
-            layer._truncate(length)
-        self._tokens.truncate(length)
-        self.notes = {name: note for name, note in self.notes.items() if name in self._tokens.names}
+        for layer in self._indexed.values():
+            layer.truncate(length)
+        tokens = self._content.tokens
+        tokens.truncate(length)
+        self._content.notes = {name: note for name, note in self.notes.items() if name in tokens.names}
 
     def reset(self) -> None:
         """Remove everything.
@@ -267,40 +357,25 @@ class Memory:
                 f"{self._folder.path} was opened from a folder and cannot be reset: drop its documents, or "
                 "create a new memory"
             )
-        for layer in self._layers.values():
-            layer._reset()
-        self._tokens, self.notes = TokenTable(), {}
+        for layer in self._indexed.values():
+            layer.reset()
+        self._content.tokens, self._content.notes = TokenTable(), {}
 
     def clone(self) -> "Memory":
         """A copy in RAM that grows independently. It shares vectors that are mapped from a folder."""
-        copy = Memory(
-            self.layers,
-            self.num_key_value_heads,
-            self.head_dim,
-            key_dtype=self.key_dtype,
-            value_dtype=self.value_dtype,
-            index=self.index,
-            top_k=self.top_k,
-            device=self.device,
-            fingerprint=self.fingerprint,
-        )
-        everything = torch.arange(len(self))
-        for number, layer in self._layers.items():
-            mine = copy._layers[number]
-            mine._keys, mine._values, mine._lazy = layer._keys, layer._values, layer._lazy
-            mine._keep(everything, layer._learnt())
-        copy._tokens = self._tokens.clone()
-        copy.metadata, copy.notes = deepcopy(self.metadata), dict(self.notes)
+        copy = Memory._of(self._content.clone(), self._backends)
+        for number, layer in self._indexed.items():
+            copy._indexed[number].follow(layer)
         return copy
 
     def nbytes(self) -> dict[str, int]:
         """Bytes held, by part: ``keys``, ``values``, ``index`` and ``tokens``."""
-        layers = self._layers.values()
+        layers = self._indexed.values()
         return {
-            "keys": sum(layer._keys.nbytes() for layer in layers),
-            "values": sum(layer._values.nbytes() for layer in layers),
-            "index": sum(layer._index.nbytes() for layer in layers if layer._index is not None),
-            "tokens": self._tokens.nbytes(),
+            "keys": sum(layer.content.keys.nbytes() for layer in layers),
+            "values": sum(layer.content.values.nbytes() for layer in layers),
+            "index": sum(layer.index.nbytes() for layer in layers if layer.index is not None),
+            "tokens": self._content.tokens.nbytes(),
         }
 
     def describe(self) -> str:
@@ -312,24 +387,16 @@ class Memory:
     def _place(self, vectors: Tensor) -> Tensor:
         return vectors if self.device is None else vectors.to(self.device)
 
-    def _choose(self, num_keys: int, device: torch.device) -> BackendChoice:
-        if self.index == "auto":
-            return choose_backend(num_keys, device)
-        return BackendChoice(self.index if isinstance(self.index, str) else "custom", "asked for")
+    def _learnt(self) -> dict[int, LearntIndex]:
+        """Layer -> what its index learnt, for layers whose index learns."""
+        found = {number: layer.learnt() for number, layer in self._indexed.items()}
+        return {number: one for number, one in found.items() if one is not None}
 
-    def _make_index(self, name: str, keys: VectorBlocks, values: VectorBlocks, saved: LearntIndex | None) -> Index:
-        """An index of all that is stored."""
-        if not isinstance(self.index, str):
-            custom = self.index(keys, values)
-            custom.add(keys.take_range(0, len(keys), keys.dtype))
-            return custom
-        if name == "exact":
-            return ExactIndex(keys, values, self.top_k)
-        from memory.faiss_index import FaissIndex  # faiss is loaded only where it is used
-
-        index = FaissIndex(name, keys, values, self.top_k)
-        index.fill(saved)
-        return index
+    def _writable_folder(self) -> Folder:
+        if self._folder is None:
+            raise ValueError("this memory has no folder yet: save(path), then Memory.open(path, mode='a')")
+        self._folder.check_writable()
+        return self._folder
 
     def _check_open(self) -> None:
         if self._folder is not None:
@@ -343,7 +410,7 @@ class Memory:
                     f"{what} belong to layers {sorted(vectors)}, but this memory has layers {sorted(self._layers)}"
                 )
             for number, tensor in vectors.items():
-                self._layers[number]._check_shape(tensor, f"{what} of layer {number}")
+                self._layers[number].check_shape(tensor, f"{what} of layer {number}")
                 if tensor.shape[1] != count:
                     raise ValueError(
                         f"{what} of layer {number} have {tensor.shape[1]} tokens, but there are {count} token ids"
@@ -368,16 +435,3 @@ class Memory:
             "a key or value is NaN or infinite, so nothing was stored: the model overflows in this dtype or its "
             "weights are damaged; try dtype float32 or check the checkpoint"
         )
-
-
-def check_index(index: "str | IndexFactory", head_dim: int | None = None) -> None:
-    """Raise ValueError if no backend can be made from this, so that a typo shows before hours of work.
-
-    Args:
-        index: as for ``Memory``.
-        head_dim: D; None if it is not known yet.
-    """
-    if isinstance(index, str) and index not in ("auto", "exact"):
-        from memory.faiss_factory import check_factory
-
-        check_factory(index, head_dim)

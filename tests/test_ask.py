@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 import torch
 from conftest import ModelMaker
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from fot import FoTForCausalLM, attach_memory
 from fot.ask import Conversation, ask
 from fot.cli import main
+from fot.fingerprint import tokenizer_fingerprint
 
 WINDOW = 64
 TEXT = "The vicar of Highbury is Mr Elton. Tea is at five in the garden.\n" * 4
@@ -129,6 +131,26 @@ def test_ask_command(folder: Path, capsys: pytest.CaptureFixture) -> None:
     shown = capsys.readouterr()
     assert "text.txt" in shown.out
     assert "first token after" in shown.err
+
+
+def test_a_memory_made_in_python_is_asked_by_its_folder(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Model, settings and tokenizer are in it, as in one that ``fot memory build`` made; paths are absolute."""
+    monkeypatch.chdir(tmp_path)
+    loaded = FoTForCausalLM.from_pretrained("model", dtype=torch.float32)
+    attached = attach_memory(AutoModelForCausalLM.from_pretrained("model"), loaded.memory_config)
+    attached.tokenizer = loaded.tokenizer
+    for name, one in (("loaded", loaded), ("attached", attached)):
+        made = one.new_memory()
+        one.ingest("Who is it? A text to be asked about.", made, "letter")
+        assert made.metadata["memory"] == loaded.memory_config.to_dict()
+        assert made.metadata["tokenizer"] == tokenizer_fingerprint(loaded.tokenizer)
+        made.save(tmp_path / name)
+        monkeypatch.chdir("/")
+        assert main(["ask", str(tmp_path / name), "Who is it?", *OPTIONS]) == 0
+        assert "letter" in capsys.readouterr().out
+        monkeypatch.chdir(tmp_path)
 
 
 def type_in(monkeypatch: pytest.MonkeyPatch, *turns: str) -> None:

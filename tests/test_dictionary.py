@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from fot.evaluation.dictionary_data import (
+from fot.tasks.dictionary import (
     FIRST_SYMBOL,
     KEY,
     PAD,

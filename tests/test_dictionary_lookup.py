@@ -8,7 +8,7 @@ import pytest
 import fot
 from fot.cli import main
 from fot.evaluation import dictionary
-from fot.evaluation.dictionary_data import DictionaryTable
+from fot.tasks.dictionary import DictionaryTable
 
 
 def test_the_shipped_model_finds_what_was_told(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

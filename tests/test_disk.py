@@ -10,8 +10,8 @@ from disk_helpers import HEADS, LAYERS, ROOT, append, assert_same, forge, make, 
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import memory.atomic
 import memory.disk
-import memory.parts
 import memory.vectors
 from memory import DocumentNote, Memory, faiss_factory, faiss_heads
 from memory.disk import verify
@@ -102,7 +102,7 @@ def test_appending_leaves_old_segments_alone(saved: Path) -> None:
         for name, (inode, content) in before.items():
             assert ((saved / name).stat().st_ino, (saved / name).read_bytes()) == (inode, content)
         assert len(list(saved.glob("segment*"))) == 3
-        assert all(layer._keys.mapped_length == 70 for layer in (store[n] for n in LAYERS))
+        assert all(store._content.layers[n].keys.mapped_length == 70 for n in LAYERS)
 
 
 def test_dropping_frees_its_space_when_compacted(saved: Path) -> None:
@@ -180,7 +180,7 @@ def test_indexes_come_back_as_they_were(index: str, tmp_path: Path, monkeypatch:
     assert torch.equal(after[0], before[0])
     assert opened[1].describe() == store[1].describe()
     if index.startswith("IVF"):
-        ours, theirs = opened[1]._learnt(), store[1]._learnt()
+        ours, theirs = opened._learnt()[1], store._learnt()[1]
         assert ours is not None
         assert theirs is not None
         assert torch.equal(ours.centroids, theirs.centroids)
@@ -245,7 +245,7 @@ def test_a_damaged_index_is_named_before_faiss_sees_it(tensor: str, change: floa
     tensors = load_file(part)
     tensors[tensor][0, 0] = change
     save_file(tensors, part)
-    forge(tmp_path / "m", "learnt", bytes=part.stat().st_size, sha256=memory.parts.file_sha256(part))
+    forge(tmp_path / "m", "learnt", bytes=part.stat().st_size, sha256=memory.atomic.file_sha256(part))
     opened = Memory.open(tmp_path / "m")
     with pytest.raises(ValueError, match=r"index-000001\.safetensors is damaged .*index='exact'"):
         opened[int(tensor[-1])].search(vectors(2), 3)

@@ -15,8 +15,8 @@ import pytest
 import torch
 from disk_helpers import HEADS, LAYERS, ROOT, append, assert_same, make, save_two, vectors
 
+import memory.atomic
 import memory.disk
-import memory.parts
 import memory.vectors
 from memory import Memory
 from memory.disk import verify
@@ -66,7 +66,7 @@ def die_at(count: int) -> None:
 
     for name in ("replace", "fsync", "unlink", "open"):
         setattr(os, name, dying(getattr(os, name)))
-    memory.parts.open = dying(open)  # type: ignore[attr-defined]
+    memory.atomic.open = dying(open)  # type: ignore[attr-defined]
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")

@@ -13,7 +13,7 @@ from transformers.models.llama import LlamaConfig, LlamaForCausalLM
 
 from fot.cli import main
 from fot.evaluation import distraction
-from fot.evaluation.dictionary_data import KEY, QUESTION, RECORD, VOCABULARY
+from fot.tasks.dictionary import KEY, QUESTION, RECORD, VOCABULARY
 from training.crossbatch import Contexts, enable_crossbatch
 
 Draw = Callable[..., torch.Tensor]

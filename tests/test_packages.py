@@ -1,6 +1,5 @@
-"""The packages as installed: arrows between them, names that a user's own folder may hide."""
+"""The packages as installed: names that a user's own folder may hide."""
 
-import ast
 import subprocess
 import sys
 from pathlib import Path
@@ -8,24 +7,6 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-FORBIDDEN = {"memory": {"fot", "training", "transformers", "datasets", "accelerate"}, "fot": {"training"}}
-
-
-def imports(path: Path) -> set[str]:
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            found |= {alias.name.split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
-            found.add(node.module.split(".")[0])
-    return found
-
-
-@pytest.mark.parametrize("package", FORBIDDEN)
-def test_arrows(package: str) -> None:
-    for path in (ROOT / package).rglob("*.py"):
-        if path != ROOT / "fot" / "commands" / "train.py":
-            assert not imports(path) & FORBIDDEN[package], path
 
 
 @pytest.mark.parametrize("name", ["memory", "training"])
@@ -47,3 +28,19 @@ def test_public_names() -> None:
         assert getattr(fot, name) is not None
     with pytest.raises(AttributeError, match="nothing_here"):
         _ = fot.nothing_here
+
+
+def test_modules_of_fot_are_there_when_named() -> None:
+    """``fot.ask.ask`` and ``fot.trace.trace``, after ``import fot`` alone; nothing is loaded before."""
+    code = "import sys; sys.argv = ['fot']; import fot; assert 'torch' not in sys.modules; fot.ask.ask; fot.trace.trace"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_help_of_the_module_is_quick() -> None:
+    """``python -m fot --help`` loads no torch, as ``fot --help`` does not."""
+    command = [sys.executable, "-X", "importtime", "-m", "fot", "--help"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    loaded = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "fot.cli" in loaded
+    assert not loaded & {"torch", "transformers", "numpy"}

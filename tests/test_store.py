@@ -192,12 +192,12 @@ def test_interrupted_append_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> 
     store = make()
     append(store, 20)
     before = store[1].keys()
-    last = store[LAYERS[-1]]
+    last = store._indexed[LAYERS[-1]]
 
     def interrupted(*args: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(last, "_append", interrupted)
+    monkeypatch.setattr(last, "append", interrupted)
     with pytest.raises(KeyboardInterrupt):
         append(store, 20, 1)
     assert len(store) == len(store[1]) == 20
@@ -368,3 +368,25 @@ def test_attention_mass_recall() -> None:
     torch.testing.assert_close(attention_mass_recall(queries, keys, padded, scale=0.5), expected)
     with pytest.raises(ValueError, match=r"slot 40 is outside 0\.\.39"):
         attention_mass_recall(queries, keys, hits + 40 - hits, scale=0.5)
+
+
+def test_what_python_asks_of_a_memory(tmp_path: Path) -> None:
+    """An empty memory is there all the same; ``in`` asks for documents; ``repr`` is a line."""
+    store = make()
+    assert store
+    assert len(store) == 0
+    assert "a" not in store
+    append(store, 20, document="a")
+    append(store, 3, 20)
+    assert "a" in store
+    assert "b" not in store
+    assert None not in store
+    assert 1 not in store
+    with pytest.raises(TypeError, match="not iterable"):
+        iter(store)
+    assert repr(store).startswith("<Memory: 23 tokens, 1 documents, layers ")
+    assert "\n" not in repr(store)
+    store.save(tmp_path / "m")
+    assert str(tmp_path / "m") in repr(Memory.open(tmp_path / "m"))
+    store.drop_document("a")
+    assert "a" not in store

@@ -5,18 +5,18 @@ import inspect
 import random
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from string import Formatter
 from typing import Any
 
 import pytest
 
-import training
+import training.tasks
 from fot import pretrained
-from fot.evaluation import dictionary_data, needles, passkey
+from fot.evaluation import needles, passkey
+from fot.tasks import dictionary, wordings, words
+from fot.tasks.wordings import KINDS, draw, forbidden, render
+from fot.tasks.words import WORDS
 from training.tasks import Sample, SyntheticRetrieval, Task, draw_facts, filler_from
-from training.wordings import KINDS, draw, forbidden, render
-from training.words import WORDS
 
 TEXT = (
     "It was a dark evening in the old town, and nobody would have gone out without need. The clerk put down his pen, "
@@ -349,11 +349,9 @@ def test_sources_hold_nothing_forbidden() -> None:
     for text in listed + templates:
         assert not forbidden(text), text
         assert not HELD_OUT.search(text), text
-    folder = Path(training.__path__[0])
-    kinds = (folder / "wordings.py").read_text().split("_KINDS = r")[1]
-    words = (folder / "words.py").read_text()
-    assert "grass" not in (folder / "tasks.py").read_text()
-    for source in (kinds, words, inspect.getsource(dictionary_data)):
+    kinds = inspect.getsource(wordings).split("_KINDS = r")[1]
+    assert "grass" not in inspect.getsource(training.tasks)
+    for source in (kinds, inspect.getsource(words), inspect.getsource(dictionary)):
         assert "passkey" not in source.lower()
         assert not forbidden(source)
 

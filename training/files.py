@@ -1,6 +1,5 @@
 """Files and folders that are there whole or not at all, whatever happens while they are written."""
 
-import hashlib
 import json
 import os
 import re
@@ -9,22 +8,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from memory.atomic import file_sha256, sync_folder, write_text
+
 SUMS = "sha256.json"
 _LEFTOVER = re.compile(r"\.(?P<name>.+)\.\d+(?P<old>\.old)?")
 
 
 def write_file(path: Path, text: str) -> None:
     """Write a file anew; until it is on disk, the old one stays."""
-    temporary = path.parent / f".{path.name}.{os.getpid()}"
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    write_text(path, text)
     _sync_folder(path.parent)
 
 
@@ -74,7 +66,7 @@ def recover(folder: Path) -> None:
 
 def write_sums(folder: Path) -> None:
     """Write the SHA-256 of every file of ``folder`` beside them; the last thing that is written there."""
-    sums = {path.name: _sum(path) for path in sorted(folder.iterdir())}
+    sums = {path.name: file_sha256(path) for path in sorted(folder.iterdir())}
     (folder / SUMS).write_text(json.dumps(sums, indent=1) + "\n")
 
 
@@ -83,7 +75,7 @@ def damage(folder: Path) -> str | None:
     try:
         sums = json.loads((folder / SUMS).read_text(encoding="utf-8"))
         for name, expected in sums.items():
-            if _sum(folder / name) != expected:
+            if file_sha256(folder / name) != expected:
                 return f"the content of {name} has changed"
     except FileNotFoundError as error:
         return f"{Path(str(error.filename)).name} is missing"
@@ -94,19 +86,7 @@ def damage(folder: Path) -> str | None:
     return None
 
 
-def _sum(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def _sync_folder(folder: Path) -> None:
     """Put renames in a folder on disk, where the system can (Windows opens no folders)."""
     with suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        sync_folder(folder)

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from fot import __version__
-from fot.adapter import AdapterDescription, base_name, save_adapter, write_description
+from fot.adapter import AdapterDescription, save_adapter, write_description
 from fot.config import CONFIG_KEY, MemoryConfig
+from fot.names import lasting_name
 from training.files import whole_folder
 from training.recipe import Recipe
 from training.setup import PEFT_WRAPPER
@@ -61,7 +62,7 @@ def write_result(
                 tokenizer.save_pretrained(folder)
         else:
             settings = MemoryConfig.from_dict(recipe.memory_config().to_dict() | {"mem_layers": config.layers})
-            description = AdapterDescription(base_name(str(recipe.model)), settings, made_by)
+            description = AdapterDescription(lasting_name(str(recipe.model)), settings, made_by)
             if recipe.trainable == "lora":
                 wrapper = model.__dict__[PEFT_WRAPPER]
                 wrapper.peft_config["default"].base_model_name_or_path = description.base

@@ -11,9 +11,9 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from fot.config import MemoryConfig
-from fot.evaluation.dictionary_data import DictionaryTask
 from fot.loading import load_model
 from fot.model import detach_memory
+from fot.tasks.dictionary import DictionaryTask
 from training.batches import DocumentLoader, TaskSource
 from training.data import DataSource, describe, find_files, read_documents
 from training.recipe import Recipe

@@ -1,8 +1,8 @@
 """Synthetic retrieval: documents whose last window asks for facts that were told in earlier windows.
 
 A task gives documents as token ids with, for each token, the weight with which it counts as a target of the loss.
-``SyntheticRetrieval`` hides facts (``training.wordings``) in real text; the dictionary task is in
-``fot.evaluation.dictionary_data``. ``fot.evaluation.needles`` asks in wordings and on subjects unknown to training.
+``SyntheticRetrieval`` hides facts (``fot.tasks.wordings``) in real text; the dictionary task is in
+``fot.tasks.dictionary``. ``fot.evaluation.needles`` asks in wordings and on subjects unknown to training.
 
 >>> filler = filler_from([tokenizer(path.read_text()).input_ids for path in Path("texts").iterdir()])
 >>> task = SyntheticRetrieval(tokenizer, filler, windows=2, window=512)
@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from training.wordings import KINDS, Kind, chat_turns, draw, forbidden, render
+from fot.tasks.wordings import KINDS, Kind, chat_turns, draw, forbidden, render
 
 Filler = Callable[[random.Random, int], list[int]]
 

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object, set_seed
 from torch import Tensor
 
-from fot.evaluation.machine import default_dtype, find_device, peak_memory_bytes
+from fot.machine import default_dtype, find_device, peak_memory_bytes
 from training.allocator import keep_freed_memory
 from training.batches import Batch
 from training.checkpoints import list_checkpoints, read_best, save_best, save_checkpoint, set_aside

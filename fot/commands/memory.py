@@ -1,10 +1,8 @@
 """``fot memory``."""
 
 import argparse
-import os
 import shlex
 import sys
-from pathlib import Path
 from typing import Any
 
 from fot.commands.options import add_memory_options, check_writable, load, named_path, open_memory
@@ -79,16 +77,10 @@ def _build(args: argparse.Namespace) -> int:
     check_writable(args.memory / "manifest.json" if args.memory.exists() else args.memory)
     found = find_documents(args.files, args.include, args.exclude)
     model = load(args)
-    from fot.fingerprint import tokenizer_fingerprint
     from memory import Memory
 
     empty = model.new_memory()
-    empty.metadata |= {
-        "model": os.path.abspath(args.model) if Path(args.model).exists() else args.model,
-        "tokenizer": tokenizer_fingerprint(model.tokenizer),
-        "memory": model.memory_config.to_dict(),
-        "fot": __version__,
-    }
+    empty.metadata["fot"] = __version__
     empty.save(args.memory)
     with Memory.open(args.memory, "a") as memory:
         return _read(args, model, memory, found)
@@ -134,8 +126,8 @@ def _to_go_on(args: argparse.Namespace) -> str:
 
 def _info(args: argparse.Namespace) -> int:
     check_writable(args.json)
-    from fot.evaluation.report import write_json
     from memory import Memory
+    from memory.atomic import write_json
     from memory.manifest import read_manifest
 
     described = _describe(Memory.open(args.memory), read_manifest(args.memory))

@@ -112,13 +112,13 @@ def memory_settings(args: argparse.Namespace) -> dict[str, Any]:
 def find_dtype(args: argparse.Namespace) -> Any:
     import torch
 
-    from fot.evaluation.machine import default_dtype
+    from fot.machine import default_dtype
 
     return default_dtype(find_device(args)) if args.dtype == "auto" else getattr(torch, args.dtype)
 
 
 def find_device(args: argparse.Namespace) -> Any:
-    from fot.evaluation.machine import find_device
+    from fot.machine import find_device
 
     return find_device(args.device)
 
@@ -200,7 +200,7 @@ def integers(text: str) -> list[int]:
 
 def about(model: Any, name: str) -> dict[str, Any]:
     """What was measured, and where."""
-    from fot.evaluation.machine import describe_machine
+    from fot.machine import describe_machine
 
     config = model.memory_config
     return {
@@ -213,7 +213,7 @@ def about(model: Any, name: str) -> dict[str, Any]:
 
 def finish(table: str, result: dict[str, Any], path: Path | None) -> int:
     """Print a result, write it to ``--json``, and say by the exit status whether it was interrupted."""
-    from fot.evaluation.report import write_json
+    from memory.atomic import write_json
 
     print(table)
     if path:

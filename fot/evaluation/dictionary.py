@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from fot.evaluation.dictionary_data import VOCABULARY, DictionaryTable, ask, record_chunks
-from fot.evaluation.machine import peak_rss_bytes
+from fot.machine import peak_rss_bytes
+from fot.tasks.dictionary import VOCABULARY, DictionaryTable, ask, record_chunks
 
 
 @torch.no_grad()
@@ -18,7 +18,7 @@ def run(
     """Accuracy by size of the dictionary.
 
     Args:
-        model: a ``FoTForCausalLM`` whose windows hold records of ``dictionary_data``.
+        model: a ``FoTForCausalLM`` whose windows hold records of ``fot.tasks.dictionary``.
         lengths: tokens of records, whole windows each.
         windows: windows of questions for each length; every answer token counts.
         seed: draws the dictionary and the questions.

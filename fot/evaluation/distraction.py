@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fot.cache import LocalCache, local_window
-from fot.evaluation.dictionary_data import DictionaryTask
+from fot.tasks.dictionary import DictionaryTask
 from fot.windows import Inputs, run_window
 from memory import Memory
 

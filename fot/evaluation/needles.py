@@ -1,6 +1,6 @@
 """Needles in a novel: facts hidden in a long text, each asked for in one line, from the memory.
 
-Subjects, names and wordings are in no training document (``training.wordings``): results are zero-shot.
+Subjects, names and wordings are in no training document (``fot.tasks.wordings``): results are zero-shot.
 """
 
 import copy

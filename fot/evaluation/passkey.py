@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from fot.evaluation.answers import greedy_answer
-from fot.evaluation.machine import peak_rss_bytes
 from fot.ingest import id_pieces, ingest_pieces
+from fot.machine import peak_rss_bytes
 from fot.model import FoTForCausalLM, attach_memory, detach_memory
 from memory import Memory
 

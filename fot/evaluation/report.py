@@ -1,9 +1,6 @@
 """Results as tables, plots and files."""
 
 import io
-import json
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fot.config import MemoryConfig
+from memory.atomic import write_bytes
 
 # Bytes of one number.
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
@@ -239,24 +237,6 @@ def weight_bytes(config: Any, dtype: torch.dtype) -> int:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     return sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
-
-
-def write_json(path: Path, result: dict[str, Any]) -> None:
-    """Write a result whole or not at all."""
-    write_bytes(path, (json.dumps(result, indent=1) + "\n").encode())
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all."""
-    handle, temporary = tempfile.mkstemp(dir=path.absolute().parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
 
 
 def _accuracy(entry: dict[str, Any] | None) -> str:

@@ -152,12 +152,6 @@ def retrieved_masses(
     return slots.flatten()[found].cpu(), masses.flatten()[found].double().cpu()
 
 
-def attends_to_all(memory: Memory, layer: int) -> bool:
-    """Whether attention goes to every slot of a memory, not to retrieved ones alone."""
-    backend = memory[layer].backend
-    return memory.top_k is None and backend is not None and backend.name == "exact"
-
-
 def _share(score: Tensor, lse: Tensor) -> Tensor:
     # Attention may have run in bfloat16, so that a share of nearly everything comes out a little above 1.
     return (score - lse.float().unsqueeze(-1)).exp().nan_to_num(0.0).clamp(max=1.0)

@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from fot.evaluation.report import write_bytes
 from fot.inspection.passages import document_name
 from fot.inspection.result import Trace
 from fot.inspection.strip import run_of
 from fot.inspection.texts import token_texts
 from memory import Memory
+from memory.atomic import write_bytes
 
 # The data of a page stays below this many bytes: fewer hits of each head are shown if need be.
 DATA_BYTES = 1_500_000

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from fot.evaluation.report import write_bytes
 from fot.inspection.result import Trace
+from memory.atomic import write_bytes
 
 
 def position_plot(path: Path, trace: Trace) -> None:

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from fot.evaluation.report import write_bytes
 from fot.inspection.measure import Hits
 from fot.inspection.passages import Passage, document_name, find_passages, make_passage
 from fot.inspection.strip import Strip, run_of
 from fot.inspection.texts import token_texts
 from memory import Memory
+from memory.atomic import write_bytes
 
 # Slots of several memories in one row of numbers.
 MEMORY_STRIDE = 1 << 40

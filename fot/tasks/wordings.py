@@ -13,7 +13,7 @@ import random
 import re
 from dataclasses import dataclass
 
-from training.words import WORDS
+from fot.tasks.words import WORDS
 
 FORBIDDEN = re.compile(
     r"pass[\s_-]*key|remember it|the grass is green|the sky is blue|the sun is yellow|here we go|there and back again"

@@ -1,4 +1,4 @@
-"""The words that the patterns of ``training.wordings`` draw from."""
+"""The words that the patterns of ``fot.tasks.wordings`` draw from."""
 
 WORDS: dict[str, list[str]] = {
     name: words.split()

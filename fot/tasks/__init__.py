@@ -1,0 +1,1 @@
+"""Tasks with made-up texts, for training and evaluation alike."""

@@ -1,0 +1,114 @@
+"""Which index a memory layer gets, and how it is made."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from memory.index import CustomIndex, ExactIndex, Index, LearntIndex
+from memory.vectors import VectorBlocks
+
+# On a CPU, an approximate index pays from here on (benchmarks/memory_backends.py measures the crossover).
+AUTO_EXACT_LIMIT = 262_144
+
+IndexFactory = Callable[[VectorBlocks, VectorBlocks], CustomIndex]
+
+
+@dataclass(frozen=True)
+class BackendChoice:
+    """A backend by name (``exact`` or a FAISS factory string), and why it was taken."""
+
+    name: str
+    reason: str
+
+
+def choose_backend(num_keys: int, device: torch.device) -> BackendChoice:
+    """What ``index="auto"`` uses for a memory of ``num_keys`` tokens whose vectors lie on ``device``."""
+    if device.type != "cpu":
+        return BackendChoice("exact", f"on {device.type} dense attention outruns a search of the index")
+    if num_keys < AUTO_EXACT_LIMIT:
+        return BackendChoice("exact", f"{num_keys:,} keys are fewer than {AUTO_EXACT_LIMIT:,}: exact and fast enough")
+    return BackendChoice(
+        "IVF,Flat", f"{num_keys:,} keys on a CPU: searching an inverted file is faster than reading all"
+    )
+
+
+def check_index(index: str | IndexFactory, head_dim: int | None = None) -> None:
+    """Raise ValueError if no backend can be made from this, so that a typo shows before hours of work.
+
+    Args:
+        index: as for ``Memory``.
+        head_dim: D; None if it is not known yet.
+    """
+    if isinstance(index, str) and index not in ("auto", "exact"):
+        from memory.faiss_factory import check_factory
+
+        check_factory(index, head_dim)
+
+
+@dataclass(frozen=True)
+class Backends:
+    """Makes the indexes of one memory.
+
+    Attributes:
+        index: as for ``Memory``.
+        top_k: pairs that a query attends to; None as for ``Memory``.
+    """
+
+    index: str | IndexFactory
+    top_k: int | None
+
+    @property
+    def name(self) -> str:
+        """What a manifest can keep of ``index``: an index of the user's own is no name."""
+        return self.index if isinstance(self.index, str) else "auto"
+
+    def choose(self, num_keys: int, device: torch.device) -> BackendChoice:
+        """The backend for so many keys that lie there."""
+        if self.index == "auto":
+            return choose_backend(num_keys, device)
+        return BackendChoice(self.index if isinstance(self.index, str) else "custom", "asked for")
+
+    def make(self, name: str, keys: VectorBlocks, values: VectorBlocks, learnt: LearntIndex | None) -> Index:
+        """An index of all that is stored.
+
+        Args:
+            name: as chosen.
+            keys: stored.
+            values: stored.
+            learnt: what an index of these keys learnt before, if it is known.
+        """
+        if not isinstance(self.index, str):
+            custom = self.index(keys, values)
+            custom.add(keys.take_range(0, len(keys), keys.dtype))
+            return custom if isinstance(custom, Index) else _Adapted(custom)
+        if name == "exact":
+            return ExactIndex(keys, values, self.top_k)
+        from memory.faiss_index import FaissIndex  # faiss is loaded only where it is used
+
+        index = FaissIndex(name, keys, values, self.top_k)
+        index.fill(learnt)
+        return index
+
+
+class _Adapted(Index):
+    """An index of the user's own with the five methods it needs; the rest is as ``Index`` has it."""
+
+    def __init__(self, custom: CustomIndex) -> None:
+        self._custom = custom
+
+    def add(self, keys: Tensor) -> None:
+        self._custom.add(keys)
+
+    def search(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        return self._custom.search(queries, k)
+
+    def attend(self, queries: Tensor, *, scale: float) -> tuple[Tensor, Tensor]:
+        return self._custom.attend(queries, scale=scale)
+
+    def nbytes(self) -> int:
+        return self._custom.nbytes()
+
+    def describe(self) -> str:
+        return self._custom.describe()

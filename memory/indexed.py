@@ -1,0 +1,116 @@
+"""The vectors of one memory layer and the index that searches them, kept in step."""
+
+import logging
+import threading
+
+import torch
+from torch import Tensor
+
+from memory.backends import BackendChoice, Backends
+from memory.content import LayerContent
+from memory.index import Index, LearntIndex
+
+logger = logging.getLogger(__name__)
+
+# Threads may ask a memory that was just opened at once: one of them builds its index.
+_BUILDING = threading.Lock()
+
+
+class IndexedLayer:
+    """Keys, values and the index of one memory layer, as the store changes them; people get a ``LayerMemory``.
+
+    Args:
+        content: the vectors; this object alone changes them.
+        backends: makes the index.
+
+    Attributes:
+        content: as given.
+        index: None while nothing is stored, and before a layer that was read from disk is first asked.
+        choice: the backend in use and why; None while nothing is stored.
+    """
+
+    def __init__(self, content: LayerContent, backends: Backends) -> None:
+        self.content = content
+        self.index: Index | None = None
+        self.choice: BackendChoice | None = None
+        self._backends = backends
+        # A layer that was read from disk gets its index when it is first asked: opening stays quick.
+        self._lazy = False
+        self._saved: LearntIndex | None = None
+
+    def __len__(self) -> int:
+        return len(self.content.keys)
+
+    def ready(self) -> Index | None:
+        """The index, built if it is not yet; None while nothing is stored."""
+        if self._lazy:
+            with _BUILDING:
+                if self._lazy:
+                    self._build()
+        return self.index
+
+    def learnt(self) -> LearntIndex | None:
+        """What the index learnt, or what it will be built from."""
+        return self._saved if self.index is None else self.index.learnt()
+
+    def append(self, keys: Tensor, values: Tensor) -> None:
+        """Add (G, T, D) keys and values."""
+        self.content.keys.append(keys)
+        self.content.values.append(values)
+        choice = self._choose()
+        if self._lazy:
+            self.choice = choice
+        elif self.index is None or self.choice is None or choice.name != self.choice.name:
+            self._build()
+        else:
+            self.index.add(keys)
+
+    def truncate(self, length: int) -> None:
+        """Forget every pair from slot ``length`` on; keys and values may differ in number after an interrupt."""
+        if len(self.content.keys) > length or len(self.content.values) > length:
+            learnt = self.learnt()
+            self.content.keys.truncate(length)
+            self.content.values.truncate(length)
+            known = learnt is not None and learnt.trained_on <= length
+            self._rebuild(learnt.kept(torch.arange(length)) if known and learnt else None)
+
+    def keep(self, slots: Tensor, saved: LearntIndex | None) -> None:
+        """Forget every pair outside these slots, (M,) int64 ascending; ``saved`` is what is known of the others."""
+        kept = self.content.kept(slots)
+        self.content.keys, self.content.values = kept.keys, kept.values
+        self._rebuild(saved)
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.content.keys.reset()
+        self.content.values.reset()
+        self.index = self.choice = self._saved = None
+
+    def put_off(self, saved: LearntIndex | None) -> None:
+        """Build the index, from what it learnt before, only when it is needed."""
+        self.index = None
+        self.choice = self._choose() if len(self) else None
+        self._lazy, self._saved = True, saved
+
+    def follow(self, other: "IndexedLayer") -> None:
+        """Get the index that another layer of the same content has, now if that has it already."""
+        self._lazy = other._lazy
+        self._rebuild(other.learnt())
+
+    def _rebuild(self, saved: LearntIndex | None) -> None:
+        if self._lazy or saved is not None:
+            self.put_off(saved)
+        else:
+            self._build()
+
+    def _build(self) -> None:
+        self.index = self.choice = None
+        if len(self):
+            choice = self._choose()
+            self.index = self._backends.make(choice.name, self.content.keys, self.content.values, self._saved)
+            self.choice = choice
+            logger.info("memory backend %s: %s", choice.name, choice.reason)
+        self._lazy, self._saved = False, None
+
+    def _choose(self) -> BackendChoice:
+        return self._backends.choose(len(self), self.content.device)
