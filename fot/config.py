@@ -27,7 +27,7 @@ class MemoryConfig:
             memory. An integer applies to every input, as in LongLLaMA's code. With None, an input that fits into the
             window stays there as a whole, and a longer one keeps half a window.
         overflow_keep: number of newest tokens that stay in the window when generation overflows it. The older tokens
-            move to the memory. 0 is LongLLaMA's rule. None keeps three quarters of a window, sinks included.
+            move to the memory. 0 is LongLLaMA's rule. None keeps seven eighths of a window, sinks included.
         attention_sinks: number of first tokens of the window that stay with them, in all layers without memory.
             Attention that finds nothing relevant goes to these tokens, and without them predictions become much worse
             (StreamingLLM, arXiv 2309.17453). With ``overflow_keep=0`` no sinks stay, because the next token starts a
@@ -136,7 +136,7 @@ class MemoryConfig:
                 "no new token: lower window_overlap"
             )
         # Rather much: what layers without memory have lost of the text is lost to them (docs/results.md).
-        keep = max(0, window * 3 // 4 - self.attention_sinks) if self.overflow_keep is None else self.overflow_keep
+        keep = max(0, window * 7 // 8 - self.attention_sinks) if self.overflow_keep is None else self.overflow_keep
         if keep and keep + self.attention_sinks >= window:
             raise ValueError(
                 f"overflow_keep is {keep} and attention_sinks is {self.attention_sinks}, so a window "

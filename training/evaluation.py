@@ -2,7 +2,6 @@
 
 import math
 import random
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,7 +9,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import nn
-from tqdm import tqdm
 
 from fot.config import MemoryConfig
 from training.batches import Batch, batch_of
@@ -47,11 +45,6 @@ def build_evaluation(
         raise ValueError(
             f"recipe: best_by is {recipe.best_by!r}, but this run measures "
             f"{', '.join(names) or 'nothing'}: choose one of these, or name held_out texts"
-        )
-    if held_out is None and accelerator.is_main_process:
-        tqdm.write(
-            "the recipe names no held_out texts, so the log will not show whether the memory helps on text",
-            file=sys.stderr,
         )
 
     def answers() -> dict[str, float]:

@@ -115,6 +115,11 @@ def train(
         start = restore(checkpoint, trained, optimizer, accelerator)
         loader.load_state_dict(start.data)
     on_main(accelerator, lambda: claim(out, recipe, data, checkpoint))
+    if not recipe.held_out and accelerator.is_main_process:
+        print(
+            "the recipe names no held_out texts, so the log will not show whether the memory helps on text",
+            file=sys.stderr,
+        )
     log = Log(out, start.step, active=accelerator.is_main_process, tensorboard=recipe.tensorboard)
     if recipe.trackers:
         accelerator.init_trackers("fot", config=flat(recipe.to_dict()))
