@@ -76,6 +76,7 @@ def _check_own_packages() -> None:
 
 _check_own_packages()
 
+
 def _is_command() -> bool:
     """Whether this process is ``fot`` or ``python -m fot``, whose ``sys.argv[0]`` is ``-m`` while it is imported."""
     if sys.argv[0] == "-m":
