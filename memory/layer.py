@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from memory.backends import BackendChoice
+from memory.checks import check_shape
 from memory.indexed import IndexedLayer
 from memory.vectors import VectorBlocks
 
@@ -58,7 +59,7 @@ class LayerMemory:
         """
         if k < 1:
             raise ValueError(f"k is {k}; ask for at least 1 hit")
-        self.check_shape(queries, "queries")
+        check_shape(self._layer.content, queries, "queries")
         index = self._layer.ready()
         if index is None:
             return queries.new_empty(*queries.shape[:2], 0).float(), queries.new_empty(*queries.shape[:2], 0).long()
@@ -102,10 +103,3 @@ class LayerMemory:
         if bad.numel():
             raise IndexError(f"slot {bad[0].item()} is outside 0..{len(blocks) - 1}, what this memory holds")
         return blocks.gather(slots.to(self.device), dtype)
-
-    def check_shape(self, tensor: Tensor, what: str) -> None:
-        """Raise ValueError if ``what`` is not (G, tokens, D)."""
-        blocks = self._layer.content.keys
-        heads, dim = blocks.num_heads, blocks.head_dim
-        if tensor.ndim != 3 or tensor.shape[0] != heads or tensor.shape[2] != dim:
-            raise ValueError(f"{what} have shape {tuple(tensor.shape)}; this memory takes ({heads}, tokens, {dim})")

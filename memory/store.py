@@ -14,13 +14,13 @@ from torch import Tensor
 
 from memory import disk
 from memory.backends import Backends, IndexFactory, check_index
+from memory.checks import check_pairs
 from memory.content import Content
 from memory.folder import Folder
 from memory.index import LearntIndex
 from memory.indexed import IndexedLayer
 from memory.layer import LayerMemory
 from memory.tokens import DocumentNote, Source, TokenTable
-from memory.vectors import VECTOR_DTYPES, as_stored
 
 
 class Memory:
@@ -270,7 +270,7 @@ class Memory:
         """
         self._check_open()
         ids = np.asarray(token_ids.cpu() if isinstance(token_ids, Tensor) else token_ids, dtype=np.int32)
-        self._check(keys, values, len(ids))
+        check_pairs(self._content, keys, values, len(ids))
         prepared = self._content.tokens.prepare(ids, document, spans)
         try:
             for number, layer in self._indexed.items():
@@ -401,37 +401,3 @@ class Memory:
     def _check_open(self) -> None:
         if self._folder is not None:
             self._folder.check_writable()
-
-    def _check(self, keys: Mapping[int, Tensor], values: Mapping[int, Tensor], count: int) -> None:
-        finite = []
-        for what, vectors, dtype in (("keys", keys, self.key_dtype), ("values", values, self.value_dtype)):
-            if set(vectors) != set(self._layers):
-                raise ValueError(
-                    f"{what} belong to layers {sorted(vectors)}, but this memory has layers {sorted(self._layers)}"
-                )
-            for number, tensor in vectors.items():
-                self._layers[number].check_shape(tensor, f"{what} of layer {number}")
-                if tensor.shape[1] != count:
-                    raise ValueError(
-                        f"{what} of layer {number} have {tensor.shape[1]} tokens, but there are {count} token ids"
-                    )
-                finite.append(torch.isfinite(as_stored(tensor, VECTOR_DTYPES[dtype])).all())
-        # One transfer to the host for a whole window, not one a tensor.
-        if not all(torch.stack([flag.to(finite[0].device) for flag in finite]).tolist()):
-            raise ValueError(self._not_finite(keys, values))
-
-    def _not_finite(self, keys: Mapping[int, Tensor], values: Mapping[int, Tensor]) -> str:
-        """Why vectors cannot be stored of which one is NaN or infinite, or would be in the dtype that stores it."""
-        kinds = (("key", keys, "key_dtype", self.key_dtype), ("value", values, "value_dtype", self.value_dtype))
-        for what, vectors, setting, dtype in kinds:
-            for number, tensor in vectors.items():
-                lost = torch.isfinite(tensor) & ~torch.isfinite(as_stored(tensor, VECTOR_DTYPES[dtype]))
-                if lost.any():
-                    return (
-                        f"a {what} of layer {number} is {tensor[lost][0].item():.4g}, more than {dtype} can hold, so "
-                        f"nothing was stored: use a memory with {setting}='bfloat16' or 'float32'"
-                    )
-        return (
-            "a key or value is NaN or infinite, so nothing was stored: the model overflows in this dtype or its "
-            "weights are damaged; try dtype float32 or check the checkpoint"
-        )

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from inspection_demo import demo_trace
 
+import fot.inspection.page
 from fot.inspection.page import page_data, write_page
 from fot.inspection.result import Token, Trace
 
@@ -105,8 +106,45 @@ def test_data_is_what_was_recorded() -> None:
         assert region["texts"][hit[3]] == trace.tokenizer.decode([memory.token_ids([slot])[0]])
         assert region["document"] == memory.source(slot).document
         expected = [found.score[at], found.knn_score[at], found.share[at], found.focus_score[at]]
-        assert hit[4:] == pytest.approx(expected, rel=5e-3)
+        assert hit[4:8] == pytest.approx(expected, rel=5e-3)
+        _, start, stop, _ = trace.ranked(7)[hit[8]]
+        assert start <= slot < stop
     assert sum(sum(entry["mass"]) for entry in data["documents"]) == pytest.approx(trace.strips[0].bins.sum(), rel=0.01)
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="needs node")
+def test_passages_are_those_of_the_trace_in_its_order() -> None:
+    """The page's own program lists them, and they are what ``Trace.passages`` says of each token of the answer."""
+    trace, data = demo(), page_data(demo(), 32)  # all hits that were recorded
+    program = (Path(fot.inspection.page.__file__).parent / "page.js").read_text("utf-8")
+    function = re.search(r"function passagesOf.*?\n}\n", program, re.DOTALL)
+    assert function is not None
+    script = f"""
+      const data = JSON.parse(require('fs').readFileSync(0));
+      const chosenLayers = () => data.layers.map((_, i) => i), chosenHeads = () => [...Array(data.heads).keys()];
+      const memoryShare = () => 1;
+      {function[0]}
+      const listed = data.queries.map((query) => passagesOf(query).slice(0, 8).map((one) =>
+        [data.regions[one.region].memory, data.regions[one.region].start + one.start, one.stop - one.start]));
+      console.log(JSON.stringify(listed));
+    """
+    done = subprocess.run(["node", "-e", script], input=json.dumps(data), capture_output=True, text=True, check=True)
+    listed, compared = json.loads(done.stdout), 0
+    for place, token in enumerate(trace.tokens):
+        if token.is_generated:
+            passages = trace.passages(8, token=place)
+            assert listed[place - 1] == [[0, one.start, one.stop - one.start] for one in passages]
+            compared += len(passages)
+    assert compared > 50
+
+
+def test_passages_of_one_token_are_part_of_its_own_mass() -> None:
+    trace = demo()
+    first = next(place for place, token in enumerate(trace.tokens) if token.is_generated)
+    every = trace.passages(10_000, token=first)
+    assert 0 < sum(passage.share for passage in every) <= 1 + 1e-6
+    assert trace.passages(3, token=first) == every[:3]
+    assert trace.passages(3, token=first) != trace.passages(3)
 
 
 @needs_browser
@@ -124,12 +162,10 @@ def test_a_token_in_the_address_is_shown(page: Path) -> None:
     assert found["title"] == f"Looked at when choosing “{word}”"
     assert found["options"] == [word]
     assert found["facts"].startswith(f"{100 * (1 - trace.found.local[place - 1].mean()):.1f}% of the attention")
-    # pooled, the stretch with most attention from the query that chose the token comes first
-    shares: dict[int, float] = {}
-    for hit in data["queries"][place - 1]["hits"]:
-        shares[hit[2]] = shares.get(hit[2], 0.0) + hit[6]
-    region = data["regions"][max(shares, key=lambda number: shares[number])]
-    assert found["documents"][0] == region["document"]
+    passages = trace.passages(8, token=place)
+    assert found["documents"] == [passage.document for passage in passages]
+    strongest = next(hit for hit in data["queries"][place - 1]["hits"] if hit[8] == 0)
+    region = data["regions"][strongest[2]]
     assert found["excerpts"][0].strip("… \u00a0") in " ".join("".join(region["texts"]).split())
     assert {mark.strip() for mark in found["marks"]} <= {text.strip() for text in region["texts"]}
     assert found["bars"][0] == f"{100 * next(iter(trace.documents().values())):.1f}%"

@@ -3,7 +3,6 @@
 const data = JSON.parse(document.getElementById("data").textContent);
 const byId = (id) => document.getElementById(id);
 const layerSelect = byId("layer"), headSelect = byId("head");
-const GAP = 8;            // hits at most this many tokens apart are one passage
 const CONTEXT = 8;        // tokens shown on either side
 const MOST_PASSAGES = 8;
 const MOST_DOCUMENTS = 10;
@@ -129,16 +128,16 @@ function onKey(event) {
 
 // ---- passages ------------------------------------------------------------------------------------------------------
 
-/** Hits of the chosen layers and heads, those side by side merged: most attention first. */
+/** Passages with hits of the chosen layers and heads, in the order of Trace.passages, which merged and ranked them. */
 function passagesOf(query) {
   const layers = new Set(chosenLayers()), heads = new Set(chosenHeads());
   const hits = query.hits.filter(([layer, head]) => layers.has(layer) && heads.has(head));
-  hits.sort((a, b) => a[2] - b[2] || a[3] - b[3]);
+  hits.sort((a, b) => a[8] - b[8] || a[3] - b[3]);
   const passages = [];
   for (const hit of hits) {
     const last = passages[passages.length - 1];
-    if (last && last.region === hit[2] && hit[3] - last.stop < GAP) { last.hits.push(hit); last.stop = hit[3] + 1; }
-    else passages.push({ region: hit[2], start: hit[3], stop: hit[3] + 1, hits: [hit] });
+    if (last && last.rank === hit[8]) { last.hits.push(hit); last.stop = hit[3] + 1; }
+    else passages.push({ rank: hit[8], region: hit[2], start: hit[3], stop: hit[3] + 1, hits: [hit] });
   }
   const number = layers.size * heads.size, onMemory = number * memoryShare(query);
   for (const passage of passages) {
@@ -147,7 +146,7 @@ function passagesOf(query) {
     passage.knn = onMemory ? Math.min(1, sum / onMemory) : 0;
     passage.best = passage.hits.reduce((a, b) => (b[6] > a[6] ? b : a));
   }
-  return passages.sort((a, b) => b.share - a.share);
+  return passages;
 }
 
 function excerpt(passage) {

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from fot.inspection.passages import document_name
-from fot.inspection.result import Trace
+from fot.inspection.result import MEMORY_STRIDE, Trace
 from fot.inspection.strip import run_of
 from fot.inspection.texts import token_texts
 from memory import Memory
@@ -56,20 +56,22 @@ def write_page(path: Path, trace: Trace, *, title: str = "Inspection", model: st
 def page_data(trace: Trace, limit: int) -> dict[str, Any]:
     """What the page shows, as JSON; ``limit`` hits of each token, layer and head.
 
-    Hits are [layer, head, region, token in the region, score, kNN score, share, focus score], where layers and
-    regions are counted from 0. A region is a stretch of one document around some hits.
+    Hits are [layer, head, region, token in the region, score, kNN score, share, focus score, passage], where layers,
+    regions and passages are counted from 0. A region is a stretch of one document around some hits. Passages are
+    those of ``Trace.ranked``, in that order.
     """
     found = trace.found
     keep = found.memory[..., :limit] >= 0
-    regions, where = _regions(trace, limit)
+    ranks = _ranks(trace, limit)
+    regions, where = _regions(trace, limit, ranks)
     queries = []
     for query in range(len(found.positions)):
         hits = []
         for layer, head, rank in np.argwhere(keep[query]).tolist():
             at = (query, layer, head, rank)
             numbers = (found.score[at], found.knn_score[at], found.share[at], found.focus_score[at])
-            place = where[int(found.memory[at]), int(found.slot[at])]
-            hits.append([layer, head, *place, *(_short(number) for number in numbers)])
+            slot = int(found.memory[at]), int(found.slot[at])
+            hits.append([layer, head, *where[slot], *(_short(number) for number in numbers), int(ranks[at])])
         local = [[_short(share) for share in heads] for heads in found.local[query]]
         queries.append({"position": int(found.positions[query]), "local": local, "hits": hits})
     return {
@@ -86,13 +88,34 @@ def page_data(trace: Trace, limit: int) -> dict[str, Any]:
     }
 
 
-def _regions(trace: Trace, limit: int) -> tuple[list[dict[str, Any]], dict[tuple[int, int], tuple[int, int]]]:
+def _ranks(trace: Trace, limit: int) -> np.ndarray:
+    """(Q, L, H, limit) int64: which passage of ``Trace.ranked`` holds each hit; -1 for no hit."""
+    memory, slot = trace.found.memory[..., :limit], trace.found.slot[..., :limit]
+    ranks = np.full(memory.shape, -1)
+    for query, hit in enumerate(memory >= 0):
+        passages = [
+            (number * MEMORY_STRIDE + start, rank) for rank, (number, start, _, _) in enumerate(trace.ranked(query))
+        ]
+        if passages:  # they do not overlap
+            starts, order = np.asarray(sorted(passages)).T
+            slots = (memory[query] * MEMORY_STRIDE + slot[query])[hit]
+            ranks[query][hit] = order[np.searchsorted(starts, slots, side="right") - 1]
+    return ranks
+
+
+def _regions(
+    trace: Trace, limit: int, ranks: np.ndarray
+) -> tuple[list[dict[str, Any]], dict[tuple[int, int], tuple[int, int]]]:
     """Stretches of text around the hits shown, and (memory, slot) -> (region, token in it)."""
     regions: list[dict[str, Any]] = []
     where = {}
     memory_of, slot_of = trace.found.memory[..., :limit], trace.found.slot[..., :limit]
+    shown = {(query, rank) for query, *_, rank in zip(*np.nonzero(ranks >= 0), ranks[ranks >= 0], strict=True)}
+    passages = {trace.ranked(query)[rank][:3] for query, rank in shown}
     for number, memory in enumerate(trace.memories):
-        slots = np.unique(slot_of[memory_of == number])
+        # Whole passages: the page merges their hits, which lie in one region so.
+        inside = [np.arange(start, stop) for which, start, stop in passages if which == number]
+        slots = np.unique(np.concatenate([slot_of[memory_of == number], *inside]))
         runs = memory.document_runs()
         open_until, run = 0, -1
         for slot, its_run in zip(slots.tolist(), run_of(runs, slots).tolist(), strict=True):

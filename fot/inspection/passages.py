@@ -59,15 +59,17 @@ def find_passages(
         weights: (n,), what decides about the order.
         count: runs wanted.
     """
-    taken = np.zeros(len(slots), dtype=bool)
+    # Plain lists: a page ranks thousands of small sets, and NumPy's scalars would take most of the time.
+    places, numbers, mass, weight = slots.tolist(), documents.tolist(), masses.tolist(), weights.tolist()
+    taken = [False] * len(places)
     found: list[tuple[float, tuple[int, int, float]]] = []
-    for seed in np.argsort(-weights, kind="stable"):
+    for seed in np.argsort(-weights, kind="stable").tolist():
         if taken[seed]:
             continue
-        low, high = _grow(slots, documents, taken, int(seed))
-        taken[low : high + 1] = True
+        low, high = _grow(places, numbers, taken, seed)
         run = slice(low, high + 1)
-        found.append((float(weights[run].sum()), (int(slots[low]), int(slots[high]) + 1, float(masses[run].sum()))))
+        taken[run] = [True] * (high + 1 - low)
+        found.append((sum(weight[run]), (places[low], places[high] + 1, sum(mass[run]))))
         if len(found) >= 8 * count:  # a later seed weighs less than any of these; few such add up to more
             break
     return [run for _, run in sorted(found, key=lambda entry: -entry[0])[:count]]
@@ -91,13 +93,13 @@ def make_passage(
     return Passage(document_name(first.document, own=own), start, stop, span, share, text, marked)
 
 
-def _grow(slots: np.ndarray, documents: np.ndarray, taken: np.ndarray, seed: int) -> tuple[int, int]:
+def _grow(slots: list[int], documents: list[int], taken: list[bool], seed: int) -> tuple[int, int]:
     """The run around a seed: the nearer neighbour first, while it is near enough and the run short enough."""
 
     def distance(inside: int, outside: int) -> int:
         if not 0 <= outside < len(slots) or taken[outside] or documents[outside] != documents[seed]:
             return LONGEST
-        return abs(int(slots[inside]) - int(slots[outside]))
+        return abs(slots[inside] - slots[outside])
 
     low = high = seed
     while True:

@@ -129,26 +129,47 @@ class Trace:
         total = sum(sums.values())
         return {name: mass / total for name, mass in sorted(sums.items(), key=lambda item: -item[1])}
 
-    def passages(self, count: int = 5) -> list[Passage]:
+    def passages(self, count: int = 5, *, token: int | None = None) -> list[Passage]:
         """What carried attention mass for tokens of the answer in particular, adjacent hits merged, most first.
 
         Shares are of the mass on all memory, over all layers and heads; only the hits kept count. What is hit at every
         token (an attention sink, such as the first token of a book) says nothing about this answer. So the order is by
         mass times ``log((1 + tokens) / tokens that hit the slot)``, as rare words count in text retrieval.
+
+        Args:
+            count: passages wanted.
+            token: place in ``tokens``: only what was attended to when this token of the answer was chosen, or this
+                token of the prompt was read; None for the whole answer.
         """
-        slots, masses, weights = self._hit_masses()
+        found = self.found
+        if token is None:
+            ranked = self._ranked(np.flatnonzero(found.chose), count)
+        else:
+            position = token - 1 if self.tokens[token].is_generated else token
+            ranked = [run for q in np.flatnonzero(found.positions == position) for run in self.ranked(int(q))[:count]]
+        return [
+            make_passage(self.memories[number], start, stop, share, self.tokenizer, own=number == self.own)
+            for number, start, stop, share in ranked
+        ]
+
+    def ranked(self, query: int) -> list[tuple[int, int, int, float]]:
+        """All passages of a query token, ranked as ``passages`` does: (memory, first, past-the-end slot, share).
+
+        Args:
+            query: number of the token among those of ``found``.
+        """
+        if query not in self._ranks:
+            self._ranks[query] = self._ranked(np.asarray([query]), self.found.memory[query].size)
+        return self._ranks[query]
+
+    def _ranked(self, queries: np.ndarray, count: int) -> list[tuple[int, int, int, float]]:
+        slots, masses, weights = self._hit_masses(queries)
         documents = np.zeros_like(slots)
         for number, memory in enumerate(self.memories):
             mine = slots // MEMORY_STRIDE == number
             documents[mine] = run_of(memory.document_runs(), slots[mine] % MEMORY_STRIDE)
-        passages = []
-        for start, stop, mass in find_passages(slots, documents, masses, weights, count):
-            number, start = divmod(start, MEMORY_STRIDE)
-            stop %= MEMORY_STRIDE
-            passages.append(
-                make_passage(self.memories[number], start, stop, mass, self.tokenizer, own=number == self.own)
-            )
-        return passages
+        runs = find_passages(slots, documents, masses, weights, count)
+        return [(*divmod(start, MEMORY_STRIDE), stop % MEMORY_STRIDE, mass) for start, stop, mass in runs]
 
     def to_columns(self) -> dict[str, list[Any]]:
         """The hits as columns: name -> one value a hit. ``pandas.DataFrame`` takes it."""
@@ -198,19 +219,36 @@ class Trace:
         }
         write_bytes(Path(path), json.dumps(content).encode())
 
-    def _hit_masses(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Slots hit while tokens were chosen, ascending, as number * MEMORY_STRIDE + slot; their shares of the mass;
+    def _hit_masses(self, queries: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Slots that these query tokens hit, ascending, as number * MEMORY_STRIDE + slot; their shares of the mass;
         and their weights, see ``passages``."""
-        found, chose = self.found, self.found.chose
-        hit = found.memory[chose] >= 0
-        slots = (found.memory[chose] * MEMORY_STRIDE + found.slot[chose])[hit]
-        distinct, place = np.unique(slots, return_inverse=True)
-        total = float((1.0 - found.local[chose].astype(np.float64)).sum()) or 1.0
-        masses = np.bincount(place, weights=found.share[chose][hit] / total, minlength=len(distinct)).astype(np.float64)
-        token = np.nonzero(hit)[0]
-        pairs = np.unique(place * len(hit) + token)  # a slot and a token that hit it, each once
-        tokens = np.bincount(pairs // max(1, len(hit)), minlength=len(distinct))
-        return distinct, masses, masses * np.log((1 + len(hit)) / np.maximum(tokens, 1))
+        found = self.found
+        hit = found.memory[queries] >= 0
+        distinct, place = np.unique(self._slots_hit(queries)[hit], return_inverse=True)
+        total = float((1.0 - found.local[queries].astype(np.float64)).sum()) or 1.0
+        shares = found.share[queries][hit] / total
+        masses = np.bincount(place, weights=shares, minlength=len(distinct)).astype(np.float64)
+        known, tokens = self._answer_tokens
+        at = np.searchsorted(known, distinct)
+        counts = np.where(np.isin(distinct, known), tokens[np.minimum(at, len(tokens) - 1)], 1) if len(known) else 1
+        return distinct, masses, masses * np.log((1 + int(found.chose.sum())) / counts)
+
+    def _slots_hit(self, queries: np.ndarray) -> np.ndarray:
+        """(q, L, H, K) number * MEMORY_STRIDE + slot."""
+        return self.found.memory[queries] * MEMORY_STRIDE + self.found.slot[queries]
+
+    @cached_property
+    def _answer_tokens(self) -> tuple[np.ndarray, np.ndarray]:
+        """Slots hit while the answer was chosen, ascending, and how many of its tokens hit each."""
+        chose = np.flatnonzero(self.found.chose)
+        hit = self.found.memory[chose] >= 0
+        known, place = np.unique(self._slots_hit(chose)[hit], return_inverse=True)
+        pairs = np.unique(place * len(hit) + np.nonzero(hit)[0])  # a slot and a token that hit it, each once
+        return known, np.bincount(pairs // max(1, len(hit)), minlength=len(known))
+
+    @cached_property
+    def _ranks(self) -> dict[int, list[tuple[int, int, int, float]]]:
+        return {}
 
     @cached_property
     def _places(self) -> dict[tuple[int, int], dict[str, Any]]:
