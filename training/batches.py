@@ -38,8 +38,8 @@ between the places where the others are in it, so that lanes do not go through t
 import math
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
-from itertools import pairwise
+from dataclasses import dataclass, fields, replace
+from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
@@ -119,6 +119,20 @@ def batch_of(spans: Sequence[Span], windows: int, window: int, pad_token_id: int
     )
 
 
+def select_lanes(batch: Batch, start: int, stop: int) -> Batch:
+    """Lanes ``start`` to ``stop - 1`` of a batch, numbered from 0."""
+    rows = (batch.lane >= start) & (batch.lane < stop)
+    found = Batch(*(getattr(batch, f.name)[rows] for f in fields(Batch)))
+    return replace(found, lane=found.lane - start)
+
+
+def join_lanes(batches: Sequence[Batch]) -> Batch:
+    """The lanes of several batches of one shape in one batch, numbered through."""
+    joint = Batch(*(torch.cat([getattr(batch, f.name) for batch in batches]) for f in fields(Batch)))
+    firsts = accumulate((int(batch.lane[-1]) + 1 for batch in batches[:-1]), initial=0)
+    return replace(joint, lane=torch.cat([batch.lane + first for batch, first in zip(batches, firsts, strict=True)]))
+
+
 @dataclass(frozen=True)
 class TaskSource:
     """Generated documents in the mix: ``weight`` is their share of the tokens, as that of ``DataSource``."""
@@ -144,12 +158,12 @@ class DocumentLoader(Iterator[Batch]):
     Args:
         sources: texts and tasks; each label once.
         tokenizer: of the model; None if all sources are tasks.
-        lanes: documents side by side on this process.
+        lanes: documents side by side.
         windows: consecutive windows of a lane in a batch (k).
         window: tokens of a window.
         seed: of the order of documents. Document n of a task is made by ``Random(f"{seed}/{task.name}/{n}")``.
-        rank: of this process, which has lanes and documents of its own.
-        world_size: number of processes.
+        rank: number of the share of the documents to read, such as that of a process (``training.shares``).
+        world_size: number of shares, of which no two have a document in common.
         align_documents: start each document at the first window of a step, with padding.
 
     Raises:

@@ -130,7 +130,7 @@ def set_contexts(
     Every process chooses for all rows, so all know whether any row has contexts, and then all of them gather.
     """
     rank, count = accelerator.process_index, len(batch.input_ids)
-    rows = gathered_rows(batch, recipe.lanes, accelerator)
+    rows = gathered_rows(batch, accelerator)
     choice = choose_all(recipe.schedule(), rows, d, seed, isolated=crossbatch.config.isolated_windows)
     mine = range(rank * count, (rank + 1) * count)
     found = choice.of(mine, rows.padding, batch.input_ids.device)
@@ -146,11 +146,11 @@ def set_contexts(
             )
 
 
-def gathered_rows(batch: Batch, lanes: int, accelerator: Accelerator) -> Rows:
-    """The rows of all processes, in the order of their ranks; lanes are numbered through."""
+def gathered_rows(batch: Batch, accelerator: Accelerator) -> Rows:
+    """The rows of all processes, in the order of their ranks; all have as many lanes, which are numbered through."""
     if accelerator.num_processes == 1:
         return rows_of(batch)
-    lane = batch.lane + accelerator.process_index * lanes
+    lane = batch.lane + accelerator.process_index * (int(batch.lane[-1]) + 1)
     table = torch.cat(
         [torch.stack([lane, batch.index, batch.document], dim=1), batch.padding, batch.content, batch.position], dim=1
     )
