@@ -105,15 +105,15 @@ def find_start(
     folder = out / "checkpoints"
     for place in (out, folder):
         recover(place)
-    found = list_checkpoints(folder)
-    if found and not resume:
+    saved = list_checkpoints(folder)
+    if saved and not resume:
         raise ValueError(
-            f"{out} already holds a run ({found[-1].name}): add --resume to continue it, or choose another --out"
+            f"{out} already holds a run ({saved[-1].name}): add --resume to continue it, or choose another --out"
         )
     results = [name for name in RESULTS if (out / name).exists()]
-    if results and not found:
+    if results and not saved:
         raise ValueError(f"{out} holds the result of a run ({results[0]}) but no checkpoint: choose another --out")
-    if not found:
+    if not saved:
         if resume:
             _say(f"{out} holds no checkpoint to resume from: starting from the beginning")
         return None

@@ -14,11 +14,12 @@ from fot.config import MemoryConfig
 from fot.loading import load_model
 from fot.model import detach_memory
 from fot.tasks.dictionary import DictionaryTask
+from fot.tasks.task import Task
 from training.batches import DocumentLoader, TaskSource
 from training.data import DataSource, describe, find_files, read_documents
 from training.recipe import Recipe
 from training.shares import LaneLoader
-from training.tasks import SyntheticRetrieval, Task, filler_from
+from training.tasks import SyntheticRetrieval, filler_from
 
 # Documents of a task's filler that are held in memory, tokenised.
 FILLER_TOKENS = 4_000_000
@@ -120,7 +121,7 @@ def build_loader(
     for number, settings in enumerate(recipe.tasks):
         with entry(f"tasks[{number}]"):
             tasks.append(TaskSource(build_task(settings, recipe, config, tokenizer), settings.get("weight", 1.0)))
-    sources = [*map(data_source, recipe.sources), *tasks]
+    sources: list[DataSource | TaskSource] = [*map(data_source, recipe.sources), *tasks]
 
     def share(number: int) -> DocumentLoader:
         return DocumentLoader(
@@ -246,7 +247,7 @@ def build_task(settings: dict[str, Any], recipe: Recipe, config: MemoryConfig, t
             texts += list(tokenised(source, tokenizer))
     if "facts" in own:
         own["facts"] = tuple(own["facts"])
-    return SyntheticRetrieval(tokenizer, filler_from(texts), **(shape | own))
+    return SyntheticRetrieval(tokenizer, filler_from(texts, tokenizer), **(shape | own))
 
 
 def tokenised(settings: dict[str, Any], tokenizer: Any) -> Iterator[list[int]]:

@@ -151,12 +151,12 @@ def gathered_rows(batch: Batch, accelerator: Accelerator) -> Rows:
     if accelerator.num_processes == 1:
         return rows_of(batch)
     lane = batch.lane + accelerator.process_index * (int(batch.lane[-1]) + 1)
-    table = torch.cat(
-        [torch.stack([lane, batch.index, batch.document], dim=1), batch.padding, batch.content, batch.position], dim=1
-    )
+    singles = torch.stack([lane, batch.index, batch.document, batch.whole], dim=1)
+    table = torch.cat([singles, batch.padding, batch.content, batch.position], dim=1)
     table = accelerator.gather(table)
     width = batch.input_ids.shape[1]
-    head, padding, content, position = table.split([3, width, width, width], dim=1)
+    singles, padding, content, position = table.split([singles.shape[1], width, width, width], dim=1)
     padding = padding.bool()
-    lane, index, document = head.unbind(1)
-    return Rows(lane, index, document, padding if bool(padding.any()) else None, held_by(content, position))
+    lane, index, document, whole = singles.unbind(1)
+    held = held_by(content, position)
+    return Rows(lane, index, document, padding if bool(padding.any()) else None, held, whole.bool())

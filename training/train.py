@@ -125,7 +125,7 @@ def train(
     if checkpoint is not None:
         start = restore(checkpoint.path, trained, optimizer, accelerator)
         loader.load_state_dict(start.data)
-    on_main(accelerator, lambda: claim(out, recipe, data, checkpoint and checkpoint.path))
+    on_main(accelerator, lambda: claim(out, recipe, data, checkpoint.path if checkpoint else None))
     if not recipe.held_out and accelerator.is_main_process:
         print(
             "the recipe names no held_out texts, so the log will not show whether the memory helps on text",
