@@ -20,7 +20,7 @@ from training.crossbatch import enable_crossbatch
 from training.evaluation import build_evaluation, score
 from training.flops import flops_per_token
 from training.launch import lone_process
-from training.log import Log, check_trackers, finite, flat, numbers, summary_writer
+from training.log import Log, check_trackers, end_trackers, finite, flat, numbers, summary_writer
 from training.progress import Progress, each_warning_once
 from training.rates import learning_rate_at
 from training.recipe import Recipe
@@ -53,7 +53,7 @@ def train(
     callbacks: Sequence[Watcher] = (),
     peak_tflops: float | None = None,
 ) -> dict[str, Any]:
-    """Train as the recipe says.
+    """Train as the recipe says. A process group of ``torch.distributed`` is left as it is, for the caller to end.
 
     Args:
         recipe: what to do.
@@ -203,7 +203,7 @@ def train(
                 if last:
                     break
                 if signum:
-                    accelerator.end_training()
+                    end_trackers(accelerator)
                     raise Stopped(signum, f"stopped after step {step + 1}, which is saved: continue with --resume")
     except FloatingPointError as error:
         raise FloatingPointError(f"{error}; {_way_on(out / 'checkpoints', step, accelerator)}") from error
@@ -218,7 +218,7 @@ def train(
     if accelerator.is_main_process:
         write_result(out, recipe, model, tokenizer, config, parameters, list(trained), finite(line))
     accelerator.wait_for_everyone()
-    accelerator.end_training()
+    end_trackers(accelerator)
     return finite(line)
 
 
