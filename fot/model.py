@@ -22,7 +22,7 @@ from fot.ingest import ingest
 from fot.loss import chunked_loss
 from fot.origin import origin
 from fot.recording import recorder_of
-from fot.windows import Inputs, extend, prefill
+from fot.windows import Inputs, read
 from memory import Memory
 
 
@@ -189,10 +189,17 @@ class FoTForCausalLM:
         use_cache = self.config.use_cache if use_cache is None else use_cache
         if not use_cache and attention_mask is None and _is_packed(position_ids):
             outputs = self._packed(inputs, cache, keep, kwargs)
-        elif cache.seen == 0:
-            outputs = prefill(self, inputs, cache, keep, last_context_length, kwargs)
         else:
-            outputs = extend(self, inputs, cache, keep, kwargs)
+            outputs = read(
+                self,
+                inputs,
+                cache,
+                keep,
+                # transformers asks for the logits after the prompt and after each candidate.
+                candidates=keep - 1 if cache.revertible and not needs_all else 0,
+                last_context_length=last_context_length,
+                options=kwargs,
+            )
         hidden = outputs.last_hidden_state  # (B, keep, hidden_size)
         loss = None if labels is None else chunked_loss(hidden, labels, partial(head, self), num_items)
         if isinstance(logits_to_keep, Tensor):
@@ -255,6 +262,12 @@ class FoTForCausalLM:
                 f"cache_implementation is {implementation!r}; a model with memory keeps a cache of its own kind: leave "
                 "it out"
             )
+        early_exit = _asked("assistant_early_exit", generation_config, kwargs)
+        if early_exit is not None and early_exit <= max(self.memory_config.layers, default=-1):
+            raise ValueError(
+                f"assistant_early_exit is {early_exit}, so memory layer {self.memory_config.layers[-1]} would not run: "
+                f"use more layers, or assistant_model or prompt_lookup_num_tokens"
+            )
         ids = kwargs.get("input_ids") if inputs is None else inputs
         if isinstance(ids, Tensor) and ids.dtype in (torch.int32, torch.int64):
             self.check_ids(ids)
@@ -264,6 +277,8 @@ class FoTForCausalLM:
         kwargs = {name: value for name, value in kwargs.items() if name not in (CACHE, "past_key_values")}
         if cache is None and _asked("use_cache", generation_config, kwargs) is not False:
             cache = FoTCache(self._given(memory), "row", write=update_memory)
+            if getattr(generation_config, "is_assistant", False):
+                cache.activate_past_recording()
         elif memory is not None:
             if update_memory or cache is not None:
                 raise ValueError("memory= cannot be joined with use_cache=False and update_memory, nor with a cache")
