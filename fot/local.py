@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import Cache, DynamicCache
 
-from fot.attention import memory_attention
+from fot.attention import local_weights, memory_attention
 from fot.config import MemoryConfig
 from fot.recording import Recorder
 from fot.rotary import Rotary, rotary_of
@@ -137,6 +138,20 @@ class LocalCache(DynamicCache):
         Raises:
             WindowStored: this is the layer that it ends at.
         """
+        return self._attend(layer, queries, keys, values, scale)[0]
+
+    def attend_and_weigh(
+        self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """As ``attend``, with the weights of the window's slots, (B, H, T, S): what they lack to 1 is the memory's."""
+        output, lses = self._attend(layer, queries, keys, values, scale)
+        first, mask = self.unstored()
+        lse = torch.stack(lses).logsumexp(0)
+        return output, pad(local_weights(queries, keys[:, :, first:], mask, lse, scale=scale), (first, 0))
+
+    def _attend(
+        self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, scale: float
+    ) -> tuple[Tensor, list[Tensor]]:
         if layer == self.ends_at:
             raise WindowStored
         first, mask = self.unstored()
@@ -146,7 +161,7 @@ class LocalCache(DynamicCache):
         )
         if self.recorder is not None:
             self.recorder.note(layer, queries, lses, self, scale)
-        return output
+        return output, lses
 
     def unstored(self) -> tuple[int, Tensor | None]:
         """Which slots memory layers attend to here: sinks they find in the memory, with all else that has moved there.

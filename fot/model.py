@@ -22,7 +22,7 @@ from fot.ingest import ingest
 from fot.loss import chunked_loss
 from fot.origin import origin
 from fot.recording import recorder_of
-from fot.windows import Inputs, read
+from fot.windows import SINGLE_WINDOW_OPTIONS, Inputs, read
 from memory import Memory
 
 
@@ -173,7 +173,9 @@ class FoTForCausalLM:
             last_context_length: overrides the setting of this name.
             return_dict: False for a tuple.
             cache: the ``FoTCache`` of an earlier call.
-            kwargs: passed to the decoder (``output_hidden_states=True``, ...) if the input fits one window.
+            kwargs: passed to the decoder (``output_hidden_states=True``, ...) if the input fits one window. Where memory
+                layers attend to a memory, ``output_attentions=True`` (over ``eager``) gives the weights of the window's
+                tokens: a row sums to 1 less the share of the memory, which ``fot.trace`` shows.
 
         Raises:
             ValueError: inputs that do not go together, or a memory made by other weights.
@@ -184,6 +186,9 @@ class FoTForCausalLM:
             cache.open_rows(inputs.batch_size, self)
         cache.watch(self.recorder)
         num_items = kwargs.pop("num_items_in_batch", None)
+        for name in SINGLE_WINDOW_OPTIONS:
+            if kwargs.get(name) is None and getattr(self.config, name, False):
+                kwargs[name] = True
         needs_all = labels is not None or isinstance(logits_to_keep, Tensor) or logits_to_keep == 0
         keep = inputs.length if needs_all else min(int(logits_to_keep), inputs.length)
         use_cache = self.config.use_cache if use_cache is None else use_cache

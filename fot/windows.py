@@ -16,6 +16,8 @@ from fot.config import check_memory_layers
 from fot.local import UNKNOWN_TOKEN, LocalCache, WindowStored, local_window
 from memory import Memory
 
+SINGLE_WINDOW_OPTIONS = ("output_hidden_states", "output_attentions")
+
 
 @dataclass(frozen=True)
 class Inputs:
@@ -415,7 +417,7 @@ def _new_mask(attention_mask: Tensor, batch: int, length: int, seen: int) -> Ten
 
 
 def _refuse_single_window_options(model: Any, options: dict[str, Any]) -> None:
-    for name in ("output_hidden_states", "output_attentions"):
+    for name in SINGLE_WINDOW_OPTIONS:
         if options.get(name):
             raise ValueError(
                 f"{name} is kept within one window of {model.memory_config.window} tokens; this input is longer"
