@@ -64,9 +64,10 @@ def attach_memory(model: Any, config: MemoryConfig | None = None) -> "FoTForCaus
 def detach_memory(model: Any) -> PreTrainedModel:
     """Undo ``attach_memory``, in place: the same object is the plain transformers model again.
 
-    ``attach_memory(model, config)`` brings the memory back.
+    ``attach_memory(model, config)`` brings the memory back. Saved without it, the model knows nothing of a memory.
     """
     _remove_hooks(model)
+    vars(model.config).pop(CONFIG_KEY, None)
     model.__class__ = _plain_class(model)
     _bind_wrapped(model)
     model.set_attn_implementation(model.config._attn_implementation.removeprefix(PREFIX))
