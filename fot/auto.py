@@ -1,4 +1,4 @@
-"""transformers' Auto class loads a checkpoint with memory settings as the plain model that it also is, and says so here.
+"""transformers' Auto class loads a checkpoint with memory settings as the plain model it also is, and says so here.
 
 Importing this module, as ``import fot`` does, adds the warning. What is loaded stays the same.
 """
