@@ -14,6 +14,7 @@ transformers calls this by its ``AttentionInterface``: a model with memory has t
 training, contexts by the keyword ``CONTEXT``.
 """
 
+import math
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -106,13 +107,31 @@ def memory_attention(
         config: resolved.
 
     Returns:
-        output (B, H, T, D); log-sum-exps (B, H, T) float32 of the local part and, if anything is stored, of the memory.
+        output (B, H, T, D); log-sum-exps (B, H, T) float32 of the local part, raised by ``memory_discount``, and, if
+        anything is stored, of the memory.
     """
     parts = [attend_local(queries, keys, values, mask, scale=scale)]
     if any(len(memory) for row in memories for memory in row):
-        parts.append(attend_memory(queries, memories, layer, scale=scale, config=config))
+        output, lse = parts[0]
+        discounts = [memory_discount(row, config) for row in memories]
+        if any(discounts):
+            # Less for the memory is more for the window: so log-sum-exps of the memory stay those of its keys.
+            lse = lse + torch.tensor(discounts, device=lse.device)[:, None, None]
+        parts = [(output, lse), attend_memory(queries, memories, layer, scale=scale, config=config)]
     output, _ = merge(parts)
     return output, [lse for _, lse in parts]
+
+
+def memory_discount(memories: Sequence[Memory], config: MemoryConfig) -> float:
+    """By how much the log-sum-exp of a row's memories is lowered: log(n / ``full_weight_tokens``), at least 0.
+
+    A softmax over ever more keys gives ever less to each, so that many keys of no use drown a few, and the local window
+    with them (the paper's distraction, arXiv 2307.03170, section 3.3). n tokens then weigh as much as
+    ``full_weight_tokens``.
+    """
+    if config.full_weight_tokens is None:
+        return 0.0
+    return math.log(max(1.0, sum(map(len, memories)) / config.full_weight_tokens))
 
 
 def attend_local(

@@ -32,6 +32,9 @@ class MemoryConfig:
             Attention that finds nothing relevant goes to these tokens, and without them predictions become much worse
             (StreamingLLM, arXiv 2309.17453). With ``overflow_keep=0`` no sinks stay, because the next token starts a
             new window.
+        full_weight_tokens: number of tokens from which on a larger memory weighs no more: attention to a memory of n
+            tokens is lowered by the factor full_weight_tokens / n. Most of a large memory is of no use to a token, and
+            this keeps it from drowning the rest. None never lowers it, as in LongLLaMA and the paper.
         mem_positionals: whether memory layers use rotary positions. LongLLaMA uses them; the paper's small models do
             not.
         key_dtype: dtype in which keys are stored: float32, bfloat16, float16 or int8. None takes the model's dtype.
@@ -57,6 +60,7 @@ class MemoryConfig:
     last_context_length: int | None = None
     overflow_keep: int | None = None
     attention_sinks: int = 4
+    full_weight_tokens: int | None = None
     mem_positionals: bool = True
     key_dtype: str | None = None
     value_dtype: str | None = None
@@ -76,7 +80,7 @@ class MemoryConfig:
             if len(grouping) != 2 or min(grouping) < 1:
                 raise ValueError(f"mem_attention_grouping is {grouping}; it takes two positive numbers: heads, queries")
             object.__setattr__(self, "mem_attention_grouping", grouping)
-        for name in ("local_context", "last_context_length", "top_k"):
+        for name in ("local_context", "last_context_length", "full_weight_tokens", "top_k"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1")

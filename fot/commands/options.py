@@ -23,6 +23,8 @@ def add_memory_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--local-context", type=positive, metavar="N",
                         help="tokens in a local window (default: that of the model, at most 2048)")  # fmt: skip
+    parser.add_argument("--full-weight-tokens", type=positive, metavar="N",
+                        help="tokens from which on a larger memory weighs no more (default: that of the model)")  # fmt: skip
     parser.add_argument(
         "--index",
         metavar="NAME",
@@ -105,7 +107,7 @@ def add_outcome_options(parser: argparse.ArgumentParser, *, seed: str, result: s
 
 def memory_settings(args: argparse.Namespace) -> dict[str, Any]:
     """Options that were given, as settings of ``MemoryConfig``."""
-    names = ("mem_layers", "local_context", "index", "top_k")
+    names = ("mem_layers", "local_context", "full_weight_tokens", "index", "top_k")
     return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
 
 
