@@ -100,7 +100,7 @@ def memory_attention(
         queries: (B, H, T, D), rotated, the last T tokens of the window.
         keys: (B, G, S, D), rotated, what of the window is not in the memory.
         values: likewise.
-        mask: (B, S) bool, False at padding; None if there is none.
+        mask: (B, S) bool, False at padding, or float, added to the scores; None if there is none.
         memories: for each row, the memories it reads.
         layer: index of the memory layer.
         scale: factor on inner products.
@@ -143,7 +143,7 @@ def attend_local(
         queries: (B, H, T, D), the last T tokens of the window.
         keys: (B, G, S, D), the whole window.
         values: likewise.
-        mask: (B, S) bool, False at padding; None if there is none.
+        mask: (B, S) bool, False at padding, or float, added to the scores; None if there is none.
         scale: factor on inner products.
 
     Returns:
@@ -160,7 +160,11 @@ def attend_local(
     if mask is not None:
         # Padding sees itself, so that its softmax is not empty: a NaN there would spread through masked values.
         itself = position[None, :] == position[S - T :, None]
-        seen = (seen & mask[:, None, None, :]) | itself  # (B, 1, T, S)
+        if mask.dtype == torch.bool:
+            seen = (seen & mask[:, None, None, :]) | itself  # (B, 1, T, S)
+        else:
+            bias = mask[:, None, None, :].to(queries.dtype).masked_fill(~seen, -torch.inf)
+            seen = bias.masked_fill(itself, 0.0)
     else:
         seen = seen[None, None]
     return attend(queries, keys, values, scale=scale, mask=seen)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache
 
-from fot.attention import memory_attention
+from fot.attention import memory_attention, memory_discount
 from fot.config import MemoryConfig
 from fot.recording import Recorder
 from fot.rotary import Rotary, rotary_of
@@ -156,10 +156,23 @@ class LocalCache(DynamicCache):
     def unstored(self) -> tuple[int, Tensor | None]:
         """Which slots memory layers attend to here: sinks they find in the memory, with all else that has moved there.
 
+        A large memory weighs less (``memory_discount``), and its sinks with it. But a sink must weigh what it did, or
+        attention that found nothing would go elsewhere: what it lacks in the memory it gets here.
+
         Returns:
-            the first slot, and the mask (B, S - first) of the slots from there on, as ``mask``.
+            the first slot, and for the slots from there on a mask (B, S - first): bool, as ``mask``, or float, added to
+            the scores; None if all are attended to alike.
         """
         fewest = min(self.sinks, default=0)
+        discounts = [memory_discount(row, self.config) for row in self.memories]
+        if any(discount for discount, count in zip(discounts, self.sinks, strict=True) if count):
+            assert self.token_ids is not None
+            seen = torch.ones_like(self.token_ids, dtype=torch.bool) if self.mask is None else self.mask
+            device = seen.device
+            lacking = torch.log1p(-torch.exp(-torch.tensor(discounts, device=device))).unsqueeze(1)  # -inf for 0
+            is_sink = seen & (seen.cumsum(1) <= torch.tensor(self.sinks, device=device).unsqueeze(1))
+            bias = torch.zeros(seen.shape, device=device).masked_fill(~seen, -torch.inf)
+            return 0, torch.where(is_sink, lacking, bias)
         if self.mask is None and fewest == max(self.sinks, default=0):
             return fewest, None
         assert self.token_ids is not None
