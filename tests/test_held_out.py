@@ -1,7 +1,6 @@
 """Loss of held-out text with a memory and without: what inference gives, in the log and for the best weights."""
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 

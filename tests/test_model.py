@@ -243,8 +243,14 @@ def test_overflow_moves_the_oldest_tokens(make_model: ModelMaker, ids: Draw) -> 
 @torch.no_grad()
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"attention_sinks": 1}, {"attention_sinks": 0}, {"overflow_keep": 0}]
-    + [{"full_weight_tokens": 20}, {"full_weight_tokens": 20, "attention_sinks": 0}],
+    [
+        {},
+        {"attention_sinks": 1},
+        {"attention_sinks": 0},
+        {"overflow_keep": 0},
+        {"full_weight_tokens": 20},
+        {"full_weight_tokens": 20, "attention_sinks": 0},
+    ],
 )
 @pytest.mark.parametrize("mem_positionals", [True, False])
 def test_past_the_window_equals_the_method_written_out(

@@ -24,7 +24,7 @@ def add_memory_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--local-context", type=positive, metavar="N",
                         help="tokens in a local window (default: that of the model, at most 2048)")  # fmt: skip
     parser.add_argument("--full-weight-tokens", type=positive, metavar="N",
-                        help="tokens from which on a larger memory weighs no more (default: that of the model)")  # fmt: skip
+                        help="tokens from which on a memory weighs no more (default: that of the model)")  # fmt: skip
     parser.add_argument(
         "--index",
         metavar="NAME",
@@ -192,6 +192,13 @@ def above_zero(text: str) -> float:
 
 def positive_list(text: str) -> list[int]:
     return [positive(part) for part in text.split(",")]
+
+
+def whole_list(text: str) -> list[int]:
+    """Numbers of tokens, 0 for none."""
+    if not re.fullmatch(r"\s*\d+\s*(,\s*\d+\s*)*", text, re.ASCII):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers of tokens such as 0,2048,8192")
+    return [int(part) for part in text.split(",")]
 
 
 def integers(text: str) -> list[int]:

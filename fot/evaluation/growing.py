@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fot.loss import token_losses
 from fot.families import head
+from fot.loss import token_losses
 from fot.windows import Inputs, store_isolated
 from memory import Memory
 
@@ -266,7 +266,13 @@ def _joint(texts: Sequence[Sequence[dict[str, Any]]]) -> list[dict[str, Any]]:
 
 
 def _expect(
-    progress: Any, model: Any, spots: Sequence[Sequence[Place]], sizes: Sequence[int], most: int, others: int, tokens: int
+    progress: Any,
+    model: Any,
+    spots: Sequence[Sequence[Place]],
+    sizes: Sequence[int],
+    most: int,
+    others: int,
+    tokens: int,
 ) -> None:
     if progress is None:
         return
