@@ -81,8 +81,8 @@ def _add_perplexity(kinds: Any) -> None:
         "perplexity",
         help="measure the perplexity of texts, within a window or with a memory",
         description="Measure perplexity within single windows. With --memory, measure the perplexity of the same "
-        "tokens at many places of each text, with more and more of the text before them in memory. Plain attention to as much "
-        "text is shown beside it.",
+        "tokens at many places of each text, with more and more of the text before them in memory. Plain attention to "
+        "as much text is shown beside it.",
     )
     parser.add_argument("model", help="alias, folder, GGUF file or hub id")
     parser.add_argument("files", nargs="+", type=named_path, metavar="FILE", help="UTF-8 text")

@@ -63,8 +63,8 @@ def run(
 
     Returns:
         ``{"results": [...], "interrupted": bool}``, one entry a task and length: ``task``, ``length``, ``trials``
-        (fields of ``Trial``) and for each of ``CONDITIONS`` ``score`` (mean), ``whole`` (share of trials with score 1) and
-        ``interval`` (of ``whole``, 95 %), or None. Ctrl-C ends the run and keeps the finished trials.
+        (fields of ``Trial``) and for each of ``CONDITIONS`` ``score`` (mean), ``whole`` (share of trials with score 1)
+        and ``interval`` (of ``whole``, 95 %), or None. Ctrl-C ends the run and keeps the finished trials.
 
     Raises:
         ValueError: ``chat`` and a tokenizer without a chat template, or a length too small for a task.
