@@ -129,7 +129,7 @@ def memory_discount(memories: Sequence[Memory], config: MemoryConfig) -> float:
     with them (the paper's distraction, arXiv 2307.03170, section 3.3). n tokens then weigh as much as
     ``full_weight_tokens``.
     """
-    if config.full_weight_tokens is None:
+    if not config.full_weight_tokens:
         return 0.0
     return math.log(max(1.0, sum(map(len, memories)) / config.full_weight_tokens))
 

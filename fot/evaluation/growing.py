@@ -46,7 +46,7 @@ class Shelf:
     def __init__(self, model: Any, ids: Sequence[int], progress: Any = None) -> None:
         self._model, self._ids, self._progress = model, torch.tensor(ids, dtype=torch.int64), progress
         config = model.memory_config
-        self.window, self.overlap = config.window, config.window_overlap
+        self.window, self.overlap = config.window, config.overlap
         self.step = self.window - self.overlap
         self._read: dict[int, int] = {}  # window -> where its first token is in what was read
         self._all = model.new_memory(index="exact", top_k=None)
