@@ -34,7 +34,7 @@ class MemoryConfig:
             new window.
         full_weight_tokens: number of tokens from which on a larger memory weighs no more: attention to a memory of n
             tokens is lowered by the factor full_weight_tokens / n. Most of a large memory is of no use to a token, and
-            this keeps it from drowning the rest. None takes two windows. 0 never lowers it, as in LongLLaMA and the
+            this keeps it from drowning the rest. None takes four windows. 0 never lowers it, as in LongLLaMA and the
             paper.
         mem_positionals: whether memory layers use rotary positions. LongLLaMA uses them; the paper's small models do
             not.
@@ -155,7 +155,7 @@ class MemoryConfig:
             mem_layers=mem_layers,
             local_context=window,
             overflow_keep=keep,
-            full_weight_tokens=2 * window if self.full_weight_tokens is None else self.full_weight_tokens,
+            full_weight_tokens=4 * window if self.full_weight_tokens is None else self.full_weight_tokens,
             window_overlap=overlap,
             key_dtype=self.key_dtype or dtype,
             value_dtype=self.value_dtype or dtype,
