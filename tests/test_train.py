@@ -16,7 +16,7 @@ import torch
 import yaml
 from peft import PeftModel
 from safetensors.torch import load_file
-from train_helpers import SMALL, losses, write_recipe
+from train_helpers import SMALL, losses, on_processes, write_recipe
 from transformers import LlamaForCausalLM
 
 import fot
@@ -240,12 +240,22 @@ def launch(processes: int, *arguments: str | Path) -> None:
 
 
 @pytest.mark.slow
-def test_sharded_run_equals_one_with_whole_parameters(tmp_path: Path) -> None:
-    """FSDP over two processes, going on from a checkpoint of DDP over two: losses, checkpoints, result."""
+def test_several_processes_end_after_their_result(recipe: Path, tmp_path: Path) -> None:
+    """Twenty times, as a gloo group's end hung now and then."""
+    for number in range(20):
+        out = tmp_path / str(number)
+        on_processes(2, recipe, out, "steps=2")
+        assert (out / "model/model.safetensors").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("begun", [1, 2])
+def test_sharded_run_equals_one_with_whole_parameters(begun: int, tmp_path: Path) -> None:
+    """FSDP over two processes, going on from a checkpoint of one or of DDP over two: losses, checkpoints, result."""
     recipe, sharded, whole = tmp_path / "recipe.yaml", tmp_path / "sharded", tmp_path / "whole"
     model = SMALL["model"] | {"tie_word_embeddings": True}
-    recipe.write_text(yaml.safe_dump(SMALL | {"model": model, "lanes": 2, "steps": 4, "clip": 0.5}))
-    launch(2, "-m", "fot", "train", recipe, "--out", whole)
+    recipe.write_text(yaml.safe_dump(SMALL | {"model": model, "lanes": 4 // begun, "steps": 4, "clip": 0.5}))
+    launch(begun, "-m", "fot", "train", recipe, "--out", whole)
     assert [step for step, _ in losses(whole)] == [1, 2, 3, 4], "one process writes the log"
     shutil.copytree(whole, sharded)
     for past in ("checkpoints/step-0000004", "model"):
