@@ -5,6 +5,8 @@ import os
 # Before torch is imported, here and by the processes that tests start. On models so small, threads only wait for each
 # other, and workers of pytest-xdist have a core each at best.
 os.environ["OMP_NUM_THREADS"] = "1"
+# Where there is no network, transformers would wait for the hub, even for what is on this machine.
+os.environ["HF_HUB_OFFLINE"] = "1"
 
 from collections.abc import Callable
 from typing import Any

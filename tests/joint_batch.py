@@ -1,10 +1,4 @@
-"""Loss and gradients of one step over two fixed joint batches, on however many processes this is started.
-
-accelerate launch --multi_gpu --num_processes 2 tests/joint_batch.py OUT.pt
-"""
-
-import os
-import sys
+"""Loss and gradients of one step over two fixed joint batches, on any number of processes (``ranks_run.py``)."""
 
 import torch
 from accelerate import Accelerator
@@ -79,19 +73,3 @@ def one_step(accelerator: Accelerator) -> tuple[float, dict[str, torch.Tensor]]:
     trained = dict(model.named_parameters())
     sums = train_step(recipe, 0, D, batches, module, crossbatch, optimizer, trained, accelerator)
     return sums["loss"], {name: before[name] - parameter.detach() for name, parameter in trained.items()}
-
-
-def main(out: str) -> None:
-    """One training step; rank 0 saves loss and gradients."""
-    accelerator = Accelerator(cpu=True)
-    loss, gradients = one_step(accelerator)
-    if accelerator.is_main_process:
-        torch.save({"world": accelerator.num_processes, "loss": torch.tensor(loss), "gradients": gradients}, out)
-    # A process that leaves while another still talks to it makes that one abort.
-    accelerator.wait_for_everyone()
-    # Taking gloo down can deadlock: its destructor waits, with Python's lock, for a thread that waits for that lock.
-    os._exit(0)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from joint_batch import one_step
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fot.config import MemoryConfig
@@ -87,8 +88,10 @@ def process(rank: int, world: int, port: int, out: Path) -> None:
         found[path.stem] = step_of(path.stem, True, accelerator)
         if world == 4:  # as on devices without the fused kernels
             found[f"{path.stem}, recomputed"] = step_of(path.stem, False, accelerator)
+    loss, gradients = one_step(accelerator) if world == 2 else (0.0, {})
     if rank == 0:
         out.write_text(json.dumps(found))
+        torch.save({"loss": loss, "gradients": gradients}, out.with_suffix(".pt"))
     accelerator.wait_for_everyone()
 
 

@@ -4,13 +4,12 @@ accelerate launch --multi_gpu --num_processes 2 tests/sharded_run.py train RECIP
 """
 
 import os
-import sys
 from typing import Any
 
 from accelerate import state
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
-from fot.cli import main
+from fot.cli import program
 
 
 def shard_on_cpu() -> None:
@@ -35,4 +34,4 @@ def shard_on_cpu() -> None:
 if __name__ == "__main__":
     os.environ["ACCELERATE_USE_FSDP"] = "true"
     shard_on_cpu()
-    sys.exit(main(sys.argv[1:]))
+    program()

@@ -63,16 +63,16 @@ def checkpoint(
     return folder
 
 
-def test_load_longllama() -> None:
-    shown = run(EXAMPLES / "load_longllama.py", LONGLLAMA)
+def test_load_longllama(run_here: Run) -> None:
+    shown = run_here("load_longllama.py", LONGLLAMA)
     assert "memory layers (1, 2), windows of 32 tokens" in shown
     assert "160 tokens read" in shown
 
 
-def test_passkey(make_plain: ModelMaker, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
-    make_plain().save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    shown = run(EXAMPLES / "passkey.py", tmp_path, "400")
+def test_passkey(run_here: Run, make_plain: ModelMaker, tokenizer: PreTrainedTokenizerFast, place: Path) -> None:
+    make_plain().save_pretrained(place / "model")
+    tokenizer.save_pretrained(place / "model")
+    shown = run_here("passkey.py", "model", "400")
     assert "368 tokens" in shown
     assert "answered:" in shown
 

@@ -270,7 +270,7 @@ def test_overflow_moves_the_oldest_tokens(make_model: ModelMaker, ids: Draw) -> 
 def test_past_the_window_equals_the_method_written_out(
     settings: dict[str, Any], mem_positionals: bool, family: str, make_model: ModelMaker, ids: Draw
 ) -> None:
-    model, tokens = make_model(family, mem_positionals=mem_positionals, **settings), ids(5 * WINDOW + 3)
+    model, tokens = make_model(family, mem_positionals=mem_positionals, **settings), ids(3 * WINDOW + 3)
     cache, logits = None, []
     for token in tokens[0]:
         output = model(token.view(1, 1), past_key_values=cache)

@@ -60,7 +60,8 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, Any]]
         os.killpg(process.pid, signal.SIGKILL)
         pytest.fail("a process waits for ever")
     assert process.returncode == 0, errors[-2000:]
-    return {world: json.loads(out.with_suffix(f".{world}.json").read_text()) for world in (2, 3, 4)}
+    found = {world: json.loads(out.with_suffix(f".{world}.json").read_text()) for world in (2, 3, 4)}
+    return found | {2: found[2] | {"joint": torch.load(out.with_suffix(".2.pt"), weights_only=True)}}
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in SHIPPED.glob("*.yaml")))
@@ -71,6 +72,15 @@ def test_processes_of_one_lane_each_do_not_wait_for_ever(name: str, ranks: dict[
     recomputed = ranks[4][f"{name}, recomputed"]
     assert recomputed["loss"] == pytest.approx(ranks[4][name]["loss"], abs=1e-5)
     assert recomputed["leaks"] == 0
+
+
+def test_two_processes_equal_one_with_the_joint_batch(ranks: dict[int, dict[str, Any]]) -> None:
+    loss, gradients = one_step(Accelerator(cpu=True))
+    found = ranks[2]["joint"]
+    assert found["loss"] == pytest.approx(loss, abs=1e-6, rel=1e-6)
+    assert found["gradients"].keys() == gradients.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(found["gradients"][name], gradient, atol=1e-6, rtol=1e-4)
 
 
 def test_accuracy_of_answers_is_told_from_that_of_text() -> None:

@@ -401,28 +401,54 @@ def test_weights_that_are_not_finite_are_not_saved(
     assert_resumes(recipe, out, expected)
 
 
-def running(recipe: Path, out: Path, lines: int, *arguments: str) -> subprocess.Popen[str]:
-    """A run of its own process, once its log has so many lines."""
-    command = [sys.executable, "-m", "fot", "train", str(recipe), "--out", str(out), *arguments]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+def await_lines(out: Path, lines: int, ended: Callable[[], bool]) -> None:
+    """Wait until the log of a run has so many lines."""
     deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and process.poll() is None:
+    while time.monotonic() < deadline and not ended():
         if (out / "log.jsonl").exists() and len((out / "log.jsonl").read_text().splitlines()) >= lines:
             break
         time.sleep(0.005)
-    return process
 
 
 LONG = {"steps": 100_000, "save_every": 100_000, "eval_every": 0, "lr_schedule": "constant"}
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_and_says_so(number: signal.Signals, tmp_path: Path, undisturbed: tuple[Path, Path]) -> None:
-    recipe, out = write_recipe(tmp_path / "recipe.yaml", **LONG), tmp_path / "out"
-    process = running(recipe, out, 3)
+def stopped_there(recipe: Path, out: Path, number: signal.Signals) -> tuple[int, str]:
+    """Exit status and stderr of a run in a process of its own that gets a signal."""
+    command = [sys.executable, "-m", "fot", "train", str(recipe), "--out", str(out)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    await_lines(out, 3, lambda: process.poll() is not None)
     process.send_signal(number)
     said = process.communicate(timeout=60)[1]
-    assert process.returncode == 128 + number, said
+    return process.returncode, said
+
+
+def stopped_here(recipe: Path, out: Path, number: signal.Signals) -> int:
+    """Exit status of a run in this process, which sends itself a signal."""
+    ended = threading.Event()
+
+    def send() -> None:
+        await_lines(out, 3, ended.is_set)
+        if not ended.is_set():
+            os.kill(os.getpid(), number)
+
+    thread = threading.Thread(target=send)
+    thread.start()
+    status = train(recipe, out)
+    ended.set()
+    thread.join()
+    return status
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_says_so(number: signal.Signals, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    recipe, out = write_recipe(tmp_path / "recipe.yaml", **LONG), tmp_path / "out"
+    if number == signal.SIGTERM:
+        status, said = stopped_there(recipe, out, number)
+    else:
+        status = stopped_here(recipe, out, number)
+        said = capsys.readouterr().err
+    assert status == 128 + number, said
     [saved] = list_checkpoints(out / "checkpoints")
     done = int(saved.name[5:])
     assert f"stopped after step {done}, which is saved: continue with --resume" in said

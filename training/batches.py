@@ -29,8 +29,8 @@ A document that is long against the run is over-represented until it ends.
 ``document`` is the same number for the same document in another lane, epoch or process, and ``content`` the same for
 the same text, whatever source or number it comes under, and whether a lane reads it or a task takes passages from it.
 With ``position`` it says what a row holds of which text, so that no row is shown what follows in its own document
-(``training.contexts``). Processes have disjoint shares of the
-documents, the same in every epoch.
+(``training.contexts``). The processes that a run begins with have disjoint shares of the documents, the same in every
+epoch; ``training.shares`` says what becomes of them with other numbers of processes.
 
 Where lanes outnumber documents, several read the same one. Then a lane's first document starts in the widest gap
 between the places where the others are in it, so that lanes do not go through the same tokens side by side.
