@@ -157,9 +157,9 @@ def prefill(
             if hidden is not None:
                 pieces.append((row, real[start:stop], hidden[0, skip:]))
         if len(group) > 1:
-            shared = cache.rows[row].memories
+            shared, empty = cache.rows[row].memories, cache.rows[group[1]].own
             for member in group:
-                cache.rows[member] = Row(shared, model.new_memory())
+                cache.rows[member] = Row(shared, empty.clone())
     cache.open_window()
     outputs = _local_prefill(model, inputs, cache, columns, local_lengths, pieces, keep, options)
     cache.advance(inputs.length, inputs.positions)
