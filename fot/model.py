@@ -19,9 +19,10 @@ from fot.config import CONFIG_KEY, MemoryConfig
 from fot.families import attention_modules, check_supported, head, whole_layers
 from fot.generation import GeneratesWithMemory
 from fot.ingest import ingest
+from fot.inputs import Inputs
 from fot.loss import chunked_loss
 from fot.recording import recorder_of
-from fot.windows import SINGLE_WINDOW_OPTIONS, Inputs, read
+from fot.windows import SINGLE_WINDOW_OPTIONS, read
 from memory import Memory
 
 

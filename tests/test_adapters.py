@@ -125,7 +125,7 @@ def test_a_base_that_is_gone_is_named(project: Path, tmp_path: Path) -> None:
 
 @torch.no_grad()
 def test_an_adapter_for_weights_that_lie_elsewhere(project: Path, tmp_path: Path) -> None:
-    """accelerate keeps the content of offloaded weights; a copy to the meta device would be nothing, and say nothing."""
+    """accelerate keeps the content of offloaded weights; a copy to the meta device would be lost in silence."""
     adapter = project / "runs/memory/adapter"
     expected, before = (LlamaForCausalLM.from_pretrained(project / "runs/base") for _ in range(2))
     apply_adapter(expected, adapter)
