@@ -282,11 +282,11 @@ def _local_length(model: Any, inputs: Inputs, cache: FoTCache, real: Tensor, las
         if not 1 <= last_context_length <= config.window:
             raise ValueError(f"last_context_length is {last_context_length}; it must be 1..{config.window}, the window")
         wanted = last_context_length
-    elif cache.align_padding == "batch":
+    elif cache.aligned:
         wanted = config.local_length(inputs.length)
     else:
         return config.local_length(len(real))
-    if cache.align_padding == "batch":
+    if cache.aligned:
         return int((real >= inputs.length - wanted).sum())
     return min(len(real), wanted)
 
@@ -299,7 +299,7 @@ def _window_bounds(model: Any, cache: FoTCache, real: Tensor, stored: int) -> li
     if not stored:
         return []
     window, overlap = model.memory_config.window, model.memory_config.window_overlap
-    first = window - int(real[0]) % window if cache.align_padding == "batch" else window
+    first = window - int(real[0]) % window if cache.aligned else window
     starts = [0, *range(first, stored, window - overlap)]
     return [(max(0, start - overlap), start, stop) for start, stop in zip(starts, [*starts[1:], stored], strict=True)]
 
