@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fot.config import MemoryConfig
 from fot.names import ADAPTER_DESCRIPTION, aliases, shipped_models
+from fot.weights import kept_tensor
 from memory.atomic import write_json
 
 TENSORS = "adapter.safetensors"
@@ -102,7 +103,8 @@ def apply_adapter(model: Any, folder: Path) -> None:
     """Put an adapter's tensors into a loaded base model, in place.
 
     Raises:
-        ValueError: tensors that the model does not have, or of another shape: an adapter of another base model.
+        ValueError: tensors that the model does not have, or of another shape: an adapter of another base model; or
+            weights that are offloaded to the disk.
         ImportError: it was made by peft, which is not installed.
     """
     if (folder / PEFT_CONFIG).is_file():
@@ -134,4 +136,10 @@ def _replace(model: Any, folder: Path) -> None:
                 "it belongs to another model"
             )
     for name, tensor in tensors.items():
-        parameters[name].copy_(tensor)
+        kept_tensor(model, name).copy_(tensor)
+        kept = kept_tensor(model, name)  # from the disk it may come as a copy
+        if not torch.equal(kept, tensor.to(kept.device, kept.dtype)):
+            raise ValueError(
+                f"the adapter in {folder} cannot be put into a model whose weights are offloaded to the disk ({name}): "
+                "load the model with more memory, or save it with the adapter and load that"
+            )

@@ -222,7 +222,7 @@ class Conversation:
         return output[0].tolist()
 
     def _new_cache(self) -> FoTCache:
-        return FoTCache([] if self.memory is None else [self.memory], "row")
+        return FoTCache([] if self.memory is None else [self.memory])
 
     def _state(self, ids: list[int]) -> _State:
         """The conversation as it is, ``ids`` read and written so far."""

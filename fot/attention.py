@@ -127,7 +127,7 @@ def memory_attention(
         if any(discounts):
             # Less for the memory is more for the window: so log-sum-exps of the memory stay those of its keys.
             lse = lse + torch.tensor(discounts, device=lse.device)[:, None, None]
-        parts = [(output, lse), attend_memory(queries, memories, layer, scale=scale, config=config)]
+        parts = [(output, lse), attend_memory(queries, memories, layer, scale=scale)]
     output, _ = merge(parts)
     return output, [lse for _, lse in parts]
 
@@ -202,7 +202,7 @@ def _seen(T: int, S: int, mask: Tensor | None, device: torch.device) -> Tensor: 
 
 
 def attend_memory(
-    queries: Tensor, memories: Sequence[Sequence[Memory]], layer: int, *, scale: float, config: MemoryConfig
+    queries: Tensor, memories: Sequence[Sequence[Memory]], layer: int, *, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Attention to the memories of each row.
 
@@ -211,31 +211,22 @@ def attend_memory(
         memories: for each row, the memories it reads.
         layer: index of the memory layer.
         scale: factor on inner products.
-        config: for ``mem_attention_grouping``.
 
     Returns:
         output (B, H, T, D), log-sum-exp (B, H, T) float32, -inf for a row whose memories are empty.
     """
-    _, H, T, D = queries.shape  # noqa: N806
-    chunk = T
-    if config.mem_attention_grouping is not None:
-        heads, rows = config.mem_attention_grouping
-        chunk = max(1, heads * rows // H)
     outputs, lses = [], []
-    for query, row in zip(queries, memories, strict=True):
-        row_parts = []
-        for part in query.split(chunk, dim=1):  # (H, t, D)
-            folded = part.reshape(-1, D) if not row else _fold(part, row[0].num_key_value_heads)
-            found = [memory[layer].attend(folded, scale=scale) for memory in row if len(memory)]
-            output, lse = merge(found) if found else _nothing(folded)
-            row_parts.append((output.reshape(H, -1, D), lse.reshape(H, -1)))
-        outputs.append(torch.cat([output for output, _ in row_parts], dim=1))
-        lses.append(torch.cat([lse for _, lse in row_parts], dim=1))
+    for query, row in zip(queries, memories, strict=True):  # (H, T, D)
+        read = [memory for memory in row if len(memory)]
+        found = [memory[layer].attend(_fold(query, memory.num_key_value_heads), scale=scale) for memory in read]
+        output, lse = merge(found) if found else _nothing(query)
+        outputs.append(output.reshape(query.shape))
+        lses.append(lse.reshape(query.shape[:-1]))
     return torch.stack(outputs), torch.stack(lses)
 
 
 def _fold(queries: Tensor, num_key_value_heads: int) -> Tensor:
-    """(H, t, D) -> (G, H / G * t, D): the query heads of a KV head lie behind one another and share its keys."""
+    """(H, T, D) -> (G, H / G * T, D): the query heads of a KV head lie behind one another and share its keys."""
     return queries.reshape(num_key_value_heads, -1, queries.shape[-1])
 
 

@@ -53,20 +53,20 @@ class FoTCache(Cache):
         seen: tokens so far, padding included, as ``generate`` counts them.
         next_positions: (B, 1) position of each row's next token.
         revertible: whether what has moved to the memory can be taken back, too; see ``activate_past_recording``.
-        align_padding: see ``MemoryConfig``.
+        aligned: see ``FoTForCausalLM.aligned_windows``.
         recorder: see ``fot.trace``.
     """
 
-    def __init__(self, given: Sequence[Memory], align_padding: str, *, write: bool = False) -> None:
+    def __init__(self, given: Sequence[Memory], *, aligned: bool = False, write: bool = False) -> None:
         """
         Args:
             given: memories to read: none, one for all rows, or one a row.
-            align_padding: see ``MemoryConfig``.
+            aligned: see ``FoTForCausalLM.aligned_windows``.
             write: the rows' own tokens move to the given memories; each row needs one of its own.
         """
         super().__init__(layers=[])
         self.given = list(given)
-        self.align_padding = align_padding
+        self.aligned = aligned
         self.write = write
         self.rows: list[Row] = []
         self.local = LocalCache([], MemoryConfig(mem_layers=()), Rotary(()))  # until rows are opened

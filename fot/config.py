@@ -11,6 +11,9 @@ from memory.vectors import VECTOR_DTYPES
 # Key of the dictionary that `save_pretrained` leaves in config.json; plain transformers keeps it and ignores it.
 CONFIG_KEY = "fot_memory"
 
+# Settings of before, which changed no result and may stand in what was saved.
+FORMER = ("mem_attention_grouping", "align_padding")
+
 # Windows longer than this are of no use to a memory: the paper's models were trained with 2,048.
 LONGEST_DEFAULT_WINDOW = 2048
 
@@ -40,8 +43,6 @@ class MemoryConfig:
             not.
         key_dtype: dtype in which keys are stored: float32, bfloat16, float16 or int8. None takes the model's dtype.
         value_dtype: dtype in which values are stored, likewise.
-        mem_attention_grouping: (heads, queries). Memory attention processes at most heads * queries query vectors at
-            once. None processes a whole window at once.
         index: ``auto``, ``exact`` or a FAISS factory string; see ``memory.Memory``.
         top_k: number of pairs that a query attends to. None means all pairs with the exact index, and 128 with FAISS.
         memory_device: device of the memories. None keeps each layer's vectors on the device of the layer.
@@ -53,9 +54,6 @@ class MemoryConfig:
             ``local_context`` tokens are read twice. Without an overlap, every window stores an attention sink of its
             own, and a model that was not trained for that is disturbed by them. None takes an eighth of a window. 0 is
             LongLLaMA's method.
-        align_padding: where the windows of a padded batch start. With ``row`` they start at the first token of each
-            row, so a row gives the same result as it does alone. With ``batch`` they start at the first column of the
-            batch, as in LongLLaMA's ``forward``. ``generate`` always uses ``row``.
     """
 
     mem_layers: tuple[int, ...] | None = None
@@ -67,22 +65,15 @@ class MemoryConfig:
     mem_positionals: bool = True
     key_dtype: str | None = None
     value_dtype: str | None = None
-    mem_attention_grouping: tuple[int, int] | None = None
     index: str = "auto"
     top_k: int | None = None
     memory_device: str | None = None
     isolated_windows: bool = False
     window_overlap: int | None = None
-    align_padding: str = "row"
 
     def __post_init__(self) -> None:
         if self.mem_layers is not None:
             object.__setattr__(self, "mem_layers", _layers(self.mem_layers))
-        if self.mem_attention_grouping is not None:
-            grouping = tuple(self.mem_attention_grouping)
-            if len(grouping) != 2 or min(grouping) < 1:
-                raise ValueError(f"mem_attention_grouping is {grouping}; it takes two positive numbers: heads, queries")
-            object.__setattr__(self, "mem_attention_grouping", grouping)
         for name in ("local_context", "last_context_length", "top_k"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -95,8 +86,6 @@ class MemoryConfig:
             dtype = getattr(self, name)
             if dtype is not None and dtype not in VECTOR_DTYPES:
                 raise ValueError(f"{name} is {dtype!r}; choose one of {', '.join(VECTOR_DTYPES)}")
-        if self.align_padding not in ("row", "batch"):
-            raise ValueError(f"align_padding is {self.align_padding!r}; choose row or batch")
         check_index(self.index)
 
     def resolve(
@@ -208,6 +197,7 @@ class MemoryConfig:
             ValueError: This version does not know one of the settings.
         """
         known = {f.name for f in fields(cls)}
+        settings = {name: value for name, value in settings.items() if name not in FORMER}
         unknown = sorted(set(settings) - known)
         if unknown:
             raise ValueError(f"unknown memory setting {unknown[0]!r}; known: {', '.join(sorted(known))}")

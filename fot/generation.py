@@ -59,7 +59,7 @@ class GeneratesWithMemory(MemoryMaker):
         cache = given_cache(kwargs)
         kwargs = {name: value for name, value in kwargs.items() if name not in (CACHE, "past_key_values")}
         if cache is None and _asked("use_cache", generation_config, kwargs) is not False:
-            cache = FoTCache(self.given_memories(memory), "row", write=update_memory)
+            cache = FoTCache(self.given_memories(memory), write=update_memory)
             if getattr(generation_config, "is_assistant", False):
                 cache.activate_past_recording()
         elif memory is not None:

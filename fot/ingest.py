@@ -14,7 +14,8 @@ from tqdm import tqdm
 
 from fot.cache import Row
 from fot.files import check_unicode, check_utf8
-from fot.windows import Inputs, store_isolated, store_window
+from fot.inputs import Inputs
+from fot.windows import store_isolated, store_window
 from memory import Memory
 
 Span = tuple[int, int]

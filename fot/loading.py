@@ -11,6 +11,7 @@ import fot.longllama  # noqa: F401  registers the Auto classes
 from fot import pretrained
 from fot.adapter import apply_adapter, read_description
 from fot.auto import load_plain
+from fot.checkpoint import Checkpoint, gguf_options
 from fot.config import CONFIG_KEY, MemoryConfig
 from fot.model import FoTForCausalLM, attach_memory
 from fot.names import lasting_name
@@ -27,7 +28,7 @@ def load_model(name_or_path: str | Path, *args: Any, **kwargs: Any) -> FoTForCau
     settings = {name: kwargs.pop(name) for name in SETTINGS if name in kwargs}
     hub = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
     checkpoint = pretrained.resolve(name_or_path, subfolder=kwargs.get("subfolder", ""))
-    options = {"trust_remote_code": False} | pretrained.gguf_options(checkpoint) | kwargs
+    options = {"trust_remote_code": False} | gguf_options(checkpoint) | kwargs
     with pretrained.hub_errors(checkpoint):
         plain = load_plain(checkpoint.path, *args, **options)
     for folder in (*checkpoint.under, checkpoint.adapter):
@@ -56,7 +57,7 @@ def load_config(name_or_path: str | Path, dtype: str, **settings: Any) -> tuple[
     return config, merged.resolve(config.num_hidden_layers, config.max_position_embeddings, dtype)
 
 
-def _merge(config: Any, checkpoint: pretrained.Checkpoint, settings: dict[str, Any]) -> MemoryConfig:
+def _merge(config: Any, checkpoint: Checkpoint, settings: dict[str, Any]) -> MemoryConfig:
     """Settings asked for, over those of an adapter or the checkpoint's config.json, over those known for its alias."""
     if checkpoint.adapter is not None:
         saved = read_description(checkpoint.adapter).memory
@@ -69,7 +70,7 @@ def _merge(config: Any, checkpoint: pretrained.Checkpoint, settings: dict[str, A
     return replace(saved, **settings)
 
 
-def _tokenizer_or_none(checkpoint: pretrained.Checkpoint, hub: dict[str, Any]) -> Any:
+def _tokenizer_or_none(checkpoint: Checkpoint, hub: dict[str, Any]) -> Any:
     try:
         return pretrained.load_tokenizer(checkpoint, **hub)
     except pretrained.NoTokenizer:

@@ -25,7 +25,9 @@ class LongLlamaConfig(LlamaConfig):
     mem_layers: list[int] | tuple[int, ...] = ()
     mem_positionals: bool = True
     mem_dtype: str = "bfloat16"
-    mem_attention_grouping: Any = None  # (heads, queries); JSON makes it a list
+    mem_attention_grouping: Any = (
+        None  # (heads, queries) computed at once there; it changes no number, and nothing here
+    )
     index: str = "auto"
     top_k: int | None = None
 
@@ -41,10 +43,8 @@ class LongLlamaConfig(LlamaConfig):
             mem_positionals=self.mem_positionals,
             key_dtype=self.mem_dtype,
             value_dtype=self.mem_dtype,
-            mem_attention_grouping=self.mem_attention_grouping,
             index=self.index,
             top_k=self.top_k,
-            align_padding="batch",
         )
 
 
@@ -52,6 +52,7 @@ class LongLlamaForCausalLM(FoTForCausalLM, LlamaForCausalLM):
     """LongLLaMA for causal language modelling; the same numbers as the authors' code."""
 
     config_class = LongLlamaConfig
+    aligned_windows = True
 
     def __init__(self, config: LongLlamaConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)

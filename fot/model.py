@@ -19,9 +19,10 @@ from fot.config import CONFIG_KEY, MemoryConfig
 from fot.families import attention_modules, check_supported, head, whole_layers
 from fot.generation import GeneratesWithMemory
 from fot.ingest import ingest
+from fot.inputs import Inputs
 from fot.loss import chunked_loss
 from fot.recording import recorder_of
-from fot.windows import SINGLE_WINDOW_OPTIONS, Inputs, read
+from fot.windows import SINGLE_WINDOW_OPTIONS, read
 from memory import Memory
 
 
@@ -104,9 +105,13 @@ class FoTForCausalLM(GeneratesWithMemory):
 
     Attributes:
         memory_hooks: handles of what ``attach_memory`` hung on memory layers.
+        aligned_windows: whether the windows of a padded batch start at its first column, as in LongLLaMA's ``forward``.
+            Elsewhere they start at the first token of each row, which then gives the same result as it does alone.
+            ``generate`` always does the latter.
     """
 
     memory_hooks: Sequence[Any] = ()
+    aligned_windows = False
 
     @classmethod
     def from_pretrained(cls, name_or_path: str | Path, *args: Any, **kwargs: Any) -> "FoTForCausalLM":
@@ -267,7 +272,7 @@ class FoTForCausalLM(GeneratesWithMemory):
 
     def _open_cache(self, cache: Any, memory: Memory | Sequence[Memory] | None) -> FoTCache:
         if cache is None:
-            return FoTCache(self.given_memories(memory), self.memory_config.align_padding)
+            return FoTCache(self.given_memories(memory), aligned=self.aligned_windows)
         if not isinstance(cache, FoTCache):
             raise ValueError(
                 f"{CACHE} is a {type(cache).__name__}; a model with memory goes on from the FoTCache that it "

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 # Numbers looked at in each tensor. Thousands in all: no training step leaves every one of them as it was.
 SAMPLES = 32
@@ -186,6 +186,20 @@ def _kept_elsewhere(module: Any, name: str) -> _Elsewhere:
         return ()
     hooks = getattr(hook, "hooks", [hook])  # several in a row
     return tuple((found, name) for one in hooks if (found := getattr(one, "weights_map", None)) is not None)
+
+
+def kept_tensor(model: nn.Module, name: str) -> Tensor:
+    """A model's parameter, or the tensor that accelerate keeps elsewhere for it.
+
+    Raises:
+        ValueError: it is on the meta device, and nothing keeps it elsewhere.
+    """
+    *path, last = name.split(".")
+    module, elsewhere = model, _kept_elsewhere(model, "")
+    for part in path:
+        module = module.get_submodule(part)
+        elsewhere = _within(elsewhere, part) + _kept_elsewhere(module, "")
+    return _find(getattr(module, last), last, name, elsewhere)
 
 
 def _within(elsewhere: _Elsewhere, name: str) -> _Elsewhere:

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,84 +12,11 @@ from fot.attention import CONTEXT
 from fot.cache import FoTCache, Row
 from fot.compat import CACHE
 from fot.config import check_memory_layers
-from fot.local import UNKNOWN_TOKEN, LocalCache, WindowStored, local_window
+from fot.inputs import Inputs
+from fot.local import LocalCache, WindowStored, local_window
 from memory import Memory
 
 SINGLE_WINDOW_OPTIONS = ("output_hidden_states", "output_attentions")
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """B rows of T new tokens.
-
-    Attributes:
-        ids: (B, T) int64; ``UNKNOWN_TOKEN`` throughout if embeddings were given.
-        embeds: (B, T, hidden_size), or None.
-        mask: (B, T) bool, False at padding; None if there is none.
-        positions: (B, T) int64, as the caller counts them.
-    """
-
-    ids: Tensor
-    embeds: Tensor | None
-    mask: Tensor | None
-    positions: Tensor
-
-    @classmethod
-    def make(
-        cls,
-        input_ids: Tensor | None,
-        inputs_embeds: Tensor | None,
-        attention_mask: Tensor | None,
-        position_ids: Tensor | None,
-        cache: FoTCache,
-    ) -> "Inputs":
-        """From the arguments of ``forward``.
-
-        Raises:
-            ValueError: arguments that do not go together.
-        """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give exactly one of input_ids and inputs_embeds")
-        if input_ids is None:
-            assert inputs_embeds is not None
-            input_ids = torch.full(inputs_embeds.shape[:2], UNKNOWN_TOKEN, device=inputs_embeds.device)
-        if input_ids.ndim != 2 or input_ids.numel() == 0:
-            raise ValueError(
-                f"the input has shape {tuple(input_ids.shape)}; it takes (rows, tokens), at least one each"
-            )
-        batch, length = input_ids.shape
-        mask = None if attention_mask is None else _new_mask(attention_mask, batch, length, cache.seen)
-        if position_ids is not None:
-            positions = position_ids.expand(batch, length)
-        else:
-            ones = torch.ones_like(input_ids) if mask is None else mask.long()
-            start = 0 if cache.next_positions is None else cache.next_positions
-            positions = (ones.cumsum(1) - 1).clamp(min=0) + start
-        return cls(input_ids, inputs_embeds, mask, positions)
-
-    @property
-    def batch_size(self) -> int:
-        """B."""
-        return self.ids.shape[0]
-
-    @property
-    def length(self) -> int:
-        """T."""
-        return self.ids.shape[1]
-
-    def pick(self, rows: Tensor | slice, columns: Tensor | slice, mask: Tensor | None) -> "Inputs":
-        """Some of the tokens, with another padding mask."""
-        embeds = None if self.embeds is None else self.embeds[rows, columns]
-        return Inputs(self.ids[rows, columns], embeds, mask, self.positions[rows, columns])
-
-    def columns(self, part: slice) -> "Inputs":
-        """Some columns of every row."""
-        return self.pick(slice(None), part, None if self.mask is None else self.mask[:, part])
-
-    def real_columns(self, row: int) -> Tensor:
-        """Columns of a row that are not padding, ascending."""
-        columns = torch.arange(self.length, device=self.ids.device)
-        return columns if self.mask is None else columns[self.mask[row]]
 
 
 def read(
@@ -157,9 +83,9 @@ def prefill(
             if hidden is not None:
                 pieces.append((row, real[start:stop], hidden[0, skip:]))
         if len(group) > 1:
-            shared = cache.rows[row].memories
+            shared, empty = cache.rows[row].memories, cache.rows[group[1]].own
             for member in group:
-                cache.rows[member] = Row(shared, model.new_memory())
+                cache.rows[member] = Row(shared, empty.clone())
     cache.open_window()
     outputs = _local_prefill(model, inputs, cache, columns, local_lengths, pieces, keep, options)
     cache.advance(inputs.length, inputs.positions)
@@ -356,11 +282,11 @@ def _local_length(model: Any, inputs: Inputs, cache: FoTCache, real: Tensor, las
         if not 1 <= last_context_length <= config.window:
             raise ValueError(f"last_context_length is {last_context_length}; it must be 1..{config.window}, the window")
         wanted = last_context_length
-    elif cache.align_padding == "batch":
+    elif cache.aligned:
         wanted = config.local_length(inputs.length)
     else:
         return config.local_length(len(real))
-    if cache.align_padding == "batch":
+    if cache.aligned:
         return int((real >= inputs.length - wanted).sum())
     return min(len(real), wanted)
 
@@ -373,7 +299,7 @@ def _window_bounds(model: Any, cache: FoTCache, real: Tensor, stored: int) -> li
     if not stored:
         return []
     window, overlap = model.memory_config.window, model.memory_config.overlap
-    first = window - int(real[0]) % window if cache.align_padding == "batch" else window
+    first = window - int(real[0]) % window if cache.aligned else window
     starts = [0, *range(first, stored, window - overlap)]
     return [(max(0, start - overlap), start, stop) for start, stop in zip(starts, [*starts[1:], stored], strict=True)]
 
@@ -401,19 +327,6 @@ def _equal_rows(
         else:
             groups.append([row])
     return groups
-
-
-def _new_mask(attention_mask: Tensor, batch: int, length: int, seen: int) -> Tensor | None:
-    if attention_mask.ndim != 2 or attention_mask.shape[0] != batch:
-        raise ValueError(f"attention_mask has shape {tuple(attention_mask.shape)}; it takes ({batch}, tokens)")
-    if attention_mask.shape[1] not in (length, seen + length):
-        raise ValueError(
-            f"attention_mask covers {attention_mask.shape[1]} tokens; the input has {length}, after {seen} in the cache"
-        )
-    if length == 1:  # looking at it would wait for the device at every generated token
-        return None
-    mask = attention_mask[:, -length:].bool()
-    return None if bool(mask.all()) else mask
 
 
 def _refuse_single_window_options(model: Any, options: dict[str, Any]) -> None:

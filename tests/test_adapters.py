@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from accelerate import cpu_offload, disk_offload
 from peft import PeftModel
 from train_helpers import train
 from transformers import LlamaForCausalLM
 
 import fot
+from fot.adapter import apply_adapter
 from fot.cli import main
 
 
@@ -119,3 +121,21 @@ def test_a_base_that_is_gone_is_named(project: Path, tmp_path: Path) -> None:
         FileNotFoundError, match=r"belongs to the base model at .*gone, but nothing is there: .* correct \"base\" in"
     ):
         fot.FoTForCausalLM.from_pretrained(adapter)
+
+
+@torch.no_grad()
+def test_an_adapter_for_weights_that_lie_elsewhere(project: Path, tmp_path: Path) -> None:
+    """accelerate keeps the content of offloaded weights; a copy to the meta device would be lost in silence."""
+    adapter = project / "runs/memory/adapter"
+    expected, before = (LlamaForCausalLM.from_pretrained(project / "runs/base") for _ in range(2))
+    apply_adapter(expected, adapter)
+    assert not torch.equal(logits(expected), logits(before))
+    offloaded = LlamaForCausalLM.from_pretrained(project / "runs/base")
+    cpu_offload(offloaded, execution_device=torch.device("cpu"))
+    apply_adapter(offloaded, adapter)
+    torch.testing.assert_close(logits(offloaded), logits(expected))
+    disk_offload(before, tmp_path, execution_device=torch.device("cpu"))
+    with pytest.raises(ValueError, match="weights are offloaded to the disk"):
+        apply_adapter(before, adapter)
+    with pytest.raises(ValueError, match="load the model's weights first"):
+        apply_adapter(LlamaForCausalLM.from_pretrained(project / "runs/base").to("meta"), adapter)

@@ -204,3 +204,12 @@ def test_lora_on_top_trains(name: str, ids: Draw) -> None:
 
 def test_every_supported_family_is_here() -> None:
     assert set(SUPPORTED_MODEL_TYPES) == {*ALL, "longllama"}
+
+
+@pytest.mark.parametrize("kind", ["falcon", "gpt_oss", "gemma2", "llama4_text"])
+def test_families_outside_the_table_are_refused_by_name(kind: str) -> None:
+    """Falcon's attention does not go through transformers' interface; the others' has sinks, caps or chunks."""
+    model = AutoModelForCausalLM.from_config(plain("llama").config)
+    model.config.model_type = kind
+    with pytest.raises(ValueError, match=f"'{kind}' models have no memory attention here; supported: llama"):
+        fot.attach_memory(model)

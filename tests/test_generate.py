@@ -116,16 +116,21 @@ def test_beams_equal_the_plain_model_or_a_search_by_hand(length: int, make_model
     assert output.sequences_scores[0].item() == pytest.approx(total / len(found), abs=1e-4)
 
 
-def test_several_samples_read_the_prompt_once(make_model: ModelMaker, ids: Draw) -> None:
+def test_several_samples_read_the_prompt_once(
+    make_model: ModelMaker, ids: Draw, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, prompt = make_model(), ids(10 * WINDOW)
     windows: list[int] = []
     model.model.layers[0].register_forward_hook(lambda *args: windows.append(1))
+    made, new_memory = [], model.new_memory
+    monkeypatch.setattr(model, "new_memory", lambda **settings: made.append(1) or new_memory(**settings))
     torch.manual_seed(0)
     options = {"do_sample": True, "num_return_sequences": 4, "max_new_tokens": 2 * WINDOW, "eos_token_id": None}
     output = model.generate(prompt, **options)
     assert output.shape == (4, 12 * WINDOW)
     assert len({tuple(row) for row in output.tolist()}) == 4
     assert len(windows) < 10 + 2 + 2 * WINDOW  # not four times ten
+    assert len(made) == 1  # each looks at the weights
 
 
 def test_streamer_and_stopping(make_model: ModelMaker, ids: Draw) -> None:

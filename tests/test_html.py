@@ -1,5 +1,6 @@
 """The text of HTML pages."""
 
+import time
 from typing import Any
 
 import pytest
@@ -82,6 +83,24 @@ def test_damaged_pages_have_a_text(page: str) -> None:
 
 def test_deep_pages() -> None:
     assert html_text(("<div>" * 3000 + "deep" + "</div>" * 3000 + "after").encode()) == "deep\nafter"
+
+
+@pytest.mark.parametrize("name", ["div", "span", "ul"])
+def test_the_deepest_pages_take_no_longer(name: str) -> None:
+    """A parser looks through all open elements at each tag: the square of 100,000 is minutes."""
+    inside = f"<{name}>" * 100_000 + "deep <b>and</b> wide" + f"</{name}>" * 100_000
+    start = time.process_time()
+    assert html_text(f"<p>before{inside}<p>after<div>a</div><div>b".encode()).split() == [
+        *("before" + ("deep" if name == "span" else " deep")).split(),
+        *("and", "wide", "after", "a", "b"),
+    ]
+    assert time.process_time() - start < 5
+
+
+def test_many_elements_that_nobody_closes_are_not_deep() -> None:
+    page = "<p>one<ul><li>two</ul><table><tr><td>three</table>" * 5000
+    assert html_text(page.encode()).split() == ["one", "two", "three"] * 5000
+    assert "one\n\ntwo\n\nthree\n\none" in html_text(page.encode())
 
 
 TAGS = ["b", "i", "span", "q", "p", "div", "td", "tr", "table", "li", "ul", "pre", "h2", "br", "button", "x-y"]

@@ -56,7 +56,7 @@ def test_logits_left_padded() -> None:
 @torch.no_grad()
 def test_attention_grouping_changes_no_logit(grouping: tuple[int, int]) -> None:
     model = load(mem_attention_grouping=grouping)
-    assert model.memory_config.mem_attention_grouping == grouping
+    assert tuple(model.config.mem_attention_grouping) == grouping
     torch.testing.assert_close(model(INPUT).logits, LOGITS["long_150"], atol=TOLERANCE, rtol=0)
 
 

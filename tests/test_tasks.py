@@ -12,7 +12,9 @@ import pytest
 
 import training.tasks
 from fot import pretrained
+from fot.checkpoint import cache_dir
 from fot.evaluation import needles, passkey
+from fot.smollm2 import SMOLLM2_FOLDER
 from fot.tasks import dictionary, wordings, words
 from fot.tasks.task import Task
 from fot.tasks.wordings import KINDS, draw, forbidden, render
@@ -35,7 +37,7 @@ def encode(tokenizer: Any, text: str) -> list[int]:
 @pytest.fixture(scope="module")
 def real_tokenizer() -> Any:
     """That of smollm2-135m, which makes the space before a number a token."""
-    folder = pretrained.cache_dir() / pretrained.SMOLLM2_FOLDER
+    folder = cache_dir() / SMOLLM2_FOLDER
     if not folder.exists():
         pytest.skip("smollm2-135m is not in the cache")
     return pretrained.load_tokenizer(pretrained.resolve("smollm2-135m"))

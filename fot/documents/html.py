@@ -37,6 +37,16 @@ LAYOUT = str.maketrans({"\xa0": " ", "\xad": None})
 # What a page says of its encoding stands near its start.
 DECLARED = re.compile(rb"""charset\s*=\s*["']?\s*([\w.:-]+)|encoding\s*=\s*["']([\w.:-]+)""", re.IGNORECASE)
 
+# Parsing a page takes time that grows with the square of its depth: 100,000 elements within one another take minutes.
+DEEPEST = 4096
+TAG = re.compile(r"<(/?)([a-zA-Z][^\s/>]*)[^>]*>")
+# Those that are never open, or that others close, so that they do not nest without a word.
+CLOSED_BY_OTHERS = {
+    *("area", "base", "br", "col", "embed", "hr", "img", "input", "link", "meta", "param", "source", "track", "wbr"),
+    *("body", "colgroup", "dd", "dt", "head", "html", "li", "optgroup", "option", "p", "rb", "rp", "rt", "rtc"),
+    *("tbody", "td", "tfoot", "th", "thead", "tr"),
+}
+
 
 def html_text(content: bytes) -> str:
     """The text of a page, in its encoding.
@@ -49,7 +59,7 @@ def html_text(content: bytes) -> str:
     from selectolax.lexbor import LexborHTMLParser
 
     page = _Page()
-    for node, inside in _walk(LexborHTMLParser(decode(content)).root):
+    for node, inside in _walk(LexborHTMLParser(_shallow(decode(content))).root):
         if node.is_text_node:
             page.write(node.text_content or "")
         elif inside:
@@ -77,6 +87,22 @@ def decode(content: bytes) -> str:
         except (UnicodeError, LookupError):  # another encoding; one that Python does not know
             continue
     return content.decode("windows-1252", "replace")
+
+
+def _shallow(page: str) -> str:
+    """The page without the tags of elements deeper than ``DEEPEST``; rules take the place of those that break lines."""
+    parts, depth, done, broken = [], 0, 0, False
+    for tag in TAG.finditer(page):
+        name = tag[2].lower()
+        if name in CLOSED_BY_OTHERS:
+            continue
+        depth += -min(depth, 1) if tag[1] else 1
+        if depth + bool(tag[1]) > DEEPEST:
+            between, done = page[done : tag.start()], tag.end()
+            breaks, broken = name in LINES | PARAGRAPHS, broken and not between.strip()
+            parts += [between, "<hr>" if breaks and not broken else ""]
+            broken = broken or breaks
+    return "".join([*parts, page[done:]])
 
 
 def _walk(root: Any) -> Iterator[tuple[Any, bool]]:
