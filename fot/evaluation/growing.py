@@ -152,9 +152,10 @@ def run(
                     )  # fmt: skip
     except KeyboardInterrupt:
         interrupted = True
-    by_text = {name: {"places": len(places), "rows": _rows(places)} for name, places in zip(texts, found, strict=True)}
-    by_text = {name: entry for name, entry in by_text.items() if entry["places"]}
-    return {"rows": _joint([entry["rows"] for entry in by_text.values()]), "texts": by_text, "interrupted": interrupted}
+    rows = {name: _rows(places) for name, places in zip(texts, found, strict=True) if places}
+    counts = {name: len(places) for name, places in zip(texts, found, strict=True)}
+    by_text = {name: {"places": counts[name], "rows": some} for name, some in rows.items()}
+    return {"rows": _joint(list(rows.values())), "texts": by_text, "interrupted": interrupted}
 
 
 def _places(number: int, name: str, shelf: Shelf, length: int, largest: int, count: int) -> list[Place]:
@@ -216,8 +217,6 @@ def _plain_losses(model: Any, ids: Tensor, window: int) -> Tensor:
 
 def _rows(places: Sequence[dict[str, Tensor]]) -> list[dict[str, Any]]:
     """What was measured at the places of one text, a row a memory."""
-    if not places:
-        return []
     joint = {name: torch.stack([losses[name] for losses in places]) for name in places[0]}  # (places, W - 1)
     plain = {int(name.split("/")[1]): losses for name, losses in joint.items() if name.startswith("plain")}
     weights = None
