@@ -10,12 +10,10 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from memory import kernels
+
 # Scores of one naive step: 2**22 float32 numbers are 16 MiB, which stays in a CPU's outer cache.
 NAIVE_SCORES = 1 << 22
-
-# What the fused kernels of this torch accept; anything else takes the naive path, which is exact for all.
-FUSED_CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-FUSED_CUDA_DTYPES = (torch.bfloat16, torch.float16)
 
 
 def attend(
@@ -36,8 +34,10 @@ def attend(
         output (B, H, T, D) in the dtype of ``queries``, log-sum-exp (B, H, T) float32. Differentiable in
         queries, keys and values where autograd is on.
     """
-    if _fused_kernel_fits(queries, keys, values, mask):
-        return _attend_fused(queries, keys, values, scale, causal, mask)
+    kernel = _fused_kernel(queries, keys, values, mask)
+    if kernel is not None:
+        bias = None if mask is None else _as_bias(mask, queries.dtype)
+        return kernels.run(kernel, queries, keys, values, scale=scale, causal=causal, bias=bias)
     return _attend_naive(queries, keys, values, scale, causal, mask)
 
 
@@ -67,7 +67,7 @@ def merge(parts: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
 
 def fused_backward_fits(queries: Tensor) -> bool:
     """Whether ``fused_backward`` can be used for tensors like this one."""
-    return queries.device.type == "cpu" and queries.dtype in FUSED_CPU_DTYPES
+    return kernels.choose(queries.device.type, (0, 0), queries.dtype, queries.shape[-1], masked=False) == "cpu"
 
 
 def fused_backward(
@@ -106,32 +106,14 @@ def fused_backward(
     )
 
 
-def _fused_kernel_fits(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> bool:
+def _fused_kernel(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> str | None:
     # The fused kernels have no derivative for the log-sum-exp, so a merge of their parts would get wrong gradients.
     if torch.is_grad_enabled() and (queries.requires_grad or keys.requires_grad or values.requires_grad):
-        return False
-    if queries.device.type == "cpu":
-        return queries.dtype in FUSED_CPU_DTYPES
-    return queries.device.type == "cuda" and mask is None and queries.dtype in FUSED_CUDA_DTYPES
-
-
-def _attend_fused(
-    queries: Tensor, keys: Tensor, values: Tensor, scale: float, causal: bool, mask: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    # torch's public scaled_dot_product_attention returns no log-sum-exp; the operators behind it do.
-    if queries.device.type == "cpu":
-        bias = None
-        if mask is not None:
-            # This operator broadcasts size-1 dimensions of a 4-D mask.
-            bias = _as_bias(mask, queries.dtype)
-        output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            queries, keys, values, 0.0, causal, attn_mask=bias, scale=scale
-        )
-        return output, lse.float()
-    output, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(
-        queries, keys, values, 0.0, causal, False, scale=scale
+        return None
+    device = queries.device
+    return kernels.choose(
+        device.type, kernels.capability_of(device), queries.dtype, queries.shape[-1], masked=mask is not None
     )
-    return output, lse.float()
 
 
 def _attend_naive(

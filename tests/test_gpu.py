@@ -61,12 +61,17 @@ def test_a_generated_token_does_not_wait_for_the_device(
     model(token, past_key_values=cache)
 
 
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("head_dim", [5, 64, 100, 128, 250, 320])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_attention_with_its_log_sum_exp(dtype: torch.dtype) -> None:
-    q, k, v = (torch.randn(1, 3, 64, 64, device="cuda", dtype=dtype) for _ in range(3))
-    for causal in (False, True):
-        output, lse = attend(q, k, v, scale=0.125, causal=causal)
-        expected, expected_lse = attend(q.cpu().float(), k.cpu().float(), v.cpu().float(), scale=0.125, causal=causal)
+def test_attention_with_its_log_sum_exp(dtype: torch.dtype, head_dim: int, masked: bool) -> None:
+    q, k, v = (torch.randn(2, 3, 67, head_dim, device="cuda", dtype=dtype) for _ in range(3))
+    mask = (torch.rand(2, 1, 67, 67, device="cuda") > 0.5) | torch.eye(67, dtype=torch.bool, device="cuda")
+    for causal in (False,) if masked else (False, True):
+        scale, given = head_dim**-0.5, mask if masked else None
+        output, lse = attend(q, k, v, scale=scale, causal=causal, mask=given)
+        cpu = [tensor.cpu().float() for tensor in (q, k, v)]
+        expected, expected_lse = attend(*cpu, scale=scale, causal=causal, mask=None if given is None else given.cpu())
         torch.testing.assert_close(output.cpu().float(), expected, atol=2e-2, rtol=2e-2)
         torch.testing.assert_close(lse.cpu(), expected_lse, atol=2e-2, rtol=2e-2)
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import memory.softmax
 from memory import attend, merge
-from memory.softmax import _attend_fused, _attend_naive
+from memory.softmax import _attend_naive
 
 
 def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -52,7 +52,7 @@ def test_fused_equals_naive(kind: str, dtype: torch.dtype) -> None:
     if shape:
         mask = torch.rand(shape, generator=torch.Generator().manual_seed(0)) > 0.5
         mask = (mask | torch.eye(33, dtype=torch.bool)).reshape((1,) * (4 - len(shape)) + shape)
-    fused = _attend_fused(q, k, v, 0.4, kind == "causal", mask)
+    fused = attend(q, k, v, scale=0.4, causal=kind == "causal", mask=mask)
     naive = _attend_naive(q, k, v, 0.4, kind == "causal", mask)
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2  # a bfloat16 result has 8 bits
     for a, b in zip(fused, naive, strict=True):
