@@ -235,7 +235,7 @@ def launch(processes: int, *arguments: str | Path) -> None:
     command += ["--multi_gpu", "--main_process_port", "0"] if processes > 1 else ["--cpu"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-m", *command, *arguments], env=environment, capture_output=True,
-                          text=True, check=False, timeout=120)  # fmt: skip
+                          text=True, check=False, timeout=600)  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
 
 

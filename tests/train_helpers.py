@@ -40,7 +40,7 @@ def on_processes(count: int, recipe: Path, out: Path, *arguments: str) -> str:
     command = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(count), "-m", "fot", "train"]
     done = subprocess.run([sys.executable, "-m", *command, str(recipe), "--out", str(out), *arguments],
                           env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False,
-                          timeout=180)  # fmt: skip
+                          timeout=600)  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stderr
 
