@@ -17,7 +17,7 @@ from memory.backends import Backends, IndexFactory, check_index
 from memory.checks import check_pairs
 from memory.content import Content
 from memory.folder import Folder
-from memory.index import LearntIndex
+from memory.index import Learnt
 from memory.indexed import IndexedLayer
 from memory.layer import LayerMemory
 from memory.tokens import DocumentNote, Source, TokenTable
@@ -387,7 +387,7 @@ class Memory:
     def _place(self, vectors: Tensor) -> Tensor:
         return vectors if self.device is None else vectors.to(self.device)
 
-    def _learnt(self) -> dict[int, LearntIndex]:
+    def _learnt(self) -> dict[int, Learnt]:
         """Layer -> what its index learnt, for layers whose index learns."""
         found = {number: layer.learnt() for number, layer in self._indexed.items()}
         return {number: one for number, one in found.items() if one is not None}

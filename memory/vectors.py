@@ -2,6 +2,7 @@
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -181,16 +182,34 @@ class VectorBlocks:
                 out[rows, columns] = self._decode(self._data[index], index, (rows, inside), dtype)
         return out.reshape(*slots.shape, self.head_dim)
 
-    def take_range(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
-        """Vectors of slots start..stop-1 as one (G, stop - start, D) tensor of ``dtype``."""
+    def gather_head(self, head: int, slots: Tensor, dtype: torch.dtype) -> Tensor:
+        """The vectors (M, D) of one head in these slots, (M,) int64 ascending, on the device of the vectors."""
+        if not len(slots):
+            return torch.empty(0, self.head_dim, dtype=dtype, device=slots.device)
+        bounds = torch.searchsorted(slots, torch.tensor([*self._starts, self._length], device=slots.device)).tolist()
         parts = []
+        for index, (a, b) in enumerate(pairwise(bounds)):
+            if a < b:
+                where = slots[a:b] - self._starts[index]
+                found = self._data[index][head].index_select(0, where)
+                if self.dtype == torch.int8:
+                    found = found.float() * self._scales[index][head].index_select(0, where)
+                parts.append(found.to(dtype))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def pieces(self, start: int, stop: int, dtype: torch.dtype) -> Iterator[Tensor]:
+        """Vectors of slots start..stop-1 as (G, n, D) tensors of ``dtype``; views where no cast is needed."""
         index = max(0, bisect_right(self._starts, start) - 1)
         while start < stop:
             offset = start - self._starts[index]
             count = min(stop - start, self._data[index].shape[1] - offset)
             window = slice(offset, offset + count)
-            parts.append(self._decode(self._data[index][:, window], index, window, dtype))
+            yield self._decode(self._data[index][:, window], index, window, dtype)
             start, index = start + count, index + 1
+
+    def take_range(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        """Vectors of slots start..stop-1 as one (G, stop - start, D) tensor of ``dtype``."""
+        parts = list(self.pieces(start, stop, dtype))
         if not parts:
             return torch.empty(self.num_heads, 0, self.head_dim, dtype=dtype, device=self.device)
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
