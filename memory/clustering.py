@@ -21,7 +21,7 @@ except ImportError as error:
 
 from memory.clustered import Clusters
 
-CLUSTER = 32  # keys in a cluster, on the mean
+CLUSTER = 16  # keys in a cluster, on the mean
 ROUNDS = 6  # of k-means
 # Of each stretch, attended to by every query: attention sinks have tiny keys and tiny values, and would make the
 # cluster that they are in stand in for far too much.
@@ -53,7 +53,7 @@ def _cluster_head(keys: Tensor, values: Tensor) -> tuple[Tensor, ...]:
     others = torch.ones(len(keys), dtype=torch.bool).index_fill_(0, outlying, False).nonzero().flatten()
     k, v = keys[others], values[others]
     number = max(1, len(k) // CLUSTER)
-    of = _assign(k, number)
+    of = assign(k, number)
     counts = torch.bincount(of, minlength=number)
     divisor = counts.clamp(min=1).unsqueeze(1)
     mean_keys = torch.zeros(number, k.shape[1]).index_add_(0, of, k) / divisor
@@ -71,11 +71,11 @@ def _outliers(keys: Tensor) -> Tensor:
     return torch.cat([far, norms.topk(min(SMALL_KEYS, len(keys) // 4), largest=False).indices]).sort().values
 
 
-def _assign(keys: Tensor, number: int) -> Tensor:
-    """(n,) the cluster of each key (n, D), of so many."""
+def assign(keys: Tensor, number: int) -> Tensor:
+    """The cluster of each key, (n,) int64, by k-means of so many clusters. ``keys``: (n, D) float32."""
     if number == 1:
         return torch.zeros(len(keys), dtype=torch.int64)
-    # Each stretch has CLUSTER keys a cluster: FAISS would warn of too few.
+    # FAISS would warn of too few keys a cluster.
     kmeans = faiss.Kmeans(keys.shape[1], number, niter=ROUNDS, seed=1, min_points_per_centroid=1)
     array = keys.contiguous().numpy()
     kmeans.train(array)

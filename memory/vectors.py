@@ -184,18 +184,19 @@ class VectorBlocks:
 
     def gather_head(self, head: int, slots: Tensor, dtype: torch.dtype) -> Tensor:
         """The vectors (M, D) of one head in these slots, (M,) int64 ascending, on the device of the vectors."""
-        if not len(slots):
-            return torch.empty(0, self.head_dim, dtype=dtype, device=slots.device)
-        bounds = torch.searchsorted(slots, torch.tensor([*self._starts, self._length], device=slots.device)).tolist()
-        parts = []
-        for index, (a, b) in enumerate(pairwise(bounds)):
-            if a < b:
-                where = slots[a:b] - self._starts[index]
-                found = self._data[index][head].index_select(0, where)
-                if self.dtype == torch.int8:
-                    found = found.float() * self._scales[index][head].index_select(0, where)
-                parts.append(found.to(dtype))
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        starts = torch.tensor([*self._starts, self._length], device=slots.device)
+        bounds = torch.searchsorted(slots, starts)
+        where = (slots - starts[:-1].repeat_interleave(bounds.diff())).split(bounds.diff().tolist())
+        found = torch.empty(len(slots), self.head_dim, dtype=self.dtype, device=slots.device)
+        scales = torch.empty(len(slots), 1, device=slots.device) if self._scales else None
+        done = 0
+        for index, places in enumerate(where):
+            window = slice(done, done + len(places))
+            torch.index_select(self._data[index][head], 0, places, out=found[window])
+            if scales is not None:
+                torch.index_select(self._scales[index][head], 0, places, out=scales[window])
+            done = window.stop
+        return found.to(dtype) if scales is None else (found.float() * scales).to(dtype)
 
     def pieces(self, start: int, stop: int, dtype: torch.dtype) -> Iterator[Tensor]:
         """Vectors of slots start..stop-1 as (G, n, D) tensors of ``dtype``; views where no cast is needed."""
