@@ -65,16 +65,38 @@ def test_the_error_falls_with_the_share(rows: int) -> None:
     exact, asked = store("exact", data), queries(rows)
     errors = [error(store(f"clusters;share={share}", data), exact, asked) for share in (0.01, 0.1, 0.4, 0.9999)]
     assert all(more < less + 1e-5 for less, more in pairwise(errors))
-    assert errors[0] < 0.2
+    assert errors[0] < 0.25
     assert errors[3] < 1e-5
 
 
 def test_the_tail_counts() -> None:
     """Where attention is spread over everything, a few keys alone give another answer."""
     data = topics(4096)
-    exact, asked = store("exact", data), queries(20) / 10
-    assert error(store("clusters;share=0.01", data), exact, asked) < 0.02
-    assert error(store("exact", data, top_k=41), exact, asked) > 0.2
+    exact, asked = store("exact", data), queries(3) / 4
+    lost = error(store("exact", data, top_k=82), exact, asked)
+    assert lost > 0.3
+    assert error(store("clusters;share=0.02", data), exact, asked) < lost / 4
+
+
+@pytest.mark.parametrize("wanted", [0.2, 0.05, 0.01])
+def test_an_error_chooses_the_share(wanted: float) -> None:
+    data = topics(4096, spread=1.0)
+    exact, memory = store("exact", data), store(f"clusters;error={wanted}", data)
+    memory[LAYER].attend(queries(100, seed=8), scale=SCALE)  # what it tries shares on
+    singles = [error(memory, exact, one) for one in queries(100).split(1, dim=1)]
+    assert sum(singles) / len(singles) < 1.3 * wanted  # other queries than those that it tried
+    loosest = store("clusters;share=0.0025", data)
+    assert sum(error(loosest, exact, one) for one in queries(100).split(1, dim=1)) / 100 > 0.05
+
+
+def test_gradients_reach_the_queries() -> None:
+    data = topics(1100)
+    grads = []
+    for index in ("clusters;share=0.9999", "exact"):
+        asked = queries(3).requires_grad_()
+        store(index, data)[LAYER].attend(asked, scale=SCALE)[0].square().sum().backward()
+        grads.append(asked.grad)
+    torch.testing.assert_close(*grads, atol=2e-3, rtol=1e-3)  # of values near 1, for sums that nearly cancel
 
 
 def test_a_sink_is_attended_to_exactly() -> None:
@@ -82,10 +104,10 @@ def test_a_sink_is_attended_to_exactly() -> None:
     keys, values = topics(2048)
     keys = keys + 20 * torch.ones(DIM)
     keys[:, 0], values[:, 0] = 0.01, 0.01
-    asked = queries(9) - 2 * torch.ones(DIM)
+    asked = queries(9) - 4 * torch.ones(DIM)
     exact = store("exact", (keys, values))
     sunk = (exact[LAYER].attend(asked, scale=SCALE)[1]).abs().max()
-    assert sunk < 0.1  # nothing but the sink counts: exp(0)
+    assert sunk < 0.3  # nothing much but the sink counts, and exp(0) is 1
     assert error(store("clusters;share=0.001", (keys, values)), exact, asked) < 1e-4
 
 
