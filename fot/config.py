@@ -32,6 +32,10 @@ class MemoryConfig:
             Attention that finds nothing relevant goes to these tokens, and without them predictions become much worse
             (StreamingLLM, arXiv 2309.17453). With ``overflow_keep=0`` no sinks stay, because the next token starts a
             new window.
+        full_weight_tokens: number of tokens from which on a larger memory weighs no more: attention to a memory of n
+            tokens is lowered by the factor full_weight_tokens / n. Most of a large memory is of no use to a token, and
+            this keeps it from drowning the rest. None takes two windows. 0 never lowers it, as in LongLLaMA and the
+            paper.
         mem_positionals: whether memory layers use rotary positions. LongLLaMA uses them; the paper's small models do
             not.
         key_dtype: dtype in which keys are stored: float32, bfloat16, float16 or int8. None takes the model's dtype.
@@ -46,7 +50,9 @@ class MemoryConfig:
             time linear in their length. Answers read the memory in both cases. False is the paper's method.
         window_overlap: number of tokens that each window of an ingested text repeats from the window before. They are
             not stored again. Only the first tokens of a text then lack local context, but ``window_overlap`` of every
-            ``local_context`` tokens are read twice. 0 is LongLLaMA's method.
+            ``local_context`` tokens are read twice. Without an overlap, every window stores an attention sink of its
+            own, and a model that was not trained for that is disturbed by them. None takes an eighth of a window. 0 is
+            LongLLaMA's method.
         align_padding: where the windows of a padded batch start. With ``row`` they start at the first token of each
             row, so a row gives the same result as it does alone. With ``batch`` they start at the first column of the
             batch, as in LongLLaMA's ``forward``. ``generate`` always uses ``row``.
@@ -57,6 +63,7 @@ class MemoryConfig:
     last_context_length: int | None = None
     overflow_keep: int | None = None
     attention_sinks: int = 4
+    full_weight_tokens: int | None = None
     mem_positionals: bool = True
     key_dtype: str | None = None
     value_dtype: str | None = None
@@ -65,7 +72,7 @@ class MemoryConfig:
     top_k: int | None = None
     memory_device: str | None = None
     isolated_windows: bool = False
-    window_overlap: int = 0
+    window_overlap: int | None = None
     align_padding: str = "row"
 
     def __post_init__(self) -> None:
@@ -80,7 +87,7 @@ class MemoryConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1")
-        for name in ("overflow_keep", "attention_sinks", "window_overlap"):
+        for name in ("overflow_keep", "attention_sinks", "full_weight_tokens", "window_overlap"):
             value = getattr(self, name)
             if value is not None and value < 0:
                 raise ValueError(f"{name} is {value}; it must be at least 0")
@@ -130,9 +137,10 @@ class MemoryConfig:
                 f"last_context_length is {self.last_context_length}, longer than the window of {window} tokens; "
                 f"use at most {window}"
             )
-        if self.window_overlap >= window:
+        overlap = window // 8 if self.window_overlap is None else self.window_overlap
+        if overlap >= window:
             raise ValueError(
-                f"window_overlap is {self.window_overlap}, but a window has {window} tokens, so it would hold "
+                f"window_overlap is {overlap}, but a window has {window} tokens, so it would hold "
                 "no new token: lower window_overlap"
             )
         # Rather much: what layers without memory have lost of the text is lost to them (docs/results.md).
@@ -147,6 +155,8 @@ class MemoryConfig:
             mem_layers=mem_layers,
             local_context=window,
             overflow_keep=keep,
+            full_weight_tokens=2 * window if self.full_weight_tokens is None else self.full_weight_tokens,
+            window_overlap=overlap,
             key_dtype=self.key_dtype or dtype,
             value_dtype=self.value_dtype or dtype,
         )
@@ -168,6 +178,12 @@ class MemoryConfig:
         """``overflow_keep`` of a resolved configuration."""
         assert self.overflow_keep is not None, "resolve() comes first"
         return self.overflow_keep
+
+    @property
+    def overlap(self) -> int:
+        """``window_overlap`` of a resolved configuration."""
+        assert self.window_overlap is not None, "resolve() comes first"
+        return self.window_overlap
 
     @property
     def kept_sinks(self) -> int:

@@ -41,26 +41,6 @@ def test_bound_on_tokens_and_joint_perplexity(make_model: ModelMaker, ids: Draw)
     assert found["perplexity"] == pytest.approx(math.exp((5 * one + 2 * two) / 7))
 
 
-@torch.no_grad()
-def test_with_memory_reads_what_precedes_the_same_windows(make_model: ModelMaker, ids: Draw) -> None:
-    text = ids(200)[0].tolist()
-    model = make_model()
-    found = perplexity.run_with_memory(model, {"text": text}, [0, 32, 100], tokens=2 * WINDOW)["results"]
-    last = torch.tensor(text[-2 * WINDOW :]).reshape(2, WINDOW)
-    values = []
-    for entry in found:
-        memory = model.new_memory()
-        if entry["length"]:
-            model.ingest(text[200 - 2 * WINDOW - entry["length"] : 200 - 2 * WINDOW], memory)
-        losses = [model(row[None], labels=row[None], memory=memory).loss for row in last]
-        assert len(memory) == entry["length"]
-        assert entry["perplexity"] == pytest.approx(math.exp(float(sum(losses)) / 2), rel=1e-4)
-        values.append(entry["perplexity"])
-    assert len({round(value, 3) for value in values}) == 3
-    with pytest.raises(ValueError, match="text has 200 tokens; a memory of 180 and 2 last windows of 16 take 212"):
-        perplexity.run_with_memory(model, {"text": text}, [180], tokens=2 * WINDOW)
-
-
 @pytest.fixture
 def checkpoints(make_plain: ModelMaker, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> list[str]:
     for seed in (0, 1):
@@ -81,10 +61,6 @@ def test_command(checkpoints: list[str], tmp_path: Path, capsys: pytest.CaptureF
     model, base = json.loads(out.read_text())["models"]
     assert f"{model['perplexity'] / base['perplexity'] - 1:+.2%}" in shown
     assert "+0.00%" not in shown
-    assert main([*command, "--with-memory", "--lengths", "0,40"]) == 0
-    entry = json.loads(out.read_text())["models"][0]
-    assert [row["length"] for row in entry["results"]] == [0, 40]
-    assert f"{entry['results'][1]['perplexity']:.3f}" in capsys.readouterr().out
 
 
 def test_bad_input(checkpoints: list[str], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -1,9 +1,9 @@
 """``fot eval``."""
 
 import argparse
-import json
 from typing import Any
 
+from fot.commands.evaluate_long import add_few_shot, add_ruler
 from fot.commands.options import (
     about,
     add_memory_options,
@@ -15,13 +15,22 @@ from fot.commands.options import (
     named_path,
     positive,
     positive_list,
+    whole_list,
 )
 
 
 def add(commands: Any) -> None:
     parser = commands.add_parser("eval", help="measure a model", description="Measure a model.")
     kinds = parser.add_subparsers(title="measurements", required=True, metavar="WHAT")
-    for add_kind in (_add_dictionary, _add_needles, _add_perplexity, _add_distraction, _add_layers):
+    for add_kind in (
+        _add_dictionary,
+        _add_needles,
+        add_ruler,
+        add_few_shot,
+        _add_perplexity,
+        _add_distraction,
+        _add_layers,
+    ):
         add_kind(kinds)
 
 
@@ -71,22 +80,27 @@ def _add_perplexity(kinds: Any) -> None:
     parser = kinds.add_parser(
         "perplexity",
         help="measure the perplexity of texts, within a window or with a memory",
-        description="Measure perplexity within single windows. With --with-memory, measure the perplexity of the last "
-        "windows of each text, with a memory of the tokens before them.",
+        description="Measure perplexity within single windows. With --memory, measure the perplexity of the same "
+        "tokens at many places of each text, with more and more of the text before them in memory. Plain attention to "
+        "as much text is shown beside it.",
     )
     parser.add_argument("model", help="alias, folder, GGUF file or hub id")
     parser.add_argument("files", nargs="+", type=named_path, metavar="FILE", help="UTF-8 text")
     add_memory_options(parser)
     parser.add_argument("--base", metavar="NAME", help="model to compare with, for example the one before training")
-    parser.add_argument(
-        "--with-memory",
-        action="store_true",
-        help="measure the last windows of each text, with a memory of the --lengths tokens before them",
-    )
-    parser.add_argument("--lengths", type=_lengths, default=[0, 2048, 8192], metavar="N,N,...",
-                        help="tokens in memory, with --with-memory (default: 0,2048,8192)")  # fmt: skip
-    parser.add_argument("--tokens", type=positive, default=32768, metavar="N",
-                        help="number of tokens to measure, in all texts together (default: 32768)")  # fmt: skip
+    parser.add_argument("--tokens", type=positive, metavar="N",
+                        help="number of tokens to measure within windows, in all texts (default: 32768)")  # fmt: skip
+    parser.add_argument("--memory", type=whole_list, metavar="N,N,...",
+                        help="tokens of memory, rounded to whole windows, for example 0,512,4096,32768")  # fmt: skip
+    parser.add_argument("--places", type=positive, metavar="N",
+                        help="with --memory: number of places in each text (default: 30)")  # fmt: skip
+    parser.add_argument("--others", nargs="+", type=named_path, metavar="FILE",
+                        help="with --memory: measure again with these texts in the memory, too")  # fmt: skip
+    parser.add_argument("--others-tokens", type=positive, metavar="N",
+                        help="with --others: number of tokens of them (default: 32768)")  # fmt: skip
+    parser.add_argument("--no-plain", action="store_true", help="with --memory: do not measure plain attention")
+    parser.add_argument("--plot", type=named_path, metavar="OUT.png",
+                        help="with --memory: file to draw the perplexities in")  # fmt: skip
     parser.add_argument("--json", type=named_path, metavar="OUT", help="file to write the results to")
     parser.set_defaults(command=_eval_perplexity)
 
@@ -179,12 +193,15 @@ def _eval_needles(args: argparse.Namespace) -> int:
 
 def _eval_perplexity(args: argparse.Namespace) -> int:
     check_writable(args.json)
+    check_plot(args.plot)
+    _check_perplexity_options(args)
     model = load(args)
-    from fot.evaluation.report import perplexity_table
+    from fot.evaluation.report import growing_plot, growing_table, perplexity_table
     from fot.evaluation.texts import read_texts
 
     texts = dict(zip(_names(args), read_texts(args.files, model.tokenizer), strict=True))
-    models = [about(model, args.model) | _perplexity(model, texts, args)]
+    others = read_texts(args.others or [], model.tokenizer)
+    models = [about(model, args.model) | _perplexity(model, texts, others, args)]
     settings = model.memory_config
     if args.base and not models[0]["interrupted"]:
         from fot import attach_memory
@@ -196,21 +213,38 @@ def _eval_perplexity(args: argparse.Namespace) -> int:
                 f"{args.base} has another tokenizer, and perplexities of different tokens cannot be "
                 "compared: choose a model with the same tokenizer"
             )
-        models.append(about(base, args.base) | _perplexity(base, texts, args))
-    result = {"with_memory": args.with_memory, "window": settings.window, "models": models}
+        models.append(about(base, args.base) | _perplexity(base, texts, others, args))
+    result = {"sizes": args.memory, "window": settings.window, "models": models}
     result["interrupted"] = any(entry["interrupted"] for entry in models)
-    return finish(perplexity_table(result), result, args.json)
+    status = finish((growing_table if args.memory else perplexity_table)(result), result, args.json)
+    if args.plot:
+        growing_plot(args.plot, result)
+    return status
 
 
-def _perplexity(model: Any, texts: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
+def _check_perplexity_options(args: argparse.Namespace) -> None:
+    if args.memory and args.tokens:
+        raise ValueError("--tokens is of perplexity within windows: with --memory, give --places instead")
+    given = {"--places": args.places, "--others": args.others, "--no-plain": args.no_plain, "--plot": args.plot}
+    for name, value in given.items():
+        if value and not args.memory:
+            raise ValueError(f"{name} needs --memory, for example --memory 0,512,4096")
+    if args.others_tokens and not args.others:
+        raise ValueError("--others-tokens needs --others: name the texts that join the memory")
+
+
+def _perplexity(model: Any, texts: dict[str, Any], others: list[Any], args: argparse.Namespace) -> dict[str, Any]:
     from tqdm import tqdm
 
-    from fot.evaluation import perplexity
+    from fot.evaluation import growing, perplexity
 
     with tqdm(unit="tok", desc="perplexity", disable=None) as bar:
-        if args.with_memory:
-            return perplexity.run_with_memory(model, texts, args.lengths, tokens=args.tokens, progress=bar)
-        return perplexity.run(model, texts, tokens=args.tokens, progress=bar)
+        if not args.memory:
+            return perplexity.run(model, texts, tokens=args.tokens or 32768, progress=bar)
+        return growing.run(
+            model, texts, args.memory, places=args.places or 30, others=others,
+            others_tokens=args.others_tokens or 32768, plain=not args.no_plain, progress=bar,
+        )  # fmt: skip
 
 
 def _eval_distraction(args: argparse.Namespace) -> int:
@@ -272,14 +306,3 @@ def _eval_layers(args: argparse.Namespace) -> int:
 
 def _names(args: argparse.Namespace) -> list[str]:
     return [str(path) for path in args.files]
-
-
-def _lengths(text: str) -> list[int]:
-    """Numbers of tokens, 0 for none."""
-    try:
-        lengths = json.loads(f"[{text}]")
-    except json.JSONDecodeError:
-        lengths = []
-    if not lengths or any(not isinstance(length, int) or length < 0 for length in lengths):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers of tokens such as 0,2048,8192")
-    return lengths

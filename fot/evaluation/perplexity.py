@@ -1,4 +1,4 @@
-"""Perplexity of real text: within single windows, and of a text's last windows with what precedes them in memory."""
+"""Perplexity of real text within single windows; ``fot.evaluation.growing`` measures it with a memory."""
 
 import math
 from collections.abc import Sequence
@@ -7,25 +7,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memory import Memory
-
 ROWS = 8  # windows at once
 
 
 @torch.no_grad()
-def within_windows(model: Any, windows: Tensor, *, memory: Memory | None = None, progress: Any = None) -> float:
-    """Perplexity of windows, each alone or after a memory; its first token, which nothing precedes, is not counted.
+def within_windows(model: Any, windows: Tensor, *, progress: Any = None) -> float:
+    """Perplexity of windows, each alone; its first token, which nothing precedes, is not counted.
 
     Args:
         model: a ``FoTForCausalLM``.
         windows: (N, T) token ids, T at least 2 and at most its window.
-        memory: read by each window, and not written to.
         progress: a tqdm bar that is moved by each token read, or None.
     """
     total = 0.0
     for rows in windows.split(ROWS):
         ids = rows.to(model.device)
-        loss = model(ids, labels=ids, memory=memory, use_cache=False, logits_to_keep=1).loss
+        loss = model(ids, labels=ids, use_cache=False, logits_to_keep=1).loss
         total += float(loss) * len(rows)
         _move(progress, rows.numel())
     return math.exp(total / len(windows))
@@ -74,65 +71,6 @@ def run(model: Any, texts: dict[str, Sequence[int]], *, tokens: int = 32768, pro
     except KeyboardInterrupt:
         interrupted = True
     return {"texts": found, "perplexity": _joint(found), "interrupted": interrupted}
-
-
-def run_with_memory(
-    model: Any,
-    texts: dict[str, Sequence[int]],
-    lengths: Sequence[int],
-    *,
-    tokens: int = 32768,
-    progress: Any = None,
-) -> dict[str, Any]:
-    """Perplexity of the same last windows of each text, with more and more of what precedes them in memory.
-
-    Args:
-        model: a ``FoTForCausalLM``.
-        texts: token ids by name.
-        lengths: tokens in memory, those right before the last windows; 0 for none.
-        tokens: of last windows, evenly shared by the texts; at least a window of each.
-        progress: a tqdm bar that gets its total here and is moved by each token read, or None.
-
-    Returns:
-        ``{"results": [...], "interrupted": bool}``, one entry a length: ``length``, ``perplexity`` of all texts
-        together, and ``texts`` as ``run`` gives them. Ctrl-C ends the run and keeps the finished lengths.
-
-    Raises:
-        ValueError: a text without room for the longest memory and the last windows.
-    """
-    window = model.memory_config.window
-    count = max(1, tokens // window // len(texts))
-    needed = max(lengths) + count * window
-    for name, ids in texts.items():
-        if len(ids) < needed:
-            raise ValueError(
-                f"{name} has {len(ids)} tokens; a memory of {max(lengths)} and {count} last windows of {window} take "
-                f"{needed}: give shorter --lengths, fewer --tokens, or longer files"
-            )
-    _expect(progress, len(texts) * sum(length + count * window for length in lengths))
-    results: list[dict[str, Any]] = []
-    interrupted = False
-    try:
-        for length in lengths:
-            found = {}
-            for name, ids in texts.items():
-                start = len(ids) - count * window
-                memory = _remember(model, ids[start - length : start], progress)
-                windows = torch.tensor(list(ids[start:])).reshape(count, window)
-                perplexity = within_windows(model, windows, memory=memory, progress=progress)
-                found[name] = {"perplexity": perplexity, "tokens": windows.numel()}
-            results.append({"length": length, "perplexity": _joint(found), "texts": found})
-    except KeyboardInterrupt:
-        interrupted = True
-    return {"results": results, "interrupted": interrupted}
-
-
-def _remember(model: Any, ids: Sequence[int], progress: Any) -> Memory | None:
-    if not ids:
-        return None
-    memory = model.new_memory()
-    model.ingest(list(ids), memory, progress=False if progress is None else progress)
-    return memory
 
 
 def _joint(texts: dict[str, Any]) -> float | None:

@@ -121,6 +121,37 @@ def needles_table(result: dict[str, Any]) -> str:
     return _render(table) + _note(result)
 
 
+def ruler_table(result: dict[str, Any]) -> str:
+    """Questions about long texts: a row a task and length, a column a condition."""
+    title = f"long texts, {result['model']} ({result['dtype']}), seed {result['seed']}: share of what was expected"
+    table = Table(box=box.SIMPLE_HEAD, title=title)
+    for name in ("task", "tokens", "trials", "memory", "wholly right (95 %)", "in one context", "without the text"):
+        table.add_column(name, justify="left" if name == "task" else "right")
+    for entry in result["results"]:
+        memory, others = entry["memory"], (entry["in_context"], entry["without"])
+        cells = [_number(other and other["score"], "{:.0%}") for other in others]
+        table.add_row(entry["task"], f"{entry['length']:,}", str(len(entry["trials"])), f"{memory['score']:.0%}",
+                      _share_with_interval(memory["whole"], memory["interval"]), *cells)  # fmt: skip
+    return _render(table) + _note(result)
+
+
+def few_shot_table(result: dict[str, Any]) -> str:
+    """Share of right labels, a row a number of examples."""
+    table = Table(box=box.SIMPLE_HEAD, title=f"labels, {result['model']} ({result['dtype']}), seed {result['seed']}")
+    for name in ("examples", "tokens", "questions", "right, from memory (95 %)", "in one context (95 %)"):
+        table.add_column(name, justify="right")
+    for entry in result["results"]:
+        cells = [one and _share_with_interval(one["accuracy"], one["interval"])
+                 for one in (entry["memory"], entry["in_context"])]  # fmt: skip
+        table.add_row(f"{entry['examples']:,}", f"{entry['length']:,}", str(entry["memory"]["trials"]),
+                      *(cell or "-" for cell in cells))  # fmt: skip
+    return _render(table) + _note(result)
+
+
+def _share_with_interval(share: float, interval: tuple[float, float]) -> str:
+    return f"{share:.0%} ({interval[0]:.0%}-{interval[1]:.0%})"
+
+
 def layers_table(result: dict[str, Any]) -> str:
     """The best sets of memory layers, one a row."""
     table = Table(box=box.SIMPLE_HEAD, title=f"memory layers, {result['model']} ({result['dtype']})")
@@ -133,10 +164,10 @@ def layers_table(result: dict[str, Any]) -> str:
 
 
 def perplexity_table(result: dict[str, Any]) -> str:
-    """Perplexity as a table: one row a text or a length of memory; the untouched model and the rise beside it."""
+    """Perplexity within windows as a table: one row a text; the untouched model and the rise beside it."""
     model, *base = result["models"]
     table = Table(box=box.SIMPLE_HEAD, title=f"perplexity, windows of {result['window']:,} tokens")
-    table.add_column("tokens in memory" if result["with_memory"] else "text", justify="right")
+    table.add_column("text", justify="right")
     table.add_column("tokens", justify="right")
     for entry in result["models"]:
         table.add_column(entry["model"], justify="right", overflow="fold")
@@ -148,6 +179,58 @@ def perplexity_table(result: dict[str, Any]) -> str:
         rise = [_number(row["perplexity"] / other["perplexity"] - 1 if other else None, "{:+.2%}") for other in others]
         table.add_row(name, f"{row['tokens']:,}", *cells, *rise)
     return _render(table) + _note(result)
+
+
+def growing_table(result: dict[str, Any]) -> str:
+    """Perplexity by tokens of memory: a table a model, and one a text where there are several."""
+    tables = []
+    for entry in result["models"]:
+        texts = entry["texts"]
+        places = sum(text["places"] for text in texts.values())
+        named = {f"{entry['model']}, {len(texts)} texts, {places} places": entry["rows"]}
+        if len(texts) < 2:
+            named = {f"{entry['model']}, {name}, {text['places']} places": text["rows"] for name, text in texts.items()}
+        else:
+            named |= {f"{entry['model']}, {name}": text["rows"] for name, text in texts.items()}
+        tables += [_growing(f"perplexity, {title}", rows) for title, rows in named.items()]
+    return "\n".join(tables) + _note(result)
+
+
+def _growing(title: str, rows: list[dict[str, Any]]) -> str:
+    table = Table(box=box.SIMPLE_HEAD, title=title)
+    halves = {"inside": "", "start": ", at the start", "weighted": ", weighted"}
+    others = any(row["others"] for row in rows)
+    table.add_column("tokens before", justify="right")
+    if others:
+        table.add_column("of other texts", justify="right")
+    for half in halves.values():
+        for kind in ("memory", "plain"):
+            table.add_column(kind + half, justify="right")
+    for row in rows:
+        cells = [row[kind] and row[kind][half] for half in halves for kind in ("memory", "plain")]
+        beside = [f"{row['others']:,}"] if others else []
+        table.add_row(f"{row['tokens']:,}", *beside, *(_number(cell, "{:.2f}") for cell in cells))
+    return _render(table)
+
+
+def growing_plot(path: Path, result: dict[str, Any]) -> None:
+    """Perplexity by tokens of memory and of plain context, as a picture.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    figure = _figure(6, 4)
+    axes = figure.subplots()
+    ticks = sorted({row["tokens"] for entry in result["models"] for row in entry["rows"]})
+    for number, entry in enumerate(result["models"]):
+        for kind, style in (("memory", "o-"), ("plain", "x--")):
+            rows = [row for row in entry["rows"] if row[kind] and not row["others"]]
+            axes.plot([ticks.index(row["tokens"]) for row in rows], [row[kind]["inside"] for row in rows], style,
+                      color=f"C{number}", label=f"{entry['model']}, {kind}")  # fmt: skip
+    axes.set(xlabel="tokens before the window", ylabel="perplexity", title="what a memory of the text is worth")
+    axes.set_xticks(range(len(ticks)), [f"{tick:,}" for tick in ticks])
+    axes.legend()
+    _save(figure, path)
 
 
 def distraction_table(result: dict[str, Any]) -> str:
@@ -251,10 +334,7 @@ def _shares(entry: dict[str, Any] | None) -> str:
 
 
 def _perplexities(entry: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Rows of one model's results: a length each, or a text each and all texts together."""
-    if "results" in entry:
-        rows = {f"{row['length']:,}": row for row in entry["results"]}
-        return {name: row | {"tokens": _tokens(row)} for name, row in rows.items()}
+    """Rows of one model's results: a text each, and all texts together."""
     joint = {"all": entry | {"tokens": _tokens(entry)}} if len(entry["texts"]) > 1 else {}
     return entry["texts"] | joint
 

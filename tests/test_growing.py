@@ -1,0 +1,102 @@
+"""Perplexity by tokens of memory: what ``ingest`` and plain attention give for the same tokens, place by place."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import WINDOW, ModelMaker
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedTokenizerFast
+
+from fot.cli import main
+from fot.evaluation import growing
+
+Draw = Callable[..., torch.Tensor]
+OVERLAP = 4
+STEP = WINDOW - OVERLAP
+
+
+def loss_of(model: Any, text: list[int], start: int, memory: Any) -> torch.Tensor:
+    """Losses (WINDOW - 1,) of the window at ``start``."""
+    window = torch.tensor(text[start : start + WINDOW])
+    return cross_entropy(model(window[None], memory=memory).logits[0, :-1], window[1:], reduction="none")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("isolated", [True, False])
+def test_memory_is_what_ingest_makes_of_the_text_before(make_model: ModelMaker, ids: Draw, isolated: bool) -> None:
+    model = make_model(isolated_windows=isolated, window_overlap=OVERLAP)
+    text, other = ids(200)[0].tolist(), ids(90, seed=1)[0].tolist()
+    found = growing.run(
+        model, {"text": text}, [0, 15, 40], places=3, others=[other], others_tokens=STEP + OVERLAP + 1, plain=False
+    )
+    rows = found["texts"]["text"]["rows"]
+    assert [(row["tokens"], row["others"]) for row in rows] == [(0, 0), (16, 0), (16, 16), (40, 0), (40, 16)]
+    first, last = -(-(40 - OVERLAP) // STEP), (200 - WINDOW - OVERLAP) // STEP
+    starts = [OVERLAP + STEP * step for step in (first, (first + last) // 2, last)]
+    for row in rows:
+        losses = []
+        for start in starts:
+            memory = model.new_memory()
+            if row["tokens"]:
+                model.ingest(text[start - row["tokens"] : start], memory)
+            if row["others"]:
+                model.ingest(other[: row["others"]], memory)
+            losses.append(loss_of(model, text, start, memory if len(memory) else None))
+        joint = torch.stack(losses)
+        half = (WINDOW - 1) // 2
+        assert row["memory"]["inside"] == pytest.approx(math.exp(joint[:, half:].mean()), rel=1e-4)
+        assert row["memory"]["start"] == pytest.approx(math.exp(joint[:, :half].mean()), rel=1e-4)
+        assert row["losses"] == pytest.approx(joint[:, half:].mean(1).tolist(), rel=1e-4)
+    assert len({round(row["memory"]["inside"], 3) for row in rows}) == len(rows)
+
+
+@torch.no_grad()
+def test_plain_attention_and_weights(make_model: ModelMaker, make_plain: ModelMaker, ids: Draw) -> None:
+    model, plain = make_model(isolated_windows=True, window_overlap=OVERLAP), make_plain()
+    text = ids(200)[0].tolist()
+    rows = growing.run(model, {"text": text}, [0, 40, 60], places=1)["rows"]
+    assert [row["plain"] is None for row in rows] == [False, False, True]  # 64 positions
+    start = OVERLAP + STEP * 5  # the first place behind 64 tokens of memory
+    half, losses = (WINDOW - 1) // 2, []
+    for row in rows[:2]:
+        seen = torch.tensor(text[start - row["tokens"] : start + WINDOW])
+        losses.append(cross_entropy(plain(seen[None]).logits[0, -WINDOW:-1], seen[-WINDOW + 1 :], reduction="none"))
+        assert row["plain"]["inside"] == pytest.approx(math.exp(losses[-1][half:].mean()), rel=1e-4)
+    weights = (losses[0] - losses[1])[half:].exp().clamp(max=5)
+    expected = (losses[1][half:] * weights).sum() / weights.sum()
+    assert rows[1]["plain"]["weighted"] == pytest.approx(math.exp(expected), rel=1e-4)
+    assert rows[0]["plain"]["inside"] == pytest.approx(rows[0]["memory"]["inside"], rel=1e-4)
+
+
+def test_text_that_is_too_short(make_model: ModelMaker, ids: Draw) -> None:
+    with pytest.raises(ValueError, match=r"short has 50 tokens; a memory of 48 .* take 64: give a smaller --memory"):
+        growing.run(make_model(), {"short": ids(50)[0].tolist()}, [48])
+
+
+def test_command(
+    make_plain: ModelMaker, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    folder, out, plot = tmp_path / "model", tmp_path / "out.json", tmp_path / "plot.png"
+    make_plain().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    texts = []
+    for number in range(3):
+        texts.append(tmp_path / f"{number}.txt")
+        texts[-1].write_text(f"A sentence of text {number} that goes on for a while. " * 6)
+    command = ["eval", "perplexity", str(folder), str(texts[0]), str(texts[1]), "--mem-layers", "1,3"]
+    command += ["--local-context", "16", "--window-overlap", "0", "--json", str(out)]
+    options = ["--places", "2", "--others", str(texts[2]), "--others-tokens", "32", "--plot", str(plot)]
+    assert main([*command, "--memory", "0,32", *options, "--base", str(folder)]) == 0
+    model, base = json.loads(out.read_text())["models"]
+    assert model["rows"] == base["rows"]
+    assert [(row["tokens"], row["others"]) for row in model["rows"]] == [(0, 0), (32, 0), (32, 32)]
+    assert list(model["texts"]) == [str(path) for path in texts[:2]]
+    assert f"{model['rows'][1]['memory']['inside']:.2f}" in capsys.readouterr().out
+    assert plot.stat().st_size > 1000
+    assert main([*command, "--places", "2"]) == 2
+    assert "--places needs --memory" in capsys.readouterr().err
