@@ -55,7 +55,7 @@ def main() -> None:
     parser.add_argument("--backends", default="clusters,top,IVF")
     parser.add_argument("--rows", type=int, default=1, help="queries asked at once")
     parser.add_argument("--query-heads", type=int, default=3, help="query heads of a KV head")
-    parser.add_argument("--queries", type=int, default=96, help="of each KV head, about")
+    parser.add_argument("--queries", type=int, default=384, help="of each KV head, about")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
 

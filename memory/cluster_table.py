@@ -7,6 +7,8 @@ from memory.clustered import Clusters
 from memory.clustering import CLUSTER, MOST_DRIFT
 from memory.vectors import VectorBlocks
 
+DEVIATIONS = 2.0  # of its keys' logits by which a cluster is ranked above its mean; 1 and 3 are as good
+
 
 class ClusterTable:
     """All clusters of one layer as attention needs them.
@@ -30,8 +32,6 @@ class ClusterTable:
         self._counts = clusters.counts.long()
         # log 0 = -inf: an empty cluster weighs nothing.
         self._log_counts = clusters.counts.float().log()
-        # A key is worth reading for what its cluster weighs, and for how much its own weight may differ.
-        self._bonus = (self.spreads.clamp(min=1e-12).log() / 2 - self._log_counts).nan_to_num(neginf=0.0, posinf=0.0)
         self._slots, self._firsts, outliers = _lay_out(clusters)
         self.always = [(keys.gather(outliers, torch.float32), values.gather(outliers, torch.float32))]
 
@@ -40,18 +40,26 @@ class ClusterTable:
         loose = (blocks.pieces(self.end, len(blocks), torch.float32) for blocks in (keys, values))
         self.always[1:] = zip(*loose, strict=True)
 
-    def estimate(self, head: int, queries: Tensor) -> tuple[Tensor, Tensor]:
-        """What the clusters of a head weigh for scaled queries (b, D): log-weights (b, L), and the most spread (b, 1)
-        whose drift of values is believed."""
-        half = ((queries @ self._covariance[head]) * queries).sum(1, keepdim=True).clamp(min=1e-12) / 2
-        weights = torch.addmm(self._log_counts[head], queries, self._mean_keys[head].T)
-        weights += (half * self.spreads[head]).clamp_(max=MOST_DRIFT)
-        return weights, MOST_DRIFT / half
+    def estimate(self, head: int, queries: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What the clusters of a head weigh for scaled queries (b, D): log-weights (b, L); ranks (b, L), by which
+        clusters are chosen; and the most spread (b, 1) whose drift of values is believed."""
+        variance = ((queries @ self._covariance[head]) * queries).sum(1, keepdim=True).clamp(min=1e-12)
+        drift = variance * self.spreads[head]  # (b, L), variance of the logits in each cluster
+        means = queries @ self._mean_keys[head].T
+        weights = means + self._log_counts[head] + (drift / 2).clamp(max=MOST_DRIFT)
+        # A cluster is worth reading for the largest logits that its keys may have, whatever it costs to read.
+        return weights, means + DEVIATIONS * drift.sqrt(), 2 * MOST_DRIFT / variance
 
-    def choose(self, head: int, weights: Tensor, budget: float) -> Tensor:
-        """The clusters, ascending, that queries of one head, with these log-weights (b, L), attend to key by key."""
-        ranks = weights + self._bonus[head]
-        if len(ranks) > 1:  # what matters to any of them: weights as shares of each query's own
+    def choose(self, head: int, weights: Tensor, ranks: Tensor, budget: float) -> Tensor:
+        """The clusters, ascending, that queries of one head attend to key by key: so many keys, or one cluster.
+
+        Args:
+            head: of the layer.
+            weights: (b, L), of ``estimate``.
+            ranks: (b, L), likewise.
+            budget: keys.
+        """
+        if len(ranks) > 1:  # what matters to any of them: as shares of each query's own
             ranks = (ranks - weights.logsumexp(1, keepdim=True)).logsumexp(0, keepdim=True)
         most = min(ranks.shape[1], max(1, int(2 * budget / CLUSTER)))
         best = ranks[0].topk(most).indices

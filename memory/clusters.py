@@ -198,8 +198,8 @@ class ClusterIndex(Index):
 
     def _attend_head(self, head: int, queries: Tensor, table: ClusterTable, share: float) -> tuple[Tensor, Tensor]:
         """Of scaled queries (b, D) float32 that attend to the same clusters: to this share of the keys."""
-        weights, pull = table.estimate(head, queries)  # (b, L), (b, 1)
-        chosen = table.choose(head, weights, share * len(self._keys))
+        weights, ranks, pull = table.estimate(head, queries)  # (b, L), (b, L), (b, 1)
+        chosen = table.choose(head, weights, ranks, share * len(self._keys))
         slots = table.slots(head, chosen)
         gathered = [blocks.gather_head(head, slots, torch.float32) for blocks in (self._keys, self._values)]
         pairs = [(keys[head], values[head]) for keys, values in table.always]
