@@ -69,6 +69,13 @@ class Backends:
     index: str | IndexFactory
     top_k: int | None
 
+    def __post_init__(self) -> None:
+        if self.top_k is not None and isinstance(self.index, str) and is_clusters(self.index):
+            raise ValueError(
+                f"top_k is {self.top_k}, but {self.index} attends to a share of the keys: leave top_k out and write "
+                "clusters;share=0.05"
+            )
+
     @property
     def name(self) -> str:
         """What a manifest can keep of ``index``: an index of the user's own is no name."""

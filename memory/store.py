@@ -32,9 +32,9 @@ class Memory:
         head_dim: D, size of a head.
         key_dtype: dtype in which keys are stored: float32, bfloat16, float16 or int8 (with one scale for each vector).
         value_dtype: dtype in which values are stored, likewise.
-        index: ``exact``, ``auto``, a FAISS factory string for inner product such as ``IVF1024,Flat``,
-            ``IVF1024,SQ8`` or ``HNSW32`` (see ``memory.faiss_index``; ``gpu:`` in front puts it on a GPU), or a
-            function of (key blocks, value blocks) that makes an ``Index``.
+        index: ``exact``, ``auto``, ``clusters`` (see ``memory.clusters``), a FAISS factory string for inner product
+            such as ``IVF1024,Flat`` or ``HNSW32`` (see ``memory.faiss_index``; ``gpu:`` in front puts it on a GPU), or
+            a function of (key blocks, value blocks) that makes an ``Index``.
         top_k: number of pairs that a query attends to. None means all pairs with ``exact``, and 128 with FAISS.
         device: device of the vectors. None keeps them on the device that they come from.
         fingerprint: identifies the weights that made the keys. A model refuses a memory that other weights made.

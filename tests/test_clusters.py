@@ -231,3 +231,8 @@ def test_forged_clusters_are_refused(tmp_path: Path, what: str) -> None:
 def test_names_that_are_not_understood(name: str) -> None:
     with pytest.raises(ValueError, match=r"share=0\.05"):
         Memory([LAYER], HEADS, DIM, index=name)
+
+
+def test_top_k_is_refused() -> None:
+    with pytest.raises(ValueError, match="leave top_k out"):
+        Memory([LAYER], HEADS, DIM, index="clusters", top_k=5)
