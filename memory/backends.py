@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from memory.index import CustomIndex, ExactIndex, Index, LearntIndex
+from memory.clustered import LearntClusters
+from memory.index import CustomIndex, ExactIndex, Index, Learnt, LearntIndex
 from memory.vectors import VectorBlocks
 
 # On a CPU, an approximate index pays from here on (benchmarks/memory_backends.py measures the crossover).
@@ -34,6 +35,11 @@ def choose_backend(num_keys: int, device: torch.device) -> BackendChoice:
     )
 
 
+def is_clusters(index: str) -> bool:
+    """Whether this names the backend of ``memory.clusters``, with parameters or without."""
+    return index.replace(" ", "").split(";")[0] == "clusters"
+
+
 def check_index(index: str | IndexFactory, head_dim: int | None = None) -> None:
     """Raise ValueError if no backend can be made from this, so that a typo shows before hours of work.
 
@@ -41,7 +47,11 @@ def check_index(index: str | IndexFactory, head_dim: int | None = None) -> None:
         index: as for ``Memory``.
         head_dim: D; None if it is not known yet.
     """
-    if isinstance(index, str) and index not in ("auto", "exact"):
+    if isinstance(index, str) and is_clusters(index):
+        from memory.clusters import parse_clusters
+
+        parse_clusters(index)
+    elif isinstance(index, str) and index not in ("auto", "exact"):
         from memory.faiss_factory import check_factory
 
         check_factory(index, head_dim)
@@ -59,6 +69,13 @@ class Backends:
     index: str | IndexFactory
     top_k: int | None
 
+    def __post_init__(self) -> None:
+        if self.top_k is not None and isinstance(self.index, str) and is_clusters(self.index):
+            raise ValueError(
+                f"top_k is {self.top_k}, but {self.index} attends to a share of the keys: leave top_k out and write "
+                "clusters;share=0.05"
+            )
+
     @property
     def name(self) -> str:
         """What a manifest can keep of ``index``: an index of the user's own is no name."""
@@ -70,7 +87,7 @@ class Backends:
             return choose_backend(num_keys, device)
         return BackendChoice(self.index if isinstance(self.index, str) else "custom", "asked for")
 
-    def make(self, name: str, keys: VectorBlocks, values: VectorBlocks, learnt: LearntIndex | None) -> Index:
+    def make(self, name: str, keys: VectorBlocks, values: VectorBlocks, learnt: Learnt | None) -> Index:
         """An index of all that is stored.
 
         Args:
@@ -85,10 +102,17 @@ class Backends:
             return custom if isinstance(custom, Index) else _Adapted(custom)
         if name == "exact":
             return ExactIndex(keys, values, self.top_k)
-        from memory.faiss_index import FaissIndex  # faiss is loaded only where it is used
+        # faiss is loaded only where it is used
+        if is_clusters(name):
+            from memory.clusters import ClusterIndex
+
+            clusters = ClusterIndex(name, keys, values)
+            clusters.fill(learnt if isinstance(learnt, LearntClusters) else None)
+            return clusters
+        from memory.faiss_index import FaissIndex
 
         index = FaissIndex(name, keys, values, self.top_k)
-        index.fill(learnt)
+        index.fill(learnt if isinstance(learnt, LearntIndex) else None)
         return index
 
 

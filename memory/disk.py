@@ -6,7 +6,7 @@ written again, so those who read keep what they opened.
 """
 
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,19 +17,11 @@ from torch import Tensor
 from memory.atomic import file_sha256
 from memory.content import Content
 from memory.folder import Folder, changing, commit, is_ours, next_path, remove_leftovers, take_lock
-from memory.index import LearntIndex
+from memory.index import Learnt
 from memory.manifest import LOCK, MANIFEST, Manifest, Part, read_manifest
 from memory.parts import MappedPart, write_part
-from memory.segments import (
-    Segment,
-    check_documents,
-    check_learnt,
-    learnt_streams,
-    map_learnt,
-    map_segment,
-    number_documents,
-    segment_streams,
-)
+from memory.saved_index import check_learnt, learnt_streams, map_learnt
+from memory.segments import Segment, check_documents, map_segment, number_documents, segment_streams
 from memory.tokens import DocumentNote, TokenTable
 
 # A segment is no larger than either of these.
@@ -49,10 +41,10 @@ class Opened:
 
     content: Content
     folder: Folder
-    learnt: dict[int, LearntIndex]
+    learnt: dict[int, Learnt]
 
 
-def save(content: Content, path: str | Path, learnt: dict[int, LearntIndex]) -> None:
+def save(content: Content, path: str | Path, learnt: dict[int, Learnt]) -> None:
     """Write all of a memory to a new folder, or in place of the memory in that folder.
 
     A custom index is saved as ``auto``. The memory object does not change: its vectors stay in RAM, or mapped from the
@@ -110,7 +102,7 @@ def open_folder(path: str | Path, mode: str, device: torch.device) -> Opened:
         raise
 
 
-def flush(content: Content, folder: Folder, learnt: dict[int, LearntIndex] | None) -> None:
+def flush(content: Content, folder: Folder, learnt: dict[int, Learnt] | None) -> None:
     """Write what is not on disk yet as a new segment (several if it is large), and map it from there.
 
     Args:
@@ -133,7 +125,7 @@ def flush(content: Content, folder: Folder, learnt: dict[int, LearntIndex] | Non
     _swap(content, [map_segment(folder.path, manifest, part) for part in new], start)
 
 
-def drop(folder: Folder, name: str, keep: Tensor, learnt: dict[int, LearntIndex]) -> None:
+def drop(folder: Folder, name: str, keep: Tensor, learnt: dict[int, Learnt]) -> None:
     """Mark a document as dropped in the manifest, if it is there.
 
     Args:
@@ -147,13 +139,13 @@ def drop(folder: Folder, name: str, keep: Tensor, learnt: dict[int, LearntIndex]
     if on_disk:
         on_disk[0].dropped = True
         with changing(folder.path):
-            short = {layer: replace(one, lists=one.lists[:, :stored]) for layer, one in learnt.items()}
+            short = {layer: one.kept(torch.arange(stored)) for layer, one in learnt.items()}
             _write_learnt(folder.path, manifest, short)
             commit(folder.path, manifest)
     folder.manifest, folder.stored = manifest, stored
 
 
-def compact(content: Content, folder: Folder, learnt: dict[int, LearntIndex]) -> None:
+def compact(content: Content, folder: Folder, learnt: dict[int, Learnt]) -> None:
     """Write everything anew, without what was dropped, and map it from there. Needs room for both at once."""
     folder.manifest = _write_all(content, folder.path, learnt, folder.manifest.created)
     folder.stored = len(content)
@@ -177,7 +169,7 @@ def verify(path: str | Path) -> list[str]:
     return problems
 
 
-def _write_all(content: Content, folder: Path, learnt: dict[int, LearntIndex], created: str) -> Manifest:
+def _write_all(content: Content, folder: Path, learnt: dict[int, Learnt], created: str) -> Manifest:
     manifest = Manifest(
         layers=list(content.layers),
         num_key_value_heads=content.num_key_value_heads,
@@ -222,15 +214,15 @@ def _write_segments(content: Content, folder: Path, manifest: Manifest, start: i
     return parts
 
 
-def _write_learnt(folder: Path, manifest: Manifest, learnt: dict[int, LearntIndex]) -> None:
+def _write_learnt(folder: Path, manifest: Manifest, learnt: dict[int, Learnt]) -> None:
     manifest.learnt, manifest.learnt_name = None, ""
     if learnt:
         manifest.learnt = write_part(next_path(folder, "index"), learnt_streams(learnt), _known(learnt))
         manifest.learnt_name = next(iter(learnt.values())).name
 
 
-def _known(learnt: dict[int, LearntIndex]) -> int:
-    return min(one.lists.shape[1] for one in learnt.values())
+def _known(learnt: dict[int, Learnt]) -> int:
+    return min(one.known for one in learnt.values())
 
 
 def _bytes_per_token(content: Content) -> int:

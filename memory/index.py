@@ -11,6 +11,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from memory.clustered import LearntClusters
 from memory.softmax import NAIVE_SCORES, attend, merge
 from memory.vectors import VectorBlocks
 
@@ -38,9 +39,17 @@ class LearntIndex:
     codec: Tensor
     origin: str = "the saved index"
 
+    @property
+    def known(self) -> int:
+        """Slots that it knows."""
+        return self.lists.shape[1]
+
     def kept(self, slots: Tensor) -> "LearntIndex":
         """The same for the keys in these slots alone, (M,) int64 ascending."""
         return replace(self, lists=self.lists[:, slots[slots < self.lists.shape[1]]])
+
+
+Learnt = LearntIndex | LearntClusters
 
 
 class CustomIndex(Protocol):
@@ -84,7 +93,7 @@ class Index(CustomIndex, Protocol):
         """Whether ``attend`` looks at every stored pair, not at retrieved ones alone."""
         return False
 
-    def learnt(self) -> LearntIndex | None:
+    def learnt(self) -> Learnt | None:
         """What the index can be built again from without learning; None where it is built from the keys alone."""
         return None
 

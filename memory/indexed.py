@@ -8,7 +8,7 @@ from torch import Tensor
 
 from memory.backends import BackendChoice, Backends
 from memory.content import LayerContent
-from memory.index import Index, LearntIndex
+from memory.index import Index, Learnt
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ class IndexedLayer:
         self._backends = backends
         # A layer that was read from disk gets its index when it is first asked: opening stays quick.
         self._lazy = False
-        self._saved: LearntIndex | None = None
+        self._saved: Learnt | None = None
 
     def __len__(self) -> int:
         return len(self.content.keys)
@@ -49,7 +49,7 @@ class IndexedLayer:
                     self._build()
         return self.index
 
-    def learnt(self) -> LearntIndex | None:
+    def learnt(self) -> Learnt | None:
         """What the index learnt, or what it will be built from."""
         return self._saved if self.index is None else self.index.learnt()
 
@@ -74,7 +74,7 @@ class IndexedLayer:
             known = learnt is not None and learnt.trained_on <= length
             self._rebuild(learnt.kept(torch.arange(length)) if known and learnt else None)
 
-    def keep(self, slots: Tensor, saved: LearntIndex | None) -> None:
+    def keep(self, slots: Tensor, saved: Learnt | None) -> None:
         """Forget every pair outside these slots, (M,) int64 ascending; ``saved`` is what is known of the others."""
         kept = self.content.kept(slots)
         self.content.keys, self.content.values = kept.keys, kept.values
@@ -86,7 +86,7 @@ class IndexedLayer:
         self.content.values.reset()
         self.index = self.choice = self._saved = None
 
-    def put_off(self, saved: LearntIndex | None) -> None:
+    def put_off(self, saved: Learnt | None) -> None:
         """Build the index, from what it learnt before, only when it is needed."""
         self.index = None
         self.choice = self._choose() if len(self) else None
@@ -97,7 +97,7 @@ class IndexedLayer:
         self._lazy = other._lazy
         self._rebuild(other.learnt())
 
-    def _rebuild(self, saved: LearntIndex | None) -> None:
+    def _rebuild(self, saved: Learnt | None) -> None:
         if self._lazy or saved is not None:
             self.put_off(saved)
         else:

@@ -1,4 +1,4 @@
-"""What the parts of a memory's folder hold: segments of tokens with their vectors, and what indexes learnt."""
+"""What the segments of a memory's folder hold: tokens with their vectors."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from memory.content import Content
-from memory.index import LearntIndex
 from memory.manifest import Document, Manifest, Part
 from memory.parts import MappedPart, Stream
 from memory.tokens import NO_DOCUMENT
@@ -107,52 +106,6 @@ def check_documents(folder: Path, manifest: Manifest) -> list[str]:
         if found != said:
             problems.append(f"{folder}: document {document.name!r} has (tokens, first, last) = {found}; the manifest "
                             f"says {said}")  # fmt: skip
-    return problems
-
-
-def learnt_streams(learnt: dict[int, LearntIndex]) -> dict[str, Stream]:
-    """The tensors of the index part."""
-    streams = {}
-    for layer, one in learnt.items():
-        streams[f"centroids.{layer}"] = Stream.of(one.centroids)
-        streams[f"lists.{layer}"] = Stream.of(one.lists)
-        streams[f"codec.{layer}"] = Stream.of(one.codec)
-        streams[f"trained_on.{layer}"] = Stream.of(torch.tensor([one.trained_on]))
-    return streams
-
-
-def map_learnt(folder: Path, manifest: Manifest) -> dict[int, LearntIndex]:
-    """What the indexes of some layers learnt, mapped; sizes are checked, numbers when an index is built from them.
-
-    Raises:
-        ValueError: as ``map_segment``.
-    """
-    if manifest.learnt is None:
-        return {}
-    part, heads = MappedPart(folder, manifest.learnt), manifest.num_key_value_heads
-    learnt = {}
-    for layer in manifest.layers:
-        if f"trained_on.{layer}" in part.names:
-            centroids = part.take(f"centroids.{layer}", torch.float32, (heads, None, manifest.head_dim))
-            lists = part.take(f"lists.{layer}", torch.int32, (heads, None))
-            codec = part.take(f"codec.{layer}", torch.float32, (heads, None))
-            trained_on = int(part.take(f"trained_on.{layer}", torch.int64, (1,)))
-            if not 0 < trained_on < 1 << 48:
-                raise part.damaged(f"trained_on is {trained_on}")
-            learnt[layer] = LearntIndex(manifest.learnt_name, trained_on, centroids, lists, codec, str(part.path))
-    return learnt
-
-
-def check_learnt(folder: Path, manifest: Manifest) -> list[str]:
-    """What is wrong with the numbers of the index part."""
-    dropped = sum(document.tokens for document in manifest.documents if document.dropped)
-    most, problems = manifest.tokens() - dropped, []
-    for layer, one in map_learnt(folder, manifest).items():
-        low, high = (int(one.lists.min()), int(one.lists.max())) if one.lists.numel() else (0, 0)
-        if one.lists.shape[1] > most or low < 0 or high >= max(1, one.centroids.shape[1]):
-            problems.append(f"{one.origin}: lists of layer {layer} do not fit the keys and centroids")
-        if not (one.centroids.isfinite().all() and one.codec.isfinite().all()):
-            problems.append(f"{one.origin}: a centroid or code of layer {layer} is NaN or infinite")
     return problems
 
 

@@ -17,7 +17,7 @@ from memory.backends import Backends, IndexFactory, check_index
 from memory.checks import check_pairs
 from memory.content import Content
 from memory.folder import Folder
-from memory.index import LearntIndex
+from memory.index import Learnt
 from memory.indexed import IndexedLayer
 from memory.layer import LayerMemory
 from memory.tokens import DocumentNote, Source, TokenTable
@@ -32,9 +32,9 @@ class Memory:
         head_dim: D, size of a head.
         key_dtype: dtype in which keys are stored: float32, bfloat16, float16 or int8 (with one scale for each vector).
         value_dtype: dtype in which values are stored, likewise.
-        index: ``exact``, ``auto``, a FAISS factory string for inner product such as ``IVF1024,Flat``,
-            ``IVF1024,SQ8`` or ``HNSW32`` (see ``memory.faiss_index``; ``gpu:`` in front puts it on a GPU), or a
-            function of (key blocks, value blocks) that makes an ``Index``.
+        index: ``exact``, ``auto``, ``clusters`` (see ``memory.clusters``), a FAISS factory string for inner product
+            such as ``IVF1024,Flat`` or ``HNSW32`` (see ``memory.faiss_index``; ``gpu:`` in front puts it on a GPU), or
+            a function of (key blocks, value blocks) that makes an ``Index``.
         top_k: number of pairs that a query attends to. None means all pairs with ``exact``, and 128 with FAISS.
         device: device of the vectors. None keeps them on the device that they come from.
         fingerprint: identifies the weights that made the keys. A model refuses a memory that other weights made.
@@ -387,7 +387,7 @@ class Memory:
     def _place(self, vectors: Tensor) -> Tensor:
         return vectors if self.device is None else vectors.to(self.device)
 
-    def _learnt(self) -> dict[int, LearntIndex]:
+    def _learnt(self) -> dict[int, Learnt]:
         """Layer -> what its index learnt, for layers whose index learns."""
         found = {number: layer.learnt() for number, layer in self._indexed.items()}
         return {number: one for number, one in found.items() if one is not None}

@@ -181,16 +181,35 @@ class VectorBlocks:
                 out[rows, columns] = self._decode(self._data[index], index, (rows, inside), dtype)
         return out.reshape(*slots.shape, self.head_dim)
 
-    def take_range(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
-        """Vectors of slots start..stop-1 as one (G, stop - start, D) tensor of ``dtype``."""
-        parts = []
+    def gather_head(self, head: int, slots: Tensor, dtype: torch.dtype) -> Tensor:
+        """The vectors (M, D) of one head in these slots, (M,) int64 ascending, on the device of the vectors."""
+        starts = torch.tensor([*self._starts, self._length], device=slots.device)
+        bounds = torch.searchsorted(slots, starts)
+        where = (slots - starts[:-1].repeat_interleave(bounds.diff())).split(bounds.diff().tolist())
+        found = torch.empty(len(slots), self.head_dim, dtype=self.dtype, device=slots.device)
+        scales = torch.empty(len(slots), 1, device=slots.device) if self._scales else None
+        done = 0
+        for index, places in enumerate(where):
+            window = slice(done, done + len(places))
+            torch.index_select(self._data[index][head], 0, places, out=found[window])
+            if scales is not None:
+                torch.index_select(self._scales[index][head], 0, places, out=scales[window])
+            done = window.stop
+        return found.to(dtype) if scales is None else (found.float() * scales).to(dtype)
+
+    def pieces(self, start: int, stop: int, dtype: torch.dtype) -> Iterator[Tensor]:
+        """Vectors of slots start..stop-1 as (G, n, D) tensors of ``dtype``; views where no cast is needed."""
         index = max(0, bisect_right(self._starts, start) - 1)
         while start < stop:
             offset = start - self._starts[index]
             count = min(stop - start, self._data[index].shape[1] - offset)
             window = slice(offset, offset + count)
-            parts.append(self._decode(self._data[index][:, window], index, window, dtype))
+            yield self._decode(self._data[index][:, window], index, window, dtype)
             start, index = start + count, index + 1
+
+    def take_range(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        """Vectors of slots start..stop-1 as one (G, stop - start, D) tensor of ``dtype``."""
+        parts = list(self.pieces(start, stop, dtype))
         if not parts:
             return torch.empty(self.num_heads, 0, self.head_dim, dtype=dtype, device=self.device)
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)

@@ -30,7 +30,7 @@ def add_memory_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--index",
         metavar="NAME",
-        help="search index: auto, exact, or a FAISS factory string such as IVF,Flat or HNSW32",
+        help="search index: auto, exact, clusters, or a FAISS factory string such as IVF,Flat or HNSW32",
     )
     parser.add_argument(
         "--top-k",

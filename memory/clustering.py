@@ -1,0 +1,82 @@
+"""Clusters of a stretch of stored keys, and what stands in for a cluster that a query does not attend to.
+
+The keys of a cluster are taken to be normal about its mean, with one covariance for a whole layer's KV head (of trace
+1) times the cluster's own spread; values are taken to move with keys by one linear map, the slope. So a cluster of n
+keys needs its count, mean key, mean value and spread alone, and a query q (times the scale) gives it::
+
+    weight   log n + q.mean_key + min(1, h)                        h = spread * q'Cq / 2
+    value    mean_value + min(spread, 2 / q'Cq) * q'slope
+
+The weight is the log-sum-exp of a normal distribution. It is capped, for the tail of a normal distribution promises
+large keys that 32 real ones do not have. The value is the mean under the same softmax.
+"""
+
+import torch
+from torch import Tensor
+
+try:
+    import faiss
+except ImportError as error:
+    raise ImportError("clusters need FAISS: pip install faiss-cpu, or use index='exact'") from error
+
+from memory.clustered import Clusters
+
+CLUSTER = 16  # keys in a cluster, on the mean
+ROUNDS = 6  # of k-means
+# Of each stretch, attended to by every query: attention sinks have tiny keys and tiny values, and would make the
+# cluster that they are in stand in for far too much.
+FAR_KEYS, SMALL_KEYS = 16, 8
+MOST_DRIFT = 1.0  # the cap
+
+
+def cluster(keys: Tensor, values: Tensor, start: int) -> Clusters:
+    """Cluster the keys of a stretch, the same way each time.
+
+    Args:
+        keys: (G, n, D) float32, n up to ``SEGMENT``.
+        values: (G, n, D) float32.
+        start: slot of the first.
+    """
+    heads = [_cluster_head(k, v) for k, v in zip(keys.cpu(), values.cpu(), strict=True)]
+    order, counts, mean_keys, mean_values, spreads, covariance, slope = (
+        torch.stack(parts) for parts in zip(*heads, strict=True)
+    )
+    outliers = keys.shape[1] - int(counts[0].sum())
+    stretches = torch.tensor([[start, keys.shape[1], outliers, counts.shape[1]]])
+    found = (order, counts, mean_keys, mean_values, spreads, covariance.unsqueeze(1), slope.unsqueeze(1))
+    return Clusters(stretches, *(tensor.to(keys.device) for tensor in found))
+
+
+def _cluster_head(keys: Tensor, values: Tensor) -> tuple[Tensor, ...]:
+    """What ``Clusters`` holds for one head and stretch, keys and values (n, D); covariance and slope are (D, D)."""
+    outlying = _outliers(keys)
+    others = torch.ones(len(keys), dtype=torch.bool).index_fill_(0, outlying, False).nonzero().flatten()
+    k, v = keys[others], values[others]
+    number = max(1, len(k) // CLUSTER)
+    of = assign(k, number)
+    counts = torch.bincount(of, minlength=number)
+    divisor = counts.clamp(min=1).unsqueeze(1)
+    mean_keys = torch.zeros(number, k.shape[1]).index_add_(0, of, k) / divisor
+    mean_values = torch.zeros(number, v.shape[1]).index_add_(0, of, v) / divisor
+    k, v = k - mean_keys[of], v - mean_values[of]
+    spreads = torch.zeros(number).index_add_(0, of, k.square().sum(1)) / divisor.squeeze(1)
+    order = torch.cat([outlying, others[of.argsort(stable=True)]]).short()
+    return order, counts.int(), mean_keys, mean_values, spreads, k.T @ k, k.T @ v
+
+
+def _outliers(keys: Tensor) -> Tensor:
+    """Places of the keys that no cluster can stand in for, ascending; as many for each stretch of a length."""
+    far = (keys - keys.mean(0)).norm(dim=1).topk(min(FAR_KEYS, len(keys) // 4)).indices
+    norms = keys.norm(dim=1).index_fill(0, far, torch.inf)
+    return torch.cat([far, norms.topk(min(SMALL_KEYS, len(keys) // 4), largest=False).indices]).sort().values
+
+
+def assign(keys: Tensor, number: int) -> Tensor:
+    """The cluster of each key, (n,) int64, by k-means of so many clusters. ``keys``: (n, D) float32."""
+    if number == 1:
+        return torch.zeros(len(keys), dtype=torch.int64)
+    # FAISS would warn of too few keys a cluster.
+    kmeans = faiss.Kmeans(keys.shape[1], number, niter=ROUNDS, seed=1, min_points_per_centroid=1)
+    array = keys.contiguous().numpy()
+    kmeans.train(array)
+    return torch.from_numpy(kmeans.index.search(array, 1)[1].ravel())

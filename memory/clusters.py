@@ -1,0 +1,222 @@
+"""A backend that attends to the clusters that matter, key by key, and lets the mean of each other one stand in for it.
+
+``clusters[;share=0.02]`` or ``clusters;error=0.05``. The share is that of the stored keys which a query attends to one
+by one. The error is the mean relative error of the output, from which each KV head gets the share that it needs: the
+index tries shares on some of the first queries that it is asked, and again when the memory has doubled.
+
+Nothing is dropped: what is not attended to is estimated (``memory.clustering`` has the formulae), so that the error
+falls with the share, and 1 is exact. Clusters are made for stretches of 8,192 tokens, once each, and never again; the
+keys behind the last stretch, and the outliers of each, are attended to by every query.
+"""
+
+import re
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from memory.cluster_table import ClusterTable
+from memory.clustered import SEGMENT, Clusters, LearntClusters
+from memory.clustering import assign, cluster
+from memory.index import ExactIndex, Index
+from memory.vectors import VectorBlocks
+
+NAME = "clusters"
+DEFAULT_SHARE = 0.02
+FEW = 4  # queries that attend to the same clusters: the query heads of a KV head, at one token
+# Of more queries, those that are alike do, so many on the mean, and to a larger share: measured on a shipped model's
+# queries, their errors are then no larger than that of a query alone.
+ALIKE, ALIKE_SHARE = 16, 4
+# Dense attention is faster for as many queries as a window has if they attend to as much as this of each cluster.
+MANY, DENSE_SHARE = 512, 0.06
+LADDER = (0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32)  # shares that are tried
+SAMPLED = 32  # queries that they are tried on
+UNTRIED_SHARE = 0.05  # before there are so many
+
+
+@dataclass(frozen=True)
+class ClusterPlan:
+    """A backend's name, taken apart.
+
+    Attributes:
+        share: of the stored keys, in (0, 1].
+        error: wanted mean relative error; None to attend to ``share``.
+    """
+
+    share: float
+    error: float | None = None
+
+
+def parse_clusters(name: str) -> ClusterPlan:
+    """Take a name such as ``clusters;share=0.05`` or ``clusters;error=0.05`` apart.
+
+    Raises:
+        ValueError: it is no such name.
+    """
+    found = re.fullmatch(r"clusters(?:;(share|error)=(\d*\.?\d+))?", name.replace(" ", ""))
+    number = float(found[2] or DEFAULT_SHARE) if found else 0.0
+    if found is None or not 0.0 < number <= 1.0:
+        raise ValueError(
+            f"index {name!r} is not understood: write clusters, clusters;share=0.05 for a share of the keys, or "
+            "clusters;error=0.05 for a relative error of the output, with a number above 0 and up to 1"
+        )
+    return ClusterPlan(UNTRIED_SHARE, number) if found[1] == "error" else ClusterPlan(number)
+
+
+class ClusterIndex(Index):
+    """Attention by clusters; see ``memory.index.Index`` for the methods.
+
+    Args:
+        name: as ``parse_clusters`` takes it.
+        keys: the stored keys.
+        values: the stored values.
+
+    Raises:
+        ValueError: as ``parse_clusters``.
+    """
+
+    def __init__(self, name: str, keys: VectorBlocks, values: VectorBlocks) -> None:
+        self._name = name
+        self._plan = parse_clusters(name)
+        self._keys = keys
+        self._values = values
+        self._exact = ExactIndex(keys, values)
+        self._parts: list[Clusters] = []
+        self._table: ClusterTable | None = None
+        self._shares = [self._plan.share] * keys.num_heads
+        self._sample = torch.empty(keys.num_heads, 0, keys.head_dim)  # scaled queries, to try shares on
+        self._tried_at = 0  # keys that there were then
+
+    def add(self, keys: Tensor) -> None:
+        """Cluster each stretch of ``SEGMENT`` slots that is full now."""
+        while len(self._keys) - self._end() >= SEGMENT:
+            self._cluster(self._end(), self._end() + SEGMENT)
+
+    def fill(self, learnt: LearntClusters | None) -> None:
+        """Take in all that is stored; what is clustered already stays as it is.
+
+        Raises:
+            ValueError: ``learnt`` is damaged, or of other keys; its origin is named.
+        """
+        if learnt is not None:
+            try:
+                learnt.clusters.check(self._keys.num_heads, self._keys.head_dim, len(self._keys))
+            except ValueError as error:
+                raise ValueError(
+                    f"{learnt.origin} is damaged or belongs to another memory: {error}; open the memory without it, "
+                    "with Memory.open(path, index='exact')"
+                ) from error
+            for part in learnt.clusters.to(self._keys.device or torch.device("cpu")).split():
+                start = int(part.stretches[0, 0])
+                while self._end() < start:  # a document that was dropped has left some of a stretch
+                    self._cluster(self._end(), min(start, self._end() + SEGMENT))
+                self._parts.append(part)
+        self.add(self._keys.take_range(0, 0, torch.float32))
+
+    def learnt(self) -> LearntClusters | None:
+        """The clusters, to be saved; None while there are none."""
+        return LearntClusters(self._name, Clusters.join(self._parts)) if self._parts else None
+
+    def search(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """Exact top-k; shapes as in ``Index.search``."""
+        return self._exact.search(queries, k)
+
+    def attend(self, queries: Tensor, *, scale: float) -> tuple[Tensor, Tensor]:
+        """Softmax attention over all of memory, most of it estimated; shapes as in ``Index.attend``."""
+        if not self._parts or min(self._shares) == 1.0:
+            return self._exact.attend(queries, scale=scale)
+        if self._table is None:
+            self._table = ClusterTable(Clusters.join(self._parts), self._keys, self._values)
+        self._table.read_loose(self._keys, self._values)
+        asked = queries.float() * scale
+        if self._plan.error is not None and len(self._keys) >= 2 * self._tried_at:
+            self._try_shares(asked, self._table)
+        rows = asked.shape[1]
+        if rows >= MANY and ALIKE_SHARE * sum(self._shares) / len(self._shares) > DENSE_SHARE:
+            return self._exact.attend(queries, scale=scale)
+        if rows <= FEW:
+            found = [self._attend_head(g, query, self._table, self._shares[g]) for g, query in enumerate(asked)]
+        else:
+            found = [self._attend_alike(g, query, self._table) for g, query in enumerate(asked)]
+        output, lse = (torch.stack(parts) for parts in zip(*found, strict=True))
+        return output.to(queries.dtype), lse
+
+    @property
+    def attends_to_all(self) -> bool:
+        """Every stored pair counts, if by its cluster's mean alone."""
+        return True
+
+    def nbytes(self) -> int:
+        """Bytes of the clusters."""
+        tensors = [tensor for part in self._parts for tensor in vars(part).values()]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    def describe(self) -> str:
+        """The share of keys."""
+        number = sum(part.counts.shape[1] for part in self._parts)
+        shares = sorted({f"{share:.4g}" for share in self._shares}, key=float)
+        return f"{NAME}, {number:,} of them, attends to {', '.join(shares)} of keys"
+
+    def _try_shares(self, queries: Tensor, table: ClusterTable) -> None:
+        """Collect scaled queries (G, T, D), and with enough of them choose each head's share anew."""
+        wanted = SAMPLED - self._sample.shape[1]
+        step = max(1, queries.shape[1] // wanted) if wanted else 1
+        self._sample = torch.cat([self._sample.to(queries.device), queries[:, ::step][:, :wanted]], dim=1)
+        if self._sample.shape[1] < SAMPLED:
+            return
+        exact = self._exact.attend(self._sample, scale=1.0)[0]
+        self._shares = [self._share_for(g, exact[g], table) for g in range(len(exact))]
+        self._tried_at = len(self._keys)
+        self._sample = self._sample[:, :0]
+
+    def _share_for(self, head: int, exact: Tensor, table: ClusterTable) -> float:
+        """The least share of the ladder with which the sampled queries get nearly these outputs (b, D)."""
+        assert self._plan.error is not None
+        for share in LADDER:
+            rows = [self._attend_head(head, query, table, share)[0] for query in self._sample[head].split(1)]
+            error = (torch.cat(rows) - exact).norm(dim=1) / exact.norm(dim=1).clamp(min=1e-12)
+            if error.mean() <= self._plan.error:
+                return share
+        return 1.0
+
+    def _end(self) -> int:
+        return self._parts[-1].end if self._parts else 0
+
+    def _cluster(self, start: int, stop: int) -> None:
+        keys, values = (blocks.take_range(start, stop, torch.float32) for blocks in (self._keys, self._values))
+        self._parts.append(cluster(keys, values, start))
+        self._table = None
+
+    def _attend_alike(self, head: int, queries: Tensor, table: ClusterTable) -> tuple[Tensor, Tensor]:
+        """As ``_attend_head``, of many queries (b, D): those that are alike at a time."""
+        order, sizes = alike(queries, ALIKE)
+        share = min(1.0, ALIKE_SHARE * self._shares[head])
+        parts = [self._attend_head(head, some, table, share) for some in queries[order].split(sizes)]
+        output, lse = (torch.empty_like(one) for one in (queries, queries[:, 0]))
+        output[order], lse[order] = (torch.cat(found) for found in zip(*parts, strict=True))
+        return output, lse
+
+    def _attend_head(self, head: int, queries: Tensor, table: ClusterTable, share: float) -> tuple[Tensor, Tensor]:
+        """Of scaled queries (b, D) float32 that attend to the same clusters: to this share of the keys."""
+        weights, ranks, pull = table.estimate(head, queries)  # (b, L), (b, L), (b, 1)
+        chosen = table.choose(head, weights, ranks, share * len(self._keys))
+        slots = table.slots(head, chosen)
+        gathered = [blocks.gather_head(head, slots, torch.float32) for blocks in (self._keys, self._values)]
+        pairs = [(keys[head], values[head]) for keys, values in table.always]
+        pairs.append((gathered[0], gathered[1]))
+
+        weights[:, chosen] = -torch.inf
+        logits = [queries @ keys.T for keys, _ in pairs]
+        lse = torch.cat([weights, *logits], dim=1).logsumexp(1, keepdim=True)  # (b, 1)
+        shares = (weights - lse).exp()
+        drift = (torch.minimum(table.spreads[head], pull) * shares).sum(1, keepdim=True)
+        output = shares @ table.mean_values[head] + drift * (queries @ table.slope[head])
+        for logit, (_, values) in zip(logits, pairs, strict=True):
+            output = output + (logit - lse).exp() @ values
+        return output, lse.squeeze(1)
+
+
+def alike(queries: Tensor, size: int) -> tuple[Tensor, list[int]]:
+    """An order (b,) in which queries that are alike lie behind one another, and how many do, ``size`` on the mean."""
+    of = assign(queries.cpu(), max(1, len(queries) // size))
+    return of.argsort(stable=True).to(queries.device), [n for n in torch.bincount(of).tolist() if n]

@@ -1,0 +1,238 @@
+"""The backend ``clusters`` against exact attention."""
+
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from disk_helpers import forge
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from memory import Memory, clusters
+from memory.disk import verify
+
+HEADS, DIM, LAYER = 2, 16, 3
+SCALE = DIM**-0.5
+
+
+@pytest.fixture(autouse=True)
+def short_segments(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(clusters, "SEGMENT", 512)
+
+
+def topics(count: int, seed: int = 0, spread: float = 0.5) -> tuple[Tensor, Tensor]:
+    """Keys and values (G, n, D) about 40 topics that come in runs."""
+    generator = torch.Generator().manual_seed(seed)
+    centres, meanings = 3 * torch.randn(2, HEADS, 40, DIM, generator=torch.Generator().manual_seed(99))
+    of = torch.randint(40, (count // 8 + 1,), generator=generator).repeat_interleave(8)[:count]
+    noise = torch.randn(2, HEADS, count, DIM, generator=generator)
+    return centres[:, of] + spread * noise[0], meanings[:, of] + spread * noise[1]
+
+
+def store(index: str, *parts: tuple[Tensor, Tensor], **options: Any) -> Memory:
+    made = Memory([LAYER], HEADS, DIM, index=index, **options)
+    for number, (keys, values) in enumerate(parts):
+        made.append({LAYER: keys}, {LAYER: values}, range(keys.shape[1]), document=f"part {number}")
+    return made
+
+
+def queries(count: int, seed: int = 5) -> Tensor:
+    return topics(count, seed)[0] / 2
+
+
+def error(memory: Memory, exact: Memory, asked: Tensor, scale: float = SCALE) -> float:
+    """Mean relative error of the output."""
+    output, wanted = (one[LAYER].attend(asked, scale=scale)[0] for one in (memory, exact))
+    return ((output - wanted).norm(dim=-1) / wanted.norm(dim=-1)).mean().item()
+
+
+@given(st.integers(1, 1500), st.integers(1, 90), st.sampled_from(["float32", "bfloat16", "int8"]))
+@settings(max_examples=15, deadline=None)
+def test_all_clusters_attended_is_exact(count: int, asked: int, dtype: str) -> None:
+    """Whatever stretches, outliers and keys behind them there are, each key counts once."""
+    kinds = {"key_dtype": dtype, "value_dtype": dtype}
+    some, exact = (store(index, topics(count), **kinds) for index in ("clusters;share=0.9999", "exact"))
+    for found, wanted in zip(*(one[LAYER].attend(queries(asked), scale=SCALE) for one in (some, exact)), strict=True):
+        torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 60, 200])
+def test_the_error_falls_with_the_share(rows: int) -> None:
+    data = topics(4096, spread=1.0)
+    exact, asked = store("exact", data), queries(rows)
+    errors = [error(store(f"clusters;share={share}", data), exact, asked) for share in (0.01, 0.1, 0.4, 0.9999)]
+    assert all(more < less + 1e-5 for less, more in pairwise(errors))
+    assert errors[0] < 0.25
+    assert errors[3] < 1e-5
+
+
+def test_the_tail_counts() -> None:
+    """Where attention is spread over everything, a few keys alone give another answer."""
+    data = topics(4096)
+    exact, asked = store("exact", data), queries(3) / 4
+    lost = error(store("exact", data, top_k=82), exact, asked)
+    assert lost > 0.3
+    assert error(store("clusters;share=0.02", data), exact, asked) < lost / 4
+
+
+@pytest.mark.parametrize("wanted", [0.2, 0.05, 0.01])
+def test_an_error_chooses_the_share(wanted: float) -> None:
+    data = topics(4096, spread=1.0)
+    exact, memory = store("exact", data), store(f"clusters;error={wanted}", data)
+    memory[LAYER].attend(queries(100, seed=8), scale=SCALE)  # what it tries shares on
+    singles = [error(memory, exact, one) for one in queries(100).split(1, dim=1)]
+    assert sum(singles) / len(singles) < 1.3 * wanted  # other queries than those that it tried
+    loosest = store("clusters;share=0.0025", data)
+    assert sum(error(loosest, exact, one) for one in queries(100).split(1, dim=1)) / 100 > 0.05
+
+
+def test_gradients_reach_the_queries() -> None:
+    data = topics(1100)
+    grads = []
+    for index in ("clusters;share=0.9999", "exact"):
+        asked = queries(3).requires_grad_()
+        store(index, data)[LAYER].attend(asked, scale=SCALE)[0].square().sum().backward()
+        grads.append(asked.grad)
+    torch.testing.assert_close(*grads, atol=2e-3, rtol=1e-3)  # of values near 1, for sums that nearly cancel
+
+
+def test_a_sink_is_attended_to_exactly() -> None:
+    """A tiny key of a tiny value, in a stretch of keys that no query likes."""
+    keys, values = topics(2048)
+    keys = keys + 20 * torch.ones(DIM)
+    keys[:, 0], values[:, 0] = 0.01, 0.01
+    asked = queries(9) - 4 * torch.ones(DIM)
+    exact = store("exact", (keys, values))
+    sunk = (exact[LAYER].attend(asked, scale=SCALE)[1]).abs().max()
+    assert sunk < 0.3  # nothing much but the sink counts, and exp(0) is 1
+    assert error(store("clusters;share=0.001", (keys, values)), exact, asked) < 1e-4
+
+
+def test_stretches_do_not_change_when_more_is_appended() -> None:
+    first, second = topics(1100, seed=1), topics(900, seed=2)
+    memory = store("clusters", first)
+    before = memory._indexed[LAYER].learnt()
+    memory.append({LAYER: second[0]}, {LAYER: second[1]}, range(900))
+    after = memory._indexed[LAYER].learnt()
+    assert before is not None
+    assert after is not None
+    assert before.clusters.stretches[:, :2].tolist() == [[0, 512], [512, 512]]
+    assert after.clusters.stretches[:, :2].tolist() == [[0, 512], [512, 512], [1024, 512]]
+    for old, new in zip(before.clusters.split(), after.clusters.split()[:2], strict=True):
+        assert all(torch.equal(vars(old)[name], vars(new)[name]) for name in vars(old))
+
+
+def test_the_same_however_it_was_appended() -> None:
+    keys, values = topics(1500)
+    whole, asked = store("clusters", (keys, values)), queries(4)
+    pieces = zip(keys.split(217, dim=1), values.split(217, dim=1), strict=True)
+    for found, wanted in zip(
+        store("clusters", *pieces)[LAYER].attend(asked, scale=SCALE),
+        whole[LAYER].attend(asked, scale=SCALE),
+        strict=True,
+    ):
+        torch.testing.assert_close(found, wanted)
+
+
+def test_search_is_exact() -> None:
+    data = topics(1500)
+    some, exact = store("clusters", data), store("exact", data)
+    assert torch.equal(some[LAYER].search(queries(5), 40)[1], exact[LAYER].search(queries(5), 40)[1])
+    assert some[LAYER].attends_to_all
+
+
+def test_a_dropped_document_takes_its_keys_out_of_the_clusters(tmp_path: Path) -> None:
+    parts = [topics(count, seed) for seed, count in enumerate((700, 300, 1300, 40))]
+    store("clusters;share=0.9999", *parts).save(tmp_path / "m")
+    with Memory.open(tmp_path / "m", mode="a") as memory:
+        memory.prepare()
+        memory.drop_document("part 1")
+        kept = memory._indexed[LAYER].learnt()
+        assert kept is not None
+        # Of slots 512..1024 some are gone; 1024..2048 moved as they were.
+        assert kept.clusters.stretches[:, :2].tolist() == [[0, 512], [724, 512], [1236, 512]]
+        exact = store("exact", *(parts[number] for number in (0, 2, 3)))
+        assert error(memory, exact, queries(7)) < 1e-5
+        built = memory._indexed[LAYER].learnt()
+        assert built is not None
+        assert built.clusters.stretches[:, :2].tolist() == [[0, 512], [512, 212], [724, 512], [1236, 512]]
+    assert error(Memory.open(tmp_path / "m"), exact, queries(7)) < 1e-5
+    assert not verify(tmp_path / "m")
+
+
+def test_truncated_and_cloned() -> None:
+    data = topics(1700)
+    memory = store("clusters;share=0.9999", data)
+    copy = memory.clone()
+    memory.truncate(1100)
+    short = store("exact", (data[0][:, :1100], data[1][:, :1100]))
+    assert error(memory, short, queries(3)) < 1e-5
+    assert error(copy, store("exact", data), queries(3)) < 1e-5
+
+
+def test_saved_clusters_are_not_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = topics(1700)
+    memory = store("clusters", data)
+    memory.save(tmp_path / "m")
+
+    def never(*_: Any) -> None:
+        raise AssertionError("clustered again")
+
+    monkeypatch.setattr(clusters, "cluster", never)
+    opened = Memory.open(tmp_path / "m")
+    asked = queries(4)
+    for found, wanted in zip(
+        opened[LAYER].attend(asked, scale=SCALE), memory[LAYER].attend(asked, scale=SCALE), strict=True
+    ):
+        torch.testing.assert_close(found, wanted)
+    # With another share they are the same clusters.
+    assert error(Memory.open(tmp_path / "m", index="clusters;share=0.9999"), store("exact", data), asked) < 1e-5
+
+
+def test_what_was_appended_later_is_clustered_and_flushed(tmp_path: Path) -> None:
+    first, second = topics(700, 1), topics(900, 2)
+    store("clusters", first).save(tmp_path / "m")
+    with Memory.open(tmp_path / "m", mode="a") as memory:
+        memory.append({LAYER: second[0]}, {LAYER: second[1]}, range(900), document="b")
+        memory.prepare()
+        memory.flush()
+    found = Memory.open(tmp_path / "m")._indexed[LAYER].learnt()
+    assert found is not None
+    assert found.known == 1536
+
+
+def test_an_older_memory_opens_with_clusters(tmp_path: Path) -> None:
+    data = topics(1100)
+    store("exact", data).save(tmp_path / "m")
+    opened = Memory.open(tmp_path / "m", index="clusters;share=0.9999")
+    assert error(opened, store("exact", data), queries(3)) < 1e-5
+
+
+@pytest.mark.parametrize("what", ["order", "counts", "stretches"])
+def test_forged_clusters_are_refused(tmp_path: Path, what: str) -> None:
+    """Numbers that would look up keys outside the memory."""
+    from safetensors.torch import load_file, save_file
+
+    store("clusters", topics(1100)).save(tmp_path / "m")
+    part = next((tmp_path / "m").glob("index-*"))
+    tensors = load_file(part)
+    tensors[f"{what}.{LAYER}"].view(-1)[1] += 600
+    save_file(tensors, part)
+    forge(tmp_path / "m", "learnt", bytes=part.stat().st_size)
+    assert any("index-" in problem for problem in verify(tmp_path / "m"))
+    with pytest.raises(ValueError, match="is damaged or belongs to another memory"):
+        Memory.open(tmp_path / "m")[LAYER].attend(queries(1), scale=SCALE)
+
+
+@pytest.mark.parametrize("name", ["clusters;share=0", "clusters;share=1.5", "clusters;nprobe=3", "clusters;share="])
+def test_names_that_are_not_understood(name: str) -> None:
+    with pytest.raises(ValueError, match=r"share=0\.05"):
+        Memory([LAYER], HEADS, DIM, index=name)
+
+
+def test_top_k_is_refused() -> None:
+    with pytest.raises(ValueError, match="leave top_k out"):
+        Memory([LAYER], HEADS, DIM, index="clusters", top_k=5)
