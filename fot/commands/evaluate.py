@@ -4,6 +4,7 @@ import argparse
 import json
 from typing import Any
 
+from fot.commands import evaluate_questions
 from fot.commands.options import (
     about,
     add_memory_options,
@@ -21,7 +22,8 @@ from fot.commands.options import (
 def add(commands: Any) -> None:
     parser = commands.add_parser("eval", help="measure a model", description="Measure a model.")
     kinds = parser.add_subparsers(title="measurements", required=True, metavar="WHAT")
-    for add_kind in (_add_dictionary, _add_needles, _add_perplexity, _add_distraction, _add_layers):
+    kinds_known = (_add_dictionary, _add_needles, evaluate_questions.add, _add_perplexity, _add_distraction, _add_layers)
+    for add_kind in kinds_known:
         add_kind(kinds)
 
 

@@ -121,6 +121,21 @@ def needles_table(result: dict[str, Any]) -> str:
     return _render(table) + _note(result)
 
 
+def questions_table(result: dict[str, Any]) -> str:
+    """Questions about novels as a table: one row a way to answer, shares with their 95 % intervals."""
+    table = Table(box=box.SIMPLE_HEAD, title=f"questions about novels, {result['model']} ({result['dtype']})")
+    table.add_column("")
+    for name in ("questions", "answered", "95 %", "passage listed", "95 %"):
+        table.add_column(name, justify="right")
+    for row, counts in result["rows"].items():
+        cells = [row, str(counts["questions"])]
+        for what in ("correct", "listed"):
+            interval = counts.get(f"{what}_interval")
+            cells += [f"{counts[what] / counts['questions']:.0%}", f"{interval[0]:.0%}-{interval[1]:.0%}"] if interval else ["", ""]
+        table.add_row(*cells)
+    return _render(table) + _note(result)
+
+
 def layers_table(result: dict[str, Any]) -> str:
     """The best sets of memory layers, one a row."""
     table = Table(box=box.SIMPLE_HEAD, title=f"memory layers, {result['model']} ({result['dtype']})")
