@@ -200,6 +200,20 @@ class Conversation:
             done - start,
         )
 
+    def find(self, question: str, count: int = 5, by: str = BEST_WAY) -> list[Passage]:
+        """The passages of the memory that a question is about, best first; nothing is asked.
+
+        Args:
+            question: must be shorter than the local window.
+            count: passages wanted.
+            by: ``attention``, ``bm25`` or ``both``.
+
+        Raises:
+            ValueError: another way, or the question is empty or longer than the window.
+        """
+        self._check_length(question)
+        return [] if self._finder is None else self._finder.find(question, count, by)
+
     def _find(
         self, text: str, count: int, max_new_tokens: int, reread: str
     ) -> tuple[tuple[list[Passage], int] | None, str]:

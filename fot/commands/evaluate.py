@@ -4,7 +4,7 @@ import argparse
 import json
 from typing import Any
 
-from fot.commands import evaluate_questions
+from fot.commands import evaluate_heads, evaluate_questions
 from fot.commands.options import (
     about,
     add_memory_options,
@@ -22,9 +22,10 @@ from fot.commands.options import (
 def add(commands: Any) -> None:
     parser = commands.add_parser("eval", help="measure a model", description="Measure a model.")
     kinds = parser.add_subparsers(title="measurements", required=True, metavar="WHAT")
-    kinds_known = (_add_dictionary, _add_needles, evaluate_questions.add, _add_perplexity, _add_distraction, _add_layers)
-    for add_kind in kinds_known:
+    for add_kind in (_add_dictionary, _add_needles, _add_perplexity, _add_distraction, _add_layers):
         add_kind(kinds)
+    evaluate_heads.add(kinds)
+    evaluate_questions.add(kinds)
 
 
 def _add_dictionary(kinds: Any) -> None:

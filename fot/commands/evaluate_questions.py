@@ -36,7 +36,9 @@ def add(kinds: Any) -> None:
     parser.add_argument(
         "--passages", type=positive, default=5, metavar="N", help="number of passages to list (default: 5)"
     )
-    parser.add_argument("--json", type=named_path, metavar="OUT", help="file to write the results to, with every answer")
+    parser.add_argument(
+        "--json", type=named_path, metavar="OUT", help="file to write the results to, with every answer"
+    )
     parser.set_defaults(command=_eval_questions)
 
 

@@ -105,9 +105,9 @@ def holds(text: str, quotes: Sequence[str]) -> bool:
 
 
 def normalised(text: str) -> str:
-    """Words in lower case, one space between them."""
-    plain = unicodedata.normalize("NFKC", text).casefold()
-    return " ".join(re.findall(r"[^\W_]+", plain.replace("'", "").replace("\u2019", "")))
+    """Words in lower case, one space between them; without the mark of the genitive."""
+    plain = unicodedata.normalize("NFKC", text).casefold().replace("\u2019", "'")
+    return " ".join(re.findall(r"[^\W_]+", re.sub(r"'s?\b|'", "", plain)))
 
 
 @torch.no_grad()
@@ -186,7 +186,9 @@ def right_passage(tokenizer: Any, memory: Memory, question: Question) -> str:
 
 
 def _summary(row: str, results: Sequence[Result]) -> dict[str, Any]:
-    of_book = {book: [one for one in results if one.book == book] for book in dict.fromkeys(one.book for one in results)}
+    of_book = {
+        book: [one for one in results if one.book == book] for book in dict.fromkeys(one.book for one in results)
+    }
     return _counts(row, results) | {"books": {book: _counts(row, some) for book, some in of_book.items()}}
 
 

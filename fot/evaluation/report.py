@@ -131,9 +131,23 @@ def questions_table(result: dict[str, Any]) -> str:
         cells = [row, str(counts["questions"])]
         for what in ("correct", "listed"):
             interval = counts.get(f"{what}_interval")
-            cells += [f"{counts[what] / counts['questions']:.0%}", f"{interval[0]:.0%}-{interval[1]:.0%}"] if interval else ["", ""]
+            cells += (
+                [f"{counts[what] / counts['questions']:.0%}", f"{interval[0]:.0%}-{interval[1]:.0%}"]
+                if interval
+                else ["", ""]
+            )
         table.add_row(*cells)
     return _render(table) + _note(result)
+
+
+def heads_table(result: dict[str, Any], count: int) -> str:
+    """The heads that find passages best, one a row, and the setting that chooses them."""
+    table = Table(box=box.SIMPLE_HEAD, title=f"retrieval heads, {result['model']}, seed {result['seed']}")
+    for name in ("layer", "head", "1 / rank", "first"):
+        table.add_column(name, justify="right")
+    for head in result["heads"][:count]:
+        table.add_row(str(head["layer"]), str(head["head"]), f"{head['rank']:.2f}", f"{head['first']:.0%}")
+    return f"{_render(table)}\nretrieval_heads={[list(pair) for pair in result['retrieval_heads']]}"
 
 
 def layers_table(result: dict[str, Any]) -> str:

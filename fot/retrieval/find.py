@@ -96,17 +96,27 @@ class Finder:
             self._words = WordIndex(passage_texts(self._memory, self._model.tokenizer, self._cut))
         return self._words
 
-    def _shares(self, question: str) -> np.ndarray:
-        """(P,) share of the attention above chance, by the model's retrieval heads."""
+    def passages(self) -> Cut:
+        """The passages of the memory as it is now."""
+        self._look()
+        return self._cut
+
+    def head_scores(self, question: str) -> dict[int, Tensor]:
+        """Layer -> (H, P) what each head gives to each passage above what is to be expected."""
+        self._look()
         if self._sinks is None:
             self._sinks = {layer: masses.mean(1) for layer, masses in self._masses(NO_QUESTION).items()}  # (H, P)
         sizes = torch.from_numpy(self._cut.stops - self._cut.starts).float()
-        above = [
-            above_chance(masses, sizes / sizes.sum(), self._sinks[layer])[self._heads(layer, len(masses))]
-            for layer, masses in self._masses(question).items()
-        ]
-        total = torch.cat(above).sum(0).double()  # (P,)
-        return (total / total.sum().clamp(min=1e-30)).numpy()
+        chance = sizes / sizes.sum()
+        return {
+            layer: above_chance(masses, chance, self._sinks[layer]) for layer, masses in self._masses(question).items()
+        }
+
+    def _shares(self, question: str) -> np.ndarray:
+        """(P,) share of the attention above chance, by the model's retrieval heads."""
+        scores = self.head_scores(question)
+        total = torch.cat([above[self._heads(layer, len(above))] for layer, above in scores.items()]).sum(0).double()
+        return np.asarray(total / total.sum().clamp(min=1e-30))
 
     def _masses(self, question: str) -> dict[int, Tensor]:
         """Layer -> (H, T, P) attention of each token of the question to each passage, of that to memory."""
