@@ -24,7 +24,7 @@ def test_books_and_numbers() -> None:
     assert books() == sorted([*MEASURED, *TUNED_ON])
     assert [len(load_questions(book)) for book in MEASURED] == [20, 20, 20]
     assert len(load_questions(TUNED_ON[0])) >= 10
-    with pytest.raises(ValueError, match="no questions about 'emma'.*persuasion"):
+    with pytest.raises(ValueError, match=r"no questions about 'emma'.*persuasion"):
         load_questions("emma")
 
 

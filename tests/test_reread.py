@@ -137,7 +137,7 @@ def test_no_room(make_model: ModelMaker, tokenizer: PreTrainedTokenizerFast) -> 
     memory = model.new_memory()
     model.ingest(TEXT, memory, "book.txt")
     assert ask(model, memory, "Who?", max_new_tokens=4).read_again == 0
-    with pytest.raises(ValueError, match="no passage fits the window of 64 tokens beside the question.*reread='off'"):
+    with pytest.raises(ValueError, match=r"no passage fits the window of 64 tokens beside the question.*reread='off'"):
         ask(model, memory, "Who?", max_new_tokens=4, reread="bm25")
 
 

@@ -18,8 +18,8 @@ def add(commands: Any) -> None:
     ask = commands.add_parser(
         "ask",
         help="ask a memory a question, and list the passages that the answer used",
-        description="Find the passages of a memory that a question is about, read the best of them again, and answer. Then "
-        "list the passages.",
+        description="Find the passages of a memory that a question is about, read the best of them again, and answer. "
+        "Then list the passages.",
     )
     _add_options(ask)
     ask.add_argument("question", help="the question; it must be shorter than the local window")
@@ -48,8 +48,8 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         "--reread",
         choices=REREAD,
         default="auto",
-        help="how to find the passages that are read again with the question: by the model's attention, by the words of "
-        "the question (bm25), or by both; off reads none again (default: auto, which is both if they fit the window)",
+        help="how to find the passages that are read again with the question: by the model's attention, by the words "
+        "of the question (bm25), or by both; off reads none again (default: auto: both, if they fit the window)",
     )
     parser.add_argument(
         "--plain", action="store_true", help="use no chat template; ask the question as you would ask a base model"

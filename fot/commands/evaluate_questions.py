@@ -12,8 +12,8 @@ def add(kinds: Any) -> None:
         "questions",
         help="ask ordinary questions about novels, and check answers and listed passages",
         description="Ask the package's questions about novels, in several ways: from the memory alone; with passages "
-        "read again that attention, BM25 or both found; without any text; and with the right passage given. Count right "
-        "answers, and how often a listed passage holds the answer.",
+        "read again that attention, BM25 or both found; without any text; and with the right passage given. Count "
+        "right answers, and how often a listed passage holds the answer.",
     )
     parser.add_argument("model", help="alias, folder, GGUF file or hub id")
     parser.add_argument(

@@ -1,9 +1,9 @@
 """Which query heads find the passage that a question is about? Tried out on facts hidden in text.
 
 In a pretrained model some heads look for the place of an answer, and most do something else (QRHead,
-arXiv 2506.09944). Facts (``fot.evaluation.needles``) are hidden in texts that lie in memory, and each head of the memory
-layers is judged by the passages that it would list for their questions. The best are stored with the model's settings as
-``retrieval_heads``.
+arXiv 2506.09944). Facts (``fot.evaluation.needles``) are hidden in texts that lie in memory, and each head of the
+memory layers is judged by the passages that it would list for their questions. The best are stored with the model's
+settings as ``retrieval_heads``.
 """
 
 import random

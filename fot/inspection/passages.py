@@ -51,7 +51,7 @@ def document_name(document: str | None, *, own: bool) -> str:
 def find_passages(
     slots: np.ndarray, documents: np.ndarray, weights: np.ndarray, count: int
 ) -> list[tuple[int, int, float]]:
-    """The ``count`` runs of nearby slots of one document with most weight: (first, past-the-end slot, weight), in order.
+    """The ``count`` runs of nearby slots of a document with most weight, in order: (first, past-the-end slot, weight).
 
     Args:
         slots: (n,) int64, ascending and distinct.

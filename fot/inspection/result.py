@@ -132,8 +132,8 @@ class Trace:
     def passages(self, count: int = 5, *, token: int | None = None) -> list[Passage]:
         """What carried attention mass for tokens of the answer in particular, adjacent hits merged, most first.
 
-        What is hit at every token (an attention sink, such as the first token of a book) says nothing about this answer.
-        So a hit weighs its mass times ``log((1 + tokens) / tokens that hit the slot)``, as rare words count in text
+        What is hit at every token (an attention sink, such as the first token of a book) says nothing about this
+        answer. So a hit weighs its mass times ``log((1 + tokens) / tokens that hit the slot)``, as rare words count in text
         retrieval. Passages are ordered by this weight. Shares are of the weight of all hits kept, over all layers and
         heads: all passages together have 1.
 
