@@ -133,9 +133,9 @@ class Trace:
         """What carried attention mass for tokens of the answer in particular, adjacent hits merged, most first.
 
         What is hit at every token (an attention sink, such as the first token of a book) says nothing about this
-        answer. So a hit weighs its mass times ``log((1 + tokens) / tokens that hit the slot)``, as rare words count in text
-        retrieval. Passages are ordered by this weight. Shares are of the weight of all hits kept, over all layers and
-        heads: all passages together have 1.
+        answer. So a hit weighs its mass times ``log((1 + tokens) / tokens that hit the slot)``, as rare words count in
+        text retrieval. Passages are ordered by this weight. Shares are of the weight of all hits kept, over all layers
+        and heads: all passages together have 1.
 
         Args:
             count: passages wanted.
