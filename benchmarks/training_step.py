@@ -42,7 +42,9 @@ def random_batch(recipe: Recipe, window: int, vocabulary: int) -> Batch:
     position = index[:, None] * window + torch.arange(window)
     content = lane[:, None].expand(rows, window)
     weights = torch.ones(rows, window)
-    return Batch(ids[:, :-1], ids[:, 1:], weights, nothing, lane, index, lane, content, position, nothing)
+    return Batch(
+        ids[:, :-1], ids[:, 1:], weights, nothing, lane, index, lane, content, position, nothing, nothing[:, 0]
+    )
 
 
 # What is measured: (with crossbatch, keeping freed memory).

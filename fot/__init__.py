@@ -7,7 +7,8 @@
     model.ingest(Path("book.txt"), memory)
     model.generate(prompt_ids, memory=memory, max_new_tokens=32)
 
-Importing it also teaches transformers' Auto classes to load LongLLaMA checkpoints.
+Importing it also teaches transformers' Auto classes to load LongLLaMA checkpoints, and to warn where they load a model
+that was saved with a memory without it.
 """
 
 import sys
@@ -87,3 +88,4 @@ def _is_command() -> bool:
 # The command registers LongLLaMA when it loads a model, so that `fot --help` need not wait for torch.
 if not _is_command():
     import_module("fot.longllama")
+    import_module("fot.auto")

@@ -1,7 +1,5 @@
 """``python -m fot``."""
 
-import sys
+from fot.cli import program
 
-from fot.cli import main
-
-sys.exit(main())
+program()

@@ -59,15 +59,25 @@ def attention_forward(
         kwargs: ``CONTEXT`` and what else the implementation under this one takes.
 
     Returns:
-        (B, T, H, D), and weights if the implementation under this one gives any.
+        (B, T, H, D), and weights (B, H, T, S) if the implementation under this one gives any. A memory layer gives them
+        over ``eager`` where ``output_attentions`` is asked for; see ``local_weights``.
+
+    Raises:
+        ValueError: weights are asked for while crossbatch trains.
     """
     context = kwargs.pop(CONTEXT, None)
     if context is not None and module.layer_idx in context.memory_layers:
         scale = queries.shape[-1] ** -0.5 if scaling is None else scaling
         # Under autocast projections come in bfloat16, but norms and rotations leave float32.
         queries, keys = queries.to(values.dtype), keys.to(values.dtype)
-        output = context.attend(module.layer_idx, queries, keys, values, scale)  # (B, H, T, D)
-        return output.transpose(1, 2).contiguous(), None
+        weights = None
+        if under == "eager" and kwargs.get("output_attentions"):
+            if not hasattr(context, "attend_and_weigh"):
+                raise ValueError("output_attentions is not known while crossbatch trains: call the model without it")
+            output, weights = context.attend_and_weigh(module.layer_idx, queries, keys, values, scale)
+        else:
+            output = context.attend(module.layer_idx, queries, keys, values, scale)  # (B, H, T, D)
+        return output.transpose(1, 2).contiguous(), weights
     plain = _implementation(under, module)
     return plain(module, queries, keys, values, attention_mask, scaling=scaling, **kwargs)
 
@@ -155,15 +165,34 @@ def attend_local(
         keys, values = keys.repeat_interleave(group, dim=1), values.repeat_interleave(group, dim=1)
     if mask is None and (T == 1 or T == S):
         return attend(queries, keys, values, scale=scale, causal=T > 1)
-    position = torch.arange(S, device=queries.device)
+    return attend(queries, keys, values, scale=scale, mask=_seen(T, S, mask, queries.device))
+
+
+def local_weights(queries: Tensor, keys: Tensor, mask: Tensor | None, lse: Tensor, *, scale: float) -> Tensor:
+    """The weights of the window's keys in the softmax over window and memory: a row sums to what the memory leaves.
+
+    Args:
+        queries, keys, mask, scale: as for ``attend_local``.
+        lse: (B, H, T), of the whole softmax.
+
+    Returns:
+        (B, H, T, S) in the dtype of ``queries``.
+    """
+    keys = keys.repeat_interleave(queries.shape[1] // keys.shape[1], dim=1)
+    weights = (scale * (queries.float() @ keys.float().mT) - lse.unsqueeze(-1)).exp()
+    seen = _seen(queries.shape[2], keys.shape[2], mask, queries.device)
+    return weights.masked_fill(~seen, 0).to(queries.dtype)
+
+
+def _seen(T: int, S: int, mask: Tensor | None, device: torch.device) -> Tensor:  # noqa: N803
+    """Which of S keys the last T queries of a window see: (B or 1, 1, T, S) bool. ``mask`` as for ``attend_local``."""
+    position = torch.arange(S, device=device)
     seen = position[None, :] <= position[S - T :, None]  # (T, S)
-    if mask is not None:
-        # Padding sees itself, so that its softmax is not empty: a NaN there would spread through masked values.
-        itself = position[None, :] == position[S - T :, None]
-        seen = (seen & mask[:, None, None, :]) | itself  # (B, 1, T, S)
-    else:
-        seen = seen[None, None]
-    return attend(queries, keys, values, scale=scale, mask=seen)
+    if mask is None:
+        return seen[None, None]
+    # Padding sees itself, so that its softmax is not empty: a NaN there would spread through masked values.
+    itself = position[None, :] == position[S - T :, None]
+    return (seen & mask[:, None, None, :]) | itself
 
 
 def attend_memory(

@@ -1,8 +1,4 @@
-"""The local window, and what moves from it to the memory.
-
-``LocalCache`` is what the decoder layers see: keys and values of the current window. ``FoTCache`` is what
-``generate`` carries from call to call: the local window, and for each row of the batch the memories it reads.
-"""
+"""What ``generate`` carries from call to call: the local window, and for each row the memories it reads."""
 
 import copy
 from collections.abc import Sequence
@@ -11,256 +7,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache, DynamicCache
+from transformers import Cache
 
-from fot.attention import memory_attention
 from fot.config import MemoryConfig
+from fot.local import LocalCache, copied, local_window
 from fot.recording import Recorder
-from fot.rotary import Rotary, rotary_of
+from fot.rotary import Rotary
 from memory import Memory
-
-UNKNOWN_TOKEN = -1  # stored for inputs given as embeddings
-LAST = torch.iinfo(torch.int64).max  # behind every position
-
-
-class LocalCache(DynamicCache):
-    """Keys and values of the local window of B rows, S slots each.
-
-    Rows shorter than the others have padding in their first slots. Handed to a decoder as its ``CONTEXT``, it attends
-    in the memory layers.
-
-    Attributes:
-        memories: for each row, the memories its memory layers read.
-        mask: (B, S) bool, False at padding; None while no row has any.
-        token_ids: (B, S) int64.
-        positions: (B, S) int64, as the caller counts them.
-        places: (B, S) int64, positions in the window: what keys are rotated by.
-        base: (B, 1) int64, the caller's position less the place of each row's next token.
-        counts: tokens of each row, padding not counted.
-        sinks: of each row, first tokens that are in its memory already and stay here as attention sinks.
-        recorder: takes note of what memory layers attend to; None for nobody.
-        is_last: whether the tokens that the layers run on are the last of their input: the next is chosen after them.
-        ends_at: the layer whose keys and values are all that is wanted; above it nothing is computed. None: run all.
-    """
-
-    is_last = True
-    ends_at: int | None = None
-
-    def __init__(
-        self,
-        memories: Sequence[Sequence[Memory]],
-        config: MemoryConfig,
-        rotary: Rotary,
-        recorder: Recorder | None = None,
-    ) -> None:
-        """
-        Args:
-            memories: for each row, the memories it reads.
-            config: resolved.
-            rotary: of the model.
-            recorder: takes note of what is attended to.
-        """
-        super().__init__()
-        self.memories = memories
-        self.config = config
-        self.rotary = rotary
-        self.recorder = recorder
-        self.clear()
-
-    @property
-    def memory_layers(self) -> tuple[int, ...]:
-        """Layers in which ``attend`` takes the place of the model's attention."""
-        return self.config.layers
-
-    def clear(self) -> None:
-        """Forget the whole window."""
-        self.layers: list[Any] = []
-        self.mask: Tensor | None = None
-        self.token_ids: Tensor | None = None
-        self.positions: Tensor | None = None
-        self.places: Tensor | None = None
-        self.base: Tensor | None = None
-        self.counts = [0] * len(self.memories)
-        self.sinks = [0] * len(self.memories)
-
-    def fork(self) -> "LocalCache":
-        """The same window, to go on differently. Tensors are shared: nothing here writes to one in place."""
-        other = copy.copy(self)
-        other.__dict__.update(_copied(self))
-        other.layers = [copy.copy(layer) for layer in self.layers]
-        other.recorder = None
-        return other
-
-    def extend(self, token_ids: Tensor, positions: Tensor, mask: Tensor | None) -> Tensor:
-        """Take note of T new tokens before the layers run on them.
-
-        Args:
-            token_ids: (B, T) int64.
-            positions: (B, T) int64; each row's grow from left to right.
-            mask: (B, T) bool, False at padding; None if all are tokens.
-
-        Returns:
-            (B, T) positions in the window.
-        """
-        starts = positions if mask is None else positions.masked_fill(~mask, LAST)
-        starts = starts.amin(1, keepdim=True)
-        if self.token_ids is None or self.base is None or self.positions is None or self.places is None:
-            self.token_ids, self.positions, self.base, self.mask = token_ids, positions, starts, mask
-            self.places = places = (positions - starts).clamp(min=0)
-        else:
-            if any(count == kept for count, kept in zip(self.counts, self.sinks, strict=True)):
-                # A row whose window was emptied starts a new one here, behind its sinks if it kept any.
-                empty = torch.tensor(self.counts) == torch.tensor(self.sinks)
-                here = self.places if self.mask is None else self.places.masked_fill(~self.mask, -1)
-                begin = starts - (here.amax(1, keepdim=True) + 1)
-                self.base = torch.where(empty.unsqueeze(1).to(starts.device), begin, self.base)
-            if self.mask is not None or mask is not None:
-                old = torch.ones_like(self.token_ids, dtype=torch.bool) if self.mask is None else self.mask
-                new = torch.ones_like(token_ids, dtype=torch.bool) if mask is None else mask
-                self.mask = torch.cat([old, new], dim=1)
-            places = (positions - self.base).clamp(min=0)
-            self.token_ids = torch.cat([self.token_ids, token_ids], dim=1)
-            self.positions = torch.cat([self.positions, positions], dim=1)
-            self.places = torch.cat([self.places, places], dim=1)
-        added = [token_ids.shape[1]] * len(self.counts) if mask is None else mask.sum(1).tolist()
-        self.counts = [count + new for count, new in zip(self.counts, added, strict=True)]
-        return places
-
-    def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
-        """What a memory layer computes: local window and memory in one softmax.
-
-        Args:
-            layer: its index.
-            queries: (B, H, T, D), rotated, of the newest T tokens.
-            keys: (B, G, S, D), rotated, of the window, these tokens included.
-            values: likewise.
-            scale: factor on inner products.
-
-        Returns:
-            (B, H, T, D).
-
-        Raises:
-            WindowStored: this is the layer that it ends at.
-        """
-        if layer == self.ends_at:
-            raise WindowStored
-        first, mask = self.unstored()
-        keys, values = keys[:, :, first:], values[:, :, first:]
-        output, lses = memory_attention(
-            queries, keys, values, mask, self.memories, layer, scale=scale, config=self.config
-        )
-        if self.recorder is not None:
-            self.recorder.note(layer, queries, lses, self, scale)
-        return output
-
-    def unstored(self) -> tuple[int, Tensor | None]:
-        """Which slots memory layers attend to here: sinks they find in the memory, with all else that has moved there.
-
-        Returns:
-            the first slot, and the mask (B, S - first) of the slots from there on, as ``mask``.
-        """
-        fewest = min(self.sinks, default=0)
-        if self.mask is None and fewest == max(self.sinks, default=0):
-            return fewest, None
-        assert self.token_ids is not None
-        mask = torch.ones_like(self.token_ids, dtype=torch.bool) if self.mask is None else self.mask
-        sinks = torch.tensor(self.sinks, device=mask.device).unsqueeze(1)
-        return 0, mask & (mask.cumsum(1) > sinks)
-
-    def move(
-        self,
-        row: int,
-        count: int,
-        memory: Memory,
-        *,
-        skip: int = 0,
-        document: str | None = None,
-        spans: Sequence[tuple[int, int]] | None = None,
-    ) -> None:
-        """Append the oldest ``count`` tokens of a row that are not there yet, but the first ``skip``, to a memory.
-
-        They stay here, too, until ``keep_slots`` forgets them.
-        """
-        assert self.token_ids is not None
-        assert self.places is not None
-        if self.recorder is not None:
-            self.recorder.settle()
-        first = self.sinks[row]
-        slots = self.slots(row)[first + skip : first + count]
-        places, keys = self.places[row, slots], {}
-        for layer in memory.layers:  # at position 0
-            keys[layer] = self.rotary.back(layer, self._take(self.layers[layer].keys[row], slots), places)
-        values = {layer: self._take(self.layers[layer].values[row], slots) for layer in memory.layers}
-        memory.append(keys, values, self.token_ids[row, slots], document=document, spans=spans)
-
-    def slots(self, row: int) -> Tensor:
-        """Slots of a row's tokens, oldest first."""
-        assert self.token_ids is not None
-        slots = torch.arange(self.token_ids.shape[1], device=self.token_ids.device)
-        return slots if self.mask is None else slots[self.mask[row]]
-
-    def keep_slots(self, kept: Sequence[Tensor], sinks: Sequence[int]) -> None:
-        """Forget all other slots, whose content has moved, and close the gap behind the sinks.
-
-        Without its first tokens a window has no attention sink: every later key was made with them in sight, and none
-        can take their part (StreamingLLM, arXiv 2309.17453). So they stay in all layers that have no memory.
-
-        Args:
-            kept: for each row, slots of the tokens to keep, ascending.
-            sinks: for each row, how many of those are its sinks.
-        """
-        if not any(len(slots) for slots in kept):
-            self.clear()
-            return
-        assert self.token_ids is not None
-        assert self.positions is not None
-        assert self.places is not None
-        assert self.base is not None
-        width, device = max(len(slots) for slots in kept), self.token_ids.device
-        where = torch.zeros(len(kept), width, dtype=torch.int64, device=device)
-        mask = torch.zeros(len(kept), width, dtype=torch.bool, device=device)
-        tail = torch.zeros_like(mask)
-        for row, slots in enumerate(kept):
-            start = width - len(slots)
-            where[row, start:] = slots
-            mask[row, start:] = True
-            tail[row, start + sinks[row] :] = True
-        self.counts, self.sinks = [len(slots) for slots in kept], list(sinks)
-        self.mask = None if all(count == width for count in self.counts) else mask
-        self.token_ids, self.positions = self.token_ids.gather(1, where), self.positions.gather(1, where)
-        places = self.places.gather(1, where)
-        begin = places.masked_fill(~tail, LAST).amin(1, keepdim=True)  # the oldest token behind the sinks
-        behind = places.masked_fill(tail | ~mask, -1).amax(1, keepdim=True) + 1  # the first place behind them
-        shift = (begin - behind).masked_fill(begin == LAST, 0)
-        self.base = self.base + shift
-        shift = torch.where(tail, shift, 0)
-        self.places = places - shift
-        for number, layer in enumerate(self.layers):
-            layer.values = _pick_slots(layer.values, where)
-            layer.keys = self.rotary.back(number, _pick_slots(layer.keys, where), shift)
-
-    def select_rows(self, rows: Tensor) -> None:
-        """Row i becomes what row ``rows[i]`` was (beam search); memories are the caller's."""
-        super().reorder_cache(rows)
-        for name in ("token_ids", "positions", "places", "base", "mask"):
-            tensor = getattr(self, name)
-            setattr(self, name, None if tensor is None else tensor[rows.to(tensor.device)])
-        order = rows.tolist()
-        self.counts, self.sinks = [self.counts[row] for row in order], [self.sinks[row] for row in order]
-
-    @staticmethod
-    def _take(vectors: Tensor, slots: Tensor) -> Tensor:
-        return vectors[:, slots.to(vectors.device)].detach()  # (G, count, D)
-
-
-def _pick_slots(vectors: Tensor, where: Tensor) -> Tensor:
-    """(B, G, S, D), (B, S') -> (B, G, S', D)."""
-    rows = torch.arange(len(where), device=vectors.device).unsqueeze(1)
-    return vectors.transpose(1, 2)[rows, where.to(vectors.device)].transpose(1, 2)
-
-
-class WindowStored(Exception):  # noqa: N818 - no error: all that was wanted of a decoder has been computed
-    """Ends a decoder's forward at the layer whose keys and values were wanted."""
+from memory.layer import LayerMemory
 
 
 class Row:
@@ -298,6 +52,7 @@ class FoTCache(Cache):
         local: the local window.
         seen: tokens so far, padding included, as ``generate`` counts them.
         next_positions: (B, 1) position of each row's next token.
+        revertible: whether what has moved to the memory can be taken back, too; see ``activate_past_recording``.
         align_padding: see ``MemoryConfig``.
         recorder: see ``fot.trace``.
     """
@@ -318,6 +73,8 @@ class FoTCache(Cache):
         self.recorder: Recorder | None = None
         self.seen = 0
         self.next_positions: Tensor | None = None
+        self.revertible = False
+        self.before_moves: list[Checkpoint] = []  # the states before each move since the last ``crop``
 
     def open_rows(self, batch_size: int, model: Any) -> None:
         """Set up the memories of ``batch_size`` rows.
@@ -336,7 +93,7 @@ class FoTCache(Cache):
                     f"update_memory=True with {batch_size} rows and {count} memories: rows must not write to one "
                     "memory; give memory= a list with one for each row, without beams or num_return_sequences"
                 )
-            self.rows = [Row([], memory) for memory in self.given]
+            self.rows = [_written(memory, model) if self.revertible else Row([], memory) for memory in self.given]
         elif count and batch_size % count:
             raise ValueError(f"{count} memories for {batch_size} rows: give one for all rows, or one for each")
         else:
@@ -352,14 +109,23 @@ class FoTCache(Cache):
         self.local = LocalCache(memories, self.local.config, self.local.rotary, self.recorder)
 
     def watch(self, recorder: Recorder | None) -> None:
-        """Let a recorder take note of what is attended to from here on; None for nobody."""
+        """Let a recorder take note of what is attended to from here on; None for nobody.
+
+        Raises:
+            ValueError: the cache is of assisted decoding, which takes tokens back that the recorder has noted.
+        """
+        if recorder is not None and self.revertible:
+            raise ValueError(
+                "assisted decoding cannot be recorded, because it takes back tokens: generate without assistant_model "
+                "and prompt_lookup_num_tokens"
+            )
         self.recorder = self.local.recorder = recorder
         if recorder is not None:
             recorder.follow(self)
 
     def checkpoint(self) -> Checkpoint:
         """The state now. It costs next to nothing, but keeps the window's keys and values as long as it is kept."""
-        attributes = _copied(self) | {"local": self.local.fork(), "recorder": None}
+        attributes = copied(self) | {"local": self.local.fork(), "recorder": None}
         return Checkpoint(attributes, [len(row.own) for row in self.rows])
 
     def restore(self, checkpoint: Checkpoint) -> None:
@@ -386,12 +152,53 @@ class FoTCache(Cache):
         self.seen += length
         self.next_positions = positions[:, -1:] + 1
 
+    def activate_past_recording(self) -> None:
+        """Keep what it takes to ``crop`` tokens that have moved to the memory; assisted decoding calls this.
+
+        From here on the window overflows token by token, however many come at once, so that tokens taken back leave no
+        trace. Given memories are not written to before ``flush``, since nobody can take tokens back from a file.
+        """
+        self.revertible = True
+
+    def before_move(self) -> None:
+        """Called before tokens move to the memory."""
+        if self.revertible:
+            self.before_moves.append(self.checkpoint())
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the last tokens of every row.
+
+        Args:
+            tokens_to_remove: minus how many, as transformers says it since 5.24; a positive number is how many to keep.
+
+        Raises:
+            ValueError: some have moved to the memory, and the cache was not told to keep what takes them back.
+        """
+        target = min(tokens_to_remove, self.seen) if tokens_to_remove > 0 else self.seen + tokens_to_remove
+        if target == self.seen:
+            self.before_moves = []
+            return
+        # Of the states before moves, the first that has all tokens wanted: none of the others has moved there.
+        state = next((one for one in self.before_moves if one.attributes["seen"] >= target), self.checkpoint())
+        count = state.attributes["seen"] - target
+        if count:
+            local = state.attributes["local"]
+            positions = local.positions
+            local.drop_last(count)
+            state.attributes["next_positions"] = positions[:, -count, None]
+        self.restore(state)
+        self.seen, self.before_moves = target, []
+
     def flush(self) -> None:
-        """Move what is left in the local window to the rows' own memories."""
+        """Move what is left in the local window to the rows' own memories, and all of that to memories written to."""
         for number, row in enumerate(self.rows):
             count = self.local.counts[number] - self.local.sinks[number]
             if count:
                 self.local.move(number, count, row.own)
+        if self.write and self.revertible:
+            for row in self.rows:
+                _append(row.reads[0], row.own)
+                row.own.reset()
         self.open_window()
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -405,8 +212,8 @@ class FoTCache(Cache):
 
     @property
     def is_croppable(self) -> bool:
-        """False: what has moved to the memory cannot be taken back token by token."""
-        return False
+        """Whether ``crop`` can take back any token that comes from here on; see ``activate_past_recording``."""
+        return self.revertible
 
     @property
     def is_linear(self) -> list[bool]:
@@ -415,6 +222,7 @@ class FoTCache(Cache):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row i becomes what row ``beam_idx[i]`` was."""
+        self.before_moves = []
         order = beam_idx.tolist()
         taken: set[int] = set()
         rows = []
@@ -443,13 +251,18 @@ class FoTCache(Cache):
         return other
 
 
-def local_window(model: Any, memories: Sequence[Sequence[Memory]], recorder: Recorder | None = None) -> LocalCache:
-    """An empty local window of a ``FoTForCausalLM`` that reads these memories, for each row."""
-    config = model.memory_config
-    without = () if config.mem_positionals else config.layers
-    return LocalCache(memories, config, rotary_of(model, without), recorder)
+def _written(memory: Memory, model: Any) -> Row:
+    """A row that reads a memory, and whose own tokens are to be appended to it later."""
+    return Row(
+        [memory],
+        model.new_memory(
+            key_dtype=memory.key_dtype, value_dtype=memory.value_dtype, index=memory.index, top_k=memory.top_k
+        ),
+    )
 
 
-def _copied(cache: Cache) -> dict[str, Any]:
-    """Its attributes; lists and dictionaries are copied, what they hold is not."""
-    return {name: copy.copy(value) if isinstance(value, list | dict) else value for name, value in vars(cache).items()}
+def _append(memory: Memory, other: Memory) -> None:
+    """Append all that another memory holds, which has no documents."""
+    if len(other):
+        keys, values = ({n: part(other[n]) for n in other.layers} for part in (LayerMemory.keys, LayerMemory.values))
+        memory.append(keys, values, torch.from_numpy(other.token_ids()))

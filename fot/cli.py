@@ -2,8 +2,11 @@
 
 import argparse
 import logging
+import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 from fot import __version__
 from fot.commands import ask, evaluate, info, inspect, memory, passkey, train
@@ -47,6 +50,33 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _refuse(error)
 
 
+def program() -> NoReturn:
+    """The program ``fot``: ``main``, and then the end of the process.
+
+    One of several processes that trained together leaves at once, when all is written. To take their group down, or to
+    let the interpreter do it, may never end: the destructor of a gloo group holds Python's lock while it waits for its
+    threads, and one of them may want the lock to free a tensor.
+    """
+    try:
+        status = main()
+    except Exception:
+        if not _in_a_group():
+            raise
+        traceback.print_exc()
+        status = 1
+    if _in_a_group():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
+
+
+def _in_a_group() -> bool:
+    """Whether this process is one of a group of ``torch.distributed``."""
+    distributed = sys.modules.get("torch.distributed")
+    return distributed is not None and distributed.is_available() and distributed.is_initialized()
+
+
 def _refuse(error: Exception) -> int:
     """Say in one line what is wrong."""
     from fot.inspection.texts import one_line
@@ -66,4 +96,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    program()

@@ -5,11 +5,12 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 import fot.longllama  # noqa: F401  registers the Auto classes
 from fot import pretrained
 from fot.adapter import apply_adapter, read_description
+from fot.auto import load_plain
 from fot.config import CONFIG_KEY, MemoryConfig
 from fot.model import FoTForCausalLM, attach_memory
 from fot.names import lasting_name
@@ -28,7 +29,7 @@ def load_model(name_or_path: str | Path, *args: Any, **kwargs: Any) -> FoTForCau
     checkpoint = pretrained.resolve(name_or_path, subfolder=kwargs.get("subfolder", ""))
     options = {"trust_remote_code": False} | pretrained.gguf_options(checkpoint) | kwargs
     with pretrained.hub_errors(checkpoint):
-        plain = AutoModelForCausalLM.from_pretrained(checkpoint.path, *args, **options)
+        plain = load_plain(checkpoint.path, *args, **options)
     for folder in (*checkpoint.under, checkpoint.adapter):
         if folder is not None:
             apply_adapter(plain, folder)

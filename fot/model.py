@@ -14,15 +14,14 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from fot.attention import CONTEXT, PREFIX
 from fot.cache import FoTCache
-from fot.compat import CACHE, given_cache
-from fot.config import CONFIG_KEY, MemoryConfig, check_memory_layers
-from fot.families import attention_modules, check_supported, head, key_value_shape, whole_layers
-from fot.fingerprint import Fingerprint, difference, tokenizer_fingerprint, weights_fingerprint
+from fot.compat import CACHE
+from fot.config import CONFIG_KEY, MemoryConfig
+from fot.families import attention_modules, check_supported, head, whole_layers
+from fot.generation import GeneratesWithMemory
 from fot.ingest import ingest
 from fot.loss import chunked_loss
-from fot.origin import origin
 from fot.recording import recorder_of
-from fot.windows import Inputs, extend, prefill
+from fot.windows import SINGLE_WINDOW_OPTIONS, Inputs, read
 from memory import Memory
 
 
@@ -64,9 +63,10 @@ def attach_memory(model: Any, config: MemoryConfig | None = None) -> "FoTForCaus
 def detach_memory(model: Any) -> PreTrainedModel:
     """Undo ``attach_memory``, in place: the same object is the plain transformers model again.
 
-    ``attach_memory(model, config)`` brings the memory back.
+    ``attach_memory(model, config)`` brings the memory back. Saved without it, the model knows nothing of a memory.
     """
     _remove_hooks(model)
+    vars(model.config).pop(CONFIG_KEY, None)
     model.__class__ = _plain_class(model)
     _bind_wrapped(model)
     model.set_attn_implementation(model.config._attn_implementation.removeprefix(PREFIX))
@@ -99,24 +99,14 @@ def _resolve(model: Any, config: MemoryConfig) -> MemoryConfig:
     return resolved
 
 
-class FoTForCausalLM:
+class FoTForCausalLM(GeneratesWithMemory):
     """What ``attach_memory`` adds to a causal language model. Load one with ``FoTForCausalLM.from_pretrained``.
 
     Attributes:
-        memory_config: resolved settings.
         memory_hooks: handles of what ``attach_memory`` hung on memory layers.
-        tokenizer: set by ``from_pretrained`` if the checkpoint has one; ``ingest`` of text needs it.
-        loaded_as: the name that ``from_pretrained`` was given, paths absolute; memories note it.
     """
 
-    memory_config: MemoryConfig
     memory_hooks: Sequence[Any] = ()
-    tokenizer: Any = None
-    loaded_as: str = ""
-
-    # What every Hugging Face model that this is mixed into has.
-    config: Any
-    base_model: Any
 
     @classmethod
     def from_pretrained(cls, name_or_path: str | Path, *args: Any, **kwargs: Any) -> "FoTForCausalLM":
@@ -132,7 +122,7 @@ class FoTForCausalLM:
             OSError: the checkpoint cannot be had.
         """
         if issubclass(cls, PreTrainedModel):  # a concrete class, as the Auto classes call it
-            return super().from_pretrained(name_or_path, *args, **kwargs)  # type: ignore[misc]
+            return super().from_pretrained(name_or_path, *args, **kwargs)
         from fot.loading import load_model
 
         return load_model(name_or_path, *args, **kwargs)
@@ -173,7 +163,9 @@ class FoTForCausalLM:
             last_context_length: overrides the setting of this name.
             return_dict: False for a tuple.
             cache: the ``FoTCache`` of an earlier call.
-            kwargs: passed to the decoder (``output_hidden_states=True``, ...) if the input fits one window.
+            kwargs: passed to the decoder (``output_hidden_states=True``, ...) if the input fits one window. In memory
+                layers, ``output_attentions=True`` (over ``eager``) gives the weights of the window's tokens: a row sums
+                to 1 less the share of the memory, which ``fot.trace`` shows.
 
         Raises:
             ValueError: inputs that do not go together, or a memory made by other weights.
@@ -184,15 +176,25 @@ class FoTForCausalLM:
             cache.open_rows(inputs.batch_size, self)
         cache.watch(self.recorder)
         num_items = kwargs.pop("num_items_in_batch", None)
+        for name in SINGLE_WINDOW_OPTIONS:
+            if kwargs.get(name) is None and getattr(self.config, name, False):
+                kwargs[name] = True
         needs_all = labels is not None or isinstance(logits_to_keep, Tensor) or logits_to_keep == 0
         keep = inputs.length if needs_all else min(int(logits_to_keep), inputs.length)
         use_cache = self.config.use_cache if use_cache is None else use_cache
         if not use_cache and attention_mask is None and _is_packed(position_ids):
             outputs = self._packed(inputs, cache, keep, kwargs)
-        elif cache.seen == 0:
-            outputs = prefill(self, inputs, cache, keep, last_context_length, kwargs)
         else:
-            outputs = extend(self, inputs, cache, keep, kwargs)
+            outputs = read(
+                self,
+                inputs,
+                cache,
+                keep,
+                # transformers asks for the logits after the prompt and after each candidate.
+                candidates=keep - 1 if cache.revertible and not needs_all else 0,
+                last_context_length=last_context_length,
+                options=kwargs,
+            )
         hidden = outputs.last_hidden_state  # (B, keep, hidden_size)
         loss = None if labels is None else chunked_loss(hidden, labels, partial(head, self), num_items)
         if isinstance(logits_to_keep, Tensor):
@@ -225,62 +227,6 @@ class FoTForCausalLM:
         outputs.last_hidden_state = outputs.last_hidden_state[:, -keep:]
         return outputs
 
-    def generate(
-        self,
-        inputs: Tensor | None = None,
-        generation_config: Any = None,
-        *args: Any,
-        memory: Memory | Sequence[Memory] | None = None,
-        update_memory: bool = False,
-        **kwargs: Any,
-    ) -> Any:
-        """``generate`` of transformers, with a prompt of any length and an optional memory.
-
-        Goes on from a ``FoTCache`` unless the caller says ``use_cache=False``. What a checkpoint's own settings say of
-        caches is not looked at: ``use_cache: false`` there is left over from training, and changes no token.
-
-        Args:
-            inputs: (B, T) prompt ids, padded on the left.
-            memory: read by every row, or a list with one for each row. Not written to, so it can serve many prompts.
-            update_memory: also store the prompt and the answer (but its last token) in ``memory``.
-            generation_config, args, kwargs: as in transformers.
-
-        Raises:
-            ValueError: an empty prompt, ids outside the vocabulary, a memory made by other weights, a cache of another
-                kind.
-        """
-        implementation = _asked("cache_implementation", generation_config, kwargs)
-        if implementation is not None:
-            raise ValueError(
-                f"cache_implementation is {implementation!r}; a model with memory keeps a cache of its own kind: leave "
-                "it out"
-            )
-        ids = kwargs.get("input_ids") if inputs is None else inputs
-        if isinstance(ids, Tensor) and ids.dtype in (torch.int32, torch.int64):
-            self.check_ids(ids)
-        if update_memory and memory is None:
-            raise ValueError("update_memory=True needs a memory to update: pass memory=model.new_memory()")
-        cache = given_cache(kwargs)
-        kwargs = {name: value for name, value in kwargs.items() if name not in (CACHE, "past_key_values")}
-        if cache is None and _asked("use_cache", generation_config, kwargs) is not False:
-            cache = FoTCache(self._given(memory), "row", write=update_memory)
-        elif memory is not None:
-            if update_memory or cache is not None:
-                raise ValueError("memory= cannot be joined with use_cache=False and update_memory, nor with a cache")
-            kwargs["memory"] = memory
-        result = super().generate(inputs, generation_config, *args, **{CACHE: cache}, **kwargs)  # type: ignore[misc]
-        if update_memory:
-            cache.flush()
-        return result
-
-    def _prepare_generation_config(self, generation_config: Any, *args: Any, **kwargs: Any) -> Any:
-        # The checkpoint's settings join the caller's here. What it says of caches must not reach the loop, which would
-        # feed every token anew to a cache that has it.
-        merged, rest = super()._prepare_generation_config(generation_config, *args, **kwargs)  # type: ignore[misc]
-        merged.use_cache = _asked("use_cache", generation_config, kwargs) is not False
-        merged.cache_implementation = None
-        return merged, rest
-
     @property
     def recorder(self) -> Any:
         """What ``fot.trace.record`` set to work in this thread; None for nothing."""
@@ -289,45 +235,10 @@ class FoTForCausalLM:
     @property
     def device(self) -> torch.device:
         """Where inputs go: to the parameters, or where accelerate brings them that it keeps elsewhere."""
-        first: torch.device = super().device  # type: ignore[misc]
+        first: torch.device = super().device
         hook = getattr(self.base_model.get_input_embeddings(), "_hf_hook", None) if first.type == "meta" else None
         brought_to = getattr(hook, "execution_device", None)
         return first if brought_to is None else torch.device(brought_to)
-
-    def _get_stopping_criteria(self, *args: Any, **kwargs: Any) -> Any:
-        # transformers warns when an answer passes max_position_embeddings; here that is what the memory is for.
-        criteria = super()._get_stopping_criteria(*args, **kwargs)  # type: ignore[misc]
-        for criterion in criteria:
-            if hasattr(criterion, "max_position_embeddings"):
-                criterion.max_position_embeddings = None
-        return criteria
-
-    def new_memory(self, **settings: Any) -> Memory:
-        """An empty memory for this model.
-
-        Args:
-            settings: what differs from ``memory_config``: ``key_dtype``, ``value_dtype``, ``index``, ``top_k``,
-                ``device``.
-        """
-        config = self.memory_config
-        defaults = {
-            "key_dtype": config.key_dtype,
-            "value_dtype": config.value_dtype,
-            "index": config.index,
-            "top_k": config.top_k,
-            "device": config.memory_device,
-        }
-        heads, head_dim = key_value_shape(self)
-        made_with = Fingerprint.of(self)
-        memory = Memory(
-            config.layers,
-            heads,
-            head_dim,
-            fingerprint=made_with.name,
-            **(defaults | settings),
-        )
-        memory.metadata |= origin(self, made_with)
-        return memory
 
     def ingest(
         self,
@@ -341,15 +252,11 @@ class FoTForCausalLM:
         """Read tokens or text into a memory; see ``fot.ingest.ingest``."""
         return ingest(self, ids_or_text, memory, source, tokenizer=tokenizer, progress=progress)
 
-    def fingerprint(self) -> str:
-        """Names the weights and settings that a memory's keys and values depend on."""
-        return weights_fingerprint(self)
-
     def set_attn_implementation(self, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
         """As in transformers: what computes attention in layers without memory, and elsewhere within one window."""
         if isinstance(attn_implementation, str) and not attn_implementation.startswith(PREFIX):
             attn_implementation = PREFIX + attn_implementation
-        super().set_attn_implementation(attn_implementation, *args, **kwargs)  # type: ignore[misc]
+        super().set_attn_implementation(attn_implementation, *args, **kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class is made when memory is attached, so pickle could not find it by its name.
@@ -358,55 +265,9 @@ class FoTForCausalLM:
             return super().__reduce_ex__(protocol)
         return _rebuilt, (plain,), self.__dict__
 
-    def check_ids(self, ids: Tensor) -> None:
-        """Raise ValueError if token ids are missing or outside the vocabulary."""
-        if ids.numel() == 0:
-            raise ValueError("the prompt is empty: give at least one token")
-        low, high = int(ids.min()), int(ids.max())
-        if low < 0 or high >= self.config.vocab_size:
-            raise ValueError(
-                f"token id {low if low < 0 else high} is outside the vocabulary 0..{self.config.vocab_size - 1}: "
-                "use the tokenizer that belongs to this model"
-            )
-
-    def check_memory(self, memory: Memory) -> None:
-        """Raise ValueError, saying what differs, if a memory was made by other weights, settings or tokenizer."""
-        check_memory_layers(self.memory_config)
-        heads, dim = key_value_shape(self)
-        ours = (self.memory_config.layers, heads, dim)
-        theirs = (memory.layers, memory.num_key_value_heads, memory.head_dim)
-        if ours != theirs:
-            raise ValueError(
-                "this memory was made by another model: it has (layers, KV heads, head size) = "
-                f"{theirs}, the model {ours}; load the model that made it, or ingest again with this one"
-            )
-        differs = difference(self, memory)
-        if differs:
-            raise ValueError(
-                f"this memory was made with {differs}, as in this model: load the model as it was then, or ingest "
-                "again with this one"
-            )
-        if differs is None:
-            raise ValueError(
-                f"this memory was made by other weights: its fingerprint is {memory.fingerprint or 'missing'}, the "
-                f"model's {self.fingerprint()}; load the model that made it, or ingest again with this one"
-            )
-        tokenizer = memory.metadata.get("tokenizer")
-        if tokenizer and self.tokenizer is not None and tokenizer != tokenizer_fingerprint(self.tokenizer):
-            raise ValueError(
-                f"this memory was made with another tokenizer: its fingerprint is {tokenizer}, the model's "
-                f"{tokenizer_fingerprint(self.tokenizer)}; load that tokenizer, or ingest again with this one"
-            )
-
-    def _given(self, memory: Memory | Sequence[Memory] | None) -> list[Memory]:
-        given = [] if memory is None else [memory] if isinstance(memory, Memory) else list(memory)
-        for one in given:
-            self.check_memory(one)
-        return given
-
     def _open_cache(self, cache: Any, memory: Memory | Sequence[Memory] | None) -> FoTCache:
         if cache is None:
-            return FoTCache(self._given(memory), self.memory_config.align_padding)
+            return FoTCache(self.given_memories(memory), self.memory_config.align_padding)
         if not isinstance(cache, FoTCache):
             raise ValueError(
                 f"{CACHE} is a {type(cache).__name__}; a model with memory goes on from the FoTCache that it "
@@ -420,11 +281,6 @@ class FoTForCausalLM:
 def _is_packed(position_ids: Tensor | None) -> bool:
     """Whether positions do not go up by one: transformers' sign of several texts in a row."""
     return position_ids is not None and position_ids.shape[-1] > 1 and bool((position_ids.diff(dim=-1) != 1).any())
-
-
-def _asked(name: str, generation_config: Any, kwargs: dict[str, Any]) -> Any:
-    """What the caller of ``generate`` says of a setting, by keyword or in a ``GenerationConfig``; None: nothing."""
-    return kwargs[name] if kwargs.get(name) is not None else getattr(generation_config, name, None)
 
 
 @functools.cache
@@ -443,7 +299,7 @@ def without_positions(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 
 def _plain_class(model: Any) -> Any:
     """The class of a model with memory, without it."""
-    return next(cls for cls in type(model).__mro__ if not issubclass(cls, FoTForCausalLM))
+    return next(c for c in type(model).__mro__ if issubclass(c, PreTrainedModel) and not issubclass(c, FoTForCausalLM))
 
 
 def _rebuilt(plain: type) -> Any:

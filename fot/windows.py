@@ -10,10 +10,13 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from fot.attention import CONTEXT
-from fot.cache import UNKNOWN_TOKEN, FoTCache, LocalCache, Row, WindowStored, local_window
+from fot.cache import FoTCache, Row
 from fot.compat import CACHE
 from fot.config import check_memory_layers
+from fot.local import UNKNOWN_TOKEN, LocalCache, WindowStored, local_window
 from memory import Memory
+
+SINGLE_WINDOW_OPTIONS = ("output_hidden_states", "output_attentions")
 
 
 @dataclass(frozen=True)
@@ -80,10 +83,52 @@ class Inputs:
         embeds = None if self.embeds is None else self.embeds[rows, columns]
         return Inputs(self.ids[rows, columns], embeds, mask, self.positions[rows, columns])
 
+    def columns(self, part: slice) -> "Inputs":
+        """Some columns of every row."""
+        return self.pick(slice(None), part, None if self.mask is None else self.mask[:, part])
+
     def real_columns(self, row: int) -> Tensor:
         """Columns of a row that are not padding, ascending."""
         columns = torch.arange(self.length, device=self.ids.device)
         return columns if self.mask is None else columns[self.mask[row]]
+
+
+def read(
+    model: Any,
+    inputs: Inputs,
+    cache: FoTCache,
+    keep: int,
+    *,
+    candidates: int = 0,
+    last_context_length: int | None = None,
+    options: dict[str, Any],
+) -> BaseModelOutputWithPast:
+    """New tokens of a cache, the first ones or more.
+
+    Args:
+        model: a ``FoTForCausalLM``.
+        inputs: any length.
+        cache: its rows open.
+        keep: hidden states wanted, counted from the end; 1..T.
+        candidates: how many of the first tokens, counted from the end, are no prompt but guesses at what comes after
+            it (assisted decoding). They are read as generated tokens are, and do not move with the prompt.
+        last_context_length: overrides the setting of this name.
+        options: passed to the decoder; needs an input that fits one window.
+
+    Returns:
+        ``last_hidden_state`` (B, keep, hidden_size), zero at padding; ``hidden_states`` and ``attentions`` if asked.
+    """
+    if cache.seen:
+        return extend(model, inputs, cache, keep, options)
+    stays = last_context_length is None and model.memory_config.local_length(inputs.length) == inputs.length
+    if stays or not 0 < candidates < inputs.length:
+        return prefill(model, inputs, cache, keep, last_context_length, options)
+    _refuse_single_window_options(model, options)
+    prompt, guesses = slice(0, inputs.length - candidates), slice(inputs.length - candidates, None)
+    first = prefill(model, inputs.columns(prompt), cache, max(1, keep - candidates), last_context_length, options)
+    outputs = extend(model, inputs.columns(guesses), cache, candidates, options)
+    outputs.last_hidden_state = torch.cat([first.last_hidden_state, outputs.last_hidden_state], dim=1)[:, -keep:]
+    return outputs
 
 
 def prefill(
@@ -91,16 +136,7 @@ def prefill(
 ) -> BaseModelOutputWithPast:
     """The first tokens of a cache: all but the local part of each row goes to its memory.
 
-    Args:
-        model: a ``FoTForCausalLM``.
-        inputs: any length.
-        cache: fresh, its rows open.
-        keep: hidden states wanted, counted from the end; 1..T.
-        last_context_length: overrides the setting of this name.
-        options: passed to the decoder; needs an input that fits one window.
-
-    Returns:
-        ``last_hidden_state`` (B, keep, hidden_size), zero at padding; ``hidden_states`` and ``attentions`` if asked.
+    Args and returns as ``read``.
     """
     columns = [inputs.real_columns(row) for row in range(inputs.batch_size)]
     local_lengths = [_local_length(model, inputs, cache, real, last_context_length) for real in columns]
@@ -133,24 +169,27 @@ def prefill(
 def extend(model: Any, inputs: Inputs, cache: FoTCache, keep: int, options: dict[str, Any]) -> BaseModelOutputWithPast:
     """More tokens of a cache. When they outgrow the window, its oldest tokens move to the memory first.
 
-    Args and returns as ``prefill``.
+    Args and returns as ``read``.
     """
     _refuse_checkpointing(model)
-    size = _piece_length(model, cache, inputs.length)
-    if inputs.length > size:
-        _refuse_single_window_options(model, options)
+    start, size = 0, _piece_length(model, cache, inputs.length)
     hidden = []
     outputs = None
-    for start in range(0, inputs.length, size):
-        part = slice(start, start + size)
-        piece = inputs.pick(slice(None), part, None if inputs.mask is None else inputs.mask[:, part])
+    while start < inputs.length:
+        if cache.revertible:  # as if the tokens came one by one, so that any of them can be taken back
+            _make_room(model, cache, 1)
+            size = model.memory_config.window - max(cache.local.counts)
+        piece = inputs.columns(slice(start, start + size))
+        if piece.length < inputs.length:
+            _refuse_single_window_options(model, options)
         _make_room(model, cache, piece.length)
-        cache.local.is_last = start + size >= inputs.length
+        start += piece.length
+        cache.local.is_last = start == inputs.length
         outputs = run_window(model, piece, cache.local, options)
+        cache.advance(piece.length, piece.positions)
         hidden.append(outputs.last_hidden_state)
     assert outputs is not None
     outputs.last_hidden_state = torch.cat(hidden, dim=1)[:, -keep:]
-    cache.advance(inputs.length, inputs.positions)
     return outputs
 
 
@@ -295,6 +334,7 @@ def _make_room(model: Any, cache: FoTCache, num_tokens: int) -> None:
     if all(count + num_tokens <= config.window for count in local.counts):
         return
     check_memory_layers(config)
+    cache.before_move()
     kept, sinks = [], []
     for number, (row, count) in enumerate(zip(cache.rows, local.counts, strict=True)):
         slots = local.slots(number)
@@ -377,7 +417,7 @@ def _new_mask(attention_mask: Tensor, batch: int, length: int, seen: int) -> Ten
 
 
 def _refuse_single_window_options(model: Any, options: dict[str, Any]) -> None:
-    for name in ("output_hidden_states", "output_attentions"):
+    for name in SINGLE_WINDOW_OPTIONS:
         if options.get(name):
             raise ValueError(
                 f"{name} is kept within one window of {model.memory_config.window} tokens; this input is longer"

@@ -1,12 +1,18 @@
 """Tiny random models of every supported family, and a tokenizer of bytes."""
 
+import os
+
+# Before torch is imported, here and by the processes that tests start. On models so small, threads only wait for each
+# other, and workers of pytest-xdist have a core each at best.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, set_seed
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.models.llama import LlamaConfig
 from transformers.models.mistral import MistralConfig
 from transformers.models.qwen2 import Qwen2Config
@@ -46,7 +52,7 @@ def make_plain() -> ModelMaker:
     """family -> a plain transformers model; the same weights each time."""
 
     def make(family: str = "llama", seed: int = 0) -> Any:
-        set_seed(seed)
+        torch.manual_seed(seed)  # transformers.set_seed would load peft
         return AutoModelForCausalLM.from_config(FAMILIES[family]()).eval()
 
     return make

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 
+from fot.tasks.task import Document
 from training.batches import Batch, DocumentLoader
 
 BOS, EOS = 1, 2
@@ -21,9 +22,9 @@ class Counting:
     name: str = "counting"
     length: int = 9
 
-    def document(self, rng: random.Random) -> tuple[list[int], list[float]]:
+    def document(self, rng: random.Random) -> Document:
         ids = [rng.randrange(3, 200) for _ in range(self.length)]
-        return ids, [0.0] * (self.length - 1) + [1.0]
+        return Document(ids, [0.0] * (self.length - 1) + [1.0])
 
 
 def write_texts(folder: Path, count: int, *, seed: int = 0, longest: int = 40, suffix: str = ".txt") -> list[str]:

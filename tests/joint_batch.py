@@ -40,7 +40,7 @@ def joint_batch(number: int) -> Batch:
     position = index[:, None] * WINDOW + torch.arange(WINDOW)
     nothing = torch.zeros_like(padding)
     return Batch(ids[:, :-1], ids[:, 1:].masked_fill(weights == 0, -100), weights, padding, lane, index, lane + 100,
-                 content, position, nothing)  # fmt: skip
+                 content, position, nothing, nothing[:, 0])  # fmt: skip
 
 
 def part_of(batch: Batch, rank: int, world: int) -> Batch:

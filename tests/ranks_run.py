@@ -33,7 +33,7 @@ def lane_of(rank: int, windows: int, step: int) -> Batch:
     index, document = torch.arange(windows), torch.full((windows,), rank)
     content, position = document[:, None].expand(rows), torch.arange(windows * WINDOW).reshape(rows)
     return Batch(ids[:-1].reshape(rows), ids[1:].reshape(rows), torch.ones(rows), nothing, torch.zeros_like(index),
-                 index, document, content, position, nothing)  # fmt: skip
+                 index, document, content, position, nothing, nothing[:, 0])  # fmt: skip
 
 
 def step_of(name: str, fused: bool, accelerator: Accelerator) -> dict[str, Any]:

@@ -7,10 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ModelMaker
 from transformers import PreTrainedTokenizerFast
 
-from fot.cli import main
+from fot.cli import main, program
 
 Run = Callable[..., int]
 
@@ -44,6 +45,33 @@ def test_installed_command_reports_errors_in_one_line() -> None:
     assert done.stderr.count("\n") == 1
     assert done.stderr.startswith("fot: ")
     assert "smollm2-135m" in done.stderr
+
+
+def test_one_of_several_processes_leaves_at_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """The end of a gloo group may wait for ever; so it never comes."""
+    left: list[int] = []
+
+    def leave(status: int) -> None:
+        left.append(status)
+        raise SystemExit(status)
+
+    def fail() -> int:
+        raise RuntimeError("a defect")
+
+    monkeypatch.setattr("fot.cli.os._exit", leave)
+    for joined in (False, True):
+        monkeypatch.setattr(torch.distributed, "is_initialized", lambda joined=joined: joined)
+        for status in (0, 2, 143):
+            monkeypatch.setattr("fot.cli.main", lambda status=status: status)
+            with pytest.raises(SystemExit, match=f"^{status}$"):
+                program()
+        monkeypatch.setattr("fot.cli.main", fail)
+        with pytest.raises(SystemExit if joined else RuntimeError):
+            program()
+    assert left == [0, 2, 143, 1], "those in a group alone"
+    assert "RuntimeError: a defect" in capsys.readouterr().err
 
 
 def test_passkey(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -21,7 +21,7 @@ from fot.tasks.dictionary import (
     ask,
     record_chunks,
 )
-from training.tasks import Task
+from fot.tasks.task import Task
 
 
 def split_entries(ids: list[int], window: int) -> list[list[list[int]]]:
@@ -48,7 +48,7 @@ def test_dictionary_documents(settings: dict[str, Any]) -> None:
     most = fit * (task.windows - 1)
     counts = set()
     for seed in range(50):
-        ids, weights = protocol.document(random.Random(seed))
+        ids, weights, _ = protocol.document(random.Random(seed))
         assert len(ids) == len(weights) == task.windows * task.window + 1
         assert ids.pop() == PAD
         assert weights.pop() == 0.0
@@ -90,7 +90,7 @@ def test_similar_keys_differ_in_one_symbol() -> None:
 
 
 def test_a_dictionary_record_is_asked_for_once_while_there_are_enough() -> None:
-    ids, _ = DictionaryTask().document(random.Random(0))
+    ids = DictionaryTask().document(random.Random(0)).ids
     questions = split_entries(ids[:-1], 256)[-1]
     assert len({tuple(entry[1:5]) for entry in questions}) == 25
 

@@ -70,17 +70,6 @@ def die_at(count: int) -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_killed_at_any_moment() -> None:
-    """The next test, in a process of one thread: a forked child has none of OpenMP's threads, and waits for them."""
-    command = [sys.executable, "-m", "pytest", "-q", __file__, "-k", "killed_at_each_moment"]
-    done = subprocess.run(
-        command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == 0, done.stdout
-    assert "5 passed" in done.stdout
-
-
-@pytest.mark.skipif(os.environ.get("OMP_NUM_THREADS") != "1", reason="run by test_killed_at_any_moment")
 @pytest.mark.parametrize(
     ("change", "empty"),
     [(grow, False), (shrink, False), (shrink_and_compact, False), (replace, False), (replace, True)],
@@ -88,6 +77,7 @@ def test_killed_at_any_moment() -> None:
 def test_killed_at_each_moment(
     change: Callable[[Path], None], empty: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    assert torch.get_num_threads() == 1, "a forked child has none of OpenMP's threads, and waits for them"
     monkeypatch.setattr(memory.disk, "SEGMENT_TOKENS", 60)
     store = make(index="IVF2,Flat")
     append(store, 80, document="a")

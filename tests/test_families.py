@@ -107,6 +107,18 @@ def test_within_a_window_the_model_is_untouched(name: str, ids: Draw) -> None:
 
 
 @torch.no_grad()
+def test_attention_weights_are_those_of_the_untouched_model(name: str, ids: Draw) -> None:
+    """A tuple with the weights of every layer, those with a memory as well."""
+    models = plain(name), attached(name)
+    for model in models:
+        model.set_attn_implementation("eager")
+    expected, found = (model(ids(WINDOW), output_attentions=True).attentions for model in models)
+    assert len(found) == len(expected) == SHAPE["num_hidden_layers"]
+    for mine, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, theirs, **CLOSE)
+
+
+@torch.no_grad()
 def test_ingest_and_a_window_equal_the_method_written_out(name: str, ids: Draw) -> None:
     model, tokens = attached(name), ids(3 * WINDOW + 5)
     memory = model.new_memory()

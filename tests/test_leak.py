@@ -4,6 +4,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,12 +12,13 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
 from fot.config import MemoryConfig
-from training.batches import DocumentLoader
+from training.batches import DocumentLoader, TaskSource
 from training.contexts import Rows, choose_all, rows_of
 from training.crossbatch import Contexts, enable_crossbatch
 from training.data import DataSource
 from training.recipe import SHIPPED, load_recipe
 from training.schedule import ContextSchedule
+from training.tasks import SyntheticRetrieval, filler_from
 
 WINDOW = 5
 MEM_LAYERS = [(1, 3), (0, 2, 3), (1, 2, 3, 4)]
@@ -211,3 +213,82 @@ def test_no_row_is_told_what_follows_in_its_own_documents(tmp_path: Path, texts:
     assert told == 0
     assert told_before > 0 or (texts, isolated) == ("many texts", True)
     assert (negatives > 0) == (texts != "one long text")
+
+
+# Real text in tasks' documents
+
+
+class Spelling:
+    """A tokenizer of facts and questions, a token a byte; the filler has tokens of its own, above these."""
+
+    bos_token_id, eos_token_id, pad_token_id = 1, 2, 0
+
+    def __call__(self, text: str, **_: Any) -> Any:
+        return SimpleNamespace(input_ids=[3 + byte for byte in text.encode()])
+
+    def decode(self, ids: list[int]) -> str:
+        return ""
+
+
+FILLERS = {"one text": [4000], "short texts": [500, 300, 700, 450], "many texts": [2000 + 10 * n for n in range(30)]}
+FIRST = 1000  # token of the filler
+
+
+def rows_told_their_lanes_future(batch: Any, rows: list[list[int]]) -> int:
+    """Rows that know, from other lanes, a token of real text that is new in their own lane after their first token."""
+    told = 0
+    for row, lane in enumerate(batch.lane.tolist()):
+        mine = batch.input_ids[batch.lane == lane].flatten().tolist()
+        now = int(batch.index[row]) * batch.input_ids.shape[1] + 1
+        new = {token for token in mine[now:] if token >= FIRST} - {*mine[:now]}
+        others = [other for other in knows(rows, row) if int(batch.lane[other]) != lane]
+        told += any(new & set(batch.input_ids[other].tolist()) for other in others)
+    return told
+
+
+@pytest.mark.parametrize("isolated", [False, True])
+@pytest.mark.parametrize("texts", FILLERS)
+def test_no_row_of_a_task_is_told_its_fillers_continuation(texts: str, isolated: bool) -> None:
+    first, filler = FIRST, []
+    for length in FILLERS[texts]:
+        filler.append(list(range(first, first + length)))
+        first += length
+    task = SyntheticRetrieval(Spelling(), filler_from(filler), windows=2, window=400, facts=(1, 3))
+    loader = DocumentLoader([TaskSource(task)], None, lanes=6, windows=2, window=400)
+    schedule = ContextSchedule(values=(6,))
+    told = told_before = negatives = wanted = positives = 0
+    for step in range(25):
+        batch = next(loader)
+        found = choose_all(schedule, rows_of(batch), 6, str(step), isolated=isolated)
+        told += rows_told_their_lanes_future(batch, found.rows)
+        before = choose_in_any_order(schedule, rows_of(batch), 6, str(step), isolated)
+        told_before += rows_told_their_lanes_future(batch, before)
+        negatives, wanted = negatives + found.found, wanted + found.wanted
+        positives += sum(row - 1 in found.rows[row] for row in range(1, 12, 2))
+    assert told == 0
+    assert told_before > 0
+    assert negatives > {"one text": 0.4, "short texts": 0.2, "many texts": 0.6}[texts] * wanted
+    assert positives == 25 * 6, "a document's own windows are never left out"
+
+
+def test_lanes_that_read_a_tasks_filler_know_it(tmp_path: Path) -> None:
+    """The same file is a source and a filler."""
+    length = 3000
+    (tmp_path / "a.txt").write_text(" ".join(str(FIRST + n) for n in range(length)))
+    filler = filler_from([list(range(FIRST, FIRST + length))], Numbers())
+    task = SyntheticRetrieval(Spelling(), filler, window=400, facts=(1, 3))
+    sources = [TaskSource(task), DataSource(str(tmp_path))]
+    loader = DocumentLoader(sources, Numbers(), lanes=6, windows=2, window=400)  # type: ignore[arg-type]
+    told = told_before = negatives = wanted = 0
+    for step in range(25):
+        batch = next(loader)
+        assert batch.whole.any()
+        assert not batch.whole.all()
+        found = choose_all(ContextSchedule(values=(6,)), rows_of(batch), 6, str(step))
+        told += rows_told_their_lanes_future(batch, found.rows)
+        before = choose_in_any_order(ContextSchedule(values=(6,)), rows_of(batch), 6, str(step), False)
+        told_before += rows_told_their_lanes_future(batch, before)
+        negatives, wanted = negatives + found.found, wanted + found.wanted
+    assert told == 0
+    assert told_before > 0
+    assert negatives > 0.2 * wanted

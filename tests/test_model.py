@@ -1,6 +1,7 @@
 """Memory attention against the method written out slowly, for every family."""
 
 import functools
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,19 @@ def test_saved_model_loads_plainly_and_back(
     assert again.memory_config == model.memory_config
     long = ids(3 * WINDOW)
     torch.testing.assert_close(again(long).logits, model(long).logits, atol=0, rtol=0)
+
+
+def test_auto_class_warns_that_it_loads_without_the_memory(make_model: ModelMaker, tmp_path: Path) -> None:
+    make_model().save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match=r"without it: load it with fot\.FoTForCausalLM\.from_pretrained") as caught:
+        plain = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert caught[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fot.FoTForCausalLM.from_pretrained(tmp_path)
+        fot.attach_memory(plain)
+        fot.detach_memory(plain).save_pretrained(tmp_path / "plain")
+        AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
 
 
 @torch.no_grad()

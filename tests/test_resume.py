@@ -13,13 +13,13 @@ import torch
 from accelerate.state import AcceleratorState
 from accelerate.utils import LoggerType
 from safetensors.torch import load_file
-from train_helpers import SMALL, losses, train, write_recipe
+from train_helpers import SMALL, losses, on_processes, train, write_recipe
 
 import training.launch
 import training.progress
 from training.launch import asked_processes
 from training.recipe import load_recipe
-from training.resume import FREE, SAID
+from training.resume import FREE, SAID, find_start
 from training.train import train as train_run
 
 FEW = {"steps": 2, "save_every": 1, "eval_every": 0}
@@ -115,18 +115,73 @@ def test_every_entry_of_a_recipe_has_its_rule() -> None:
     assert {*FREE, *SAID} == entries - fixed
 
 
-def test_another_number_of_processes_is_refused(begun: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    from training.files import write_sums
+@pytest.mark.parametrize(
+    ("lanes", "processes", "words"),
+    [
+        (4, 1, None),
+        (4, 2, "the run began as 1 process of 4 lanes, and continues as 2 processes of 2 lanes"),
+        (2, 2, "the run began as 1 process of 4 lanes, and continues as 2 processes of 2 lanes"),
+        (1, 4, "the run began as 1 process of 4 lanes, and continues as 4 processes of 1 lane"),
+    ],
+)
+def test_another_number_of_processes_is_told(
+    lanes: int, processes: int, words: str | None, begun: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    recipe = load_recipe(write_recipe(tmp_path / "recipe.yaml", **(FEW | {"lanes": lanes})))
+    found = find_start(begun, recipe, resume=True, changed=(), processes=processes)
+    assert found is not None
+    assert (found.path, found.shares, found.lanes) == (begun / "checkpoints/step-0000002", 1, 4)
+    assert capsys.readouterr().err == ("" if words is None else f"fot: {words}\n")
 
-    out = tmp_path / "out"
-    shutil.copytree(begun, out)
-    for path in (out / "checkpoints").glob("step-*"):
-        state = json.loads((path / "state.json").read_text())
-        (path / "state.json").write_text(json.dumps(state | {"data": state["data"] * 2}))
-        (path / "sha256.json").unlink()
-        write_sums(path)
-    assert train(write_recipe(tmp_path / "recipe.yaml", **FEW), out, "--resume") == 2
-    assert "was made by 2 processes, each with its own share of the data, but this run has 1" in capsys.readouterr().err
+
+@pytest.mark.parametrize(
+    ("lanes", "processes", "words"),
+    [
+        (4, 3, "the run's batch has 4 lanes, which cannot be divided evenly among 3 processes: use .* out of 1, 2, 4$"),
+        (4, 8, "the run's batch has 4 lanes, which cannot be divided evenly among 8 processes: use .* out of 1, 2, 4$"),
+        (3, 2, "lanes is 3, but the run's batch has 4 lanes in all, .* set lanes=4 again, so that each of 2 .* has 2$"),
+    ],
+)
+def test_lanes_that_do_not_fit_the_processes_are_refused(
+    lanes: int, processes: int, words: str, begun: Path, tmp_path: Path
+) -> None:
+    recipe = load_recipe(write_recipe(tmp_path / "recipe.yaml", **(FEW | {"lanes": lanes})))
+    with pytest.raises(ValueError, match=words):
+        find_start(begun, recipe, resume=True, changed=(), processes=processes)
+
+
+@pytest.mark.parametrize(("first", "then"), [(1, 2), (2, 1)])
+def test_a_run_goes_on_with_another_number_of_processes(first: int, then: int, tmp_path: Path) -> None:
+    """Losses, evaluations and weights are those of the run that was left alone, but for the order of sums."""
+    recipe = write_recipe(tmp_path / "recipe.yaml", lanes=4 // first, steps=6, eval_every=2, eval_batches=4 * first)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+
+    def run(processes: int, out: Path, *arguments: str) -> None:
+        if processes > 1:
+            on_processes(processes, recipe, out, *arguments)
+        else:
+            assert train(recipe, out, *arguments) == 0
+
+    run(first, whole)
+    shutil.copytree(whole, parts)
+    for past in ("checkpoints/step-0000006", "checkpoints/best", "model"):
+        shutil.rmtree(parts / past)
+    run(then, parts, "--resume")
+    found, wanted = (
+        [json.loads(text) for text in (out / "log.jsonl").read_text().splitlines()] for out in (parts, whole)
+    )
+    assert [line["step"] for line in found] == [1, 2, 3, 4, 5, 6]
+    assert found[:4] == wanted[:4]
+    for one, two in zip(found, wanted, strict=True):
+        for name in {*one} - {"time", "memory_bytes", "tokens_per_second", "run_tokens_per_second"}:
+            assert one[name] == pytest.approx(two[name], rel=1e-5), name
+    state = json.loads((parts / "checkpoints/step-0000006/state.json").read_text())
+    assert len(state["data"]) == first, "the shares of the data stay"
+    assert state["recipe"]["lanes"] == 4 // first
+    one, two = (load_file(out / "model/model.safetensors") for out in (parts, whole))
+    for name in two:
+        torch.testing.assert_close(one[name], two[name], atol=1e-5, rtol=1e-4)
+    assert train(recipe, parts, "steps=7", "--resume") == 0, "and with the number before"
 
 
 def test_callbacks_see_each_record_and_may_end_the_run(tmp_path: Path) -> None:

@@ -14,9 +14,10 @@ import training.tasks
 from fot import pretrained
 from fot.evaluation import needles, passkey
 from fot.tasks import dictionary, wordings, words
+from fot.tasks.task import Task
 from fot.tasks.wordings import KINDS, draw, forbidden, render
 from fot.tasks.words import WORDS
-from training.tasks import Sample, SyntheticRetrieval, Task, draw_facts, filler_from
+from training.tasks import Sample, Stretch, SyntheticRetrieval, draw_facts, filler_from
 
 TEXT = (
     "It was a dark evening in the old town, and nobody would have gone out without need. The clerk put down his pen, "
@@ -160,12 +161,16 @@ def test_text_weight_and_share(tokenizer: Any) -> None:
 
 def test_text_between_is_consecutive(tokenizer: Any) -> None:
     text = list(range(5000))
-    sample = SyntheticRetrieval(tokenizer, lambda rng, count: text[:count], windows=2, window=600).sample(
-        random.Random(0)
-    )
+    task = SyntheticRetrieval(tokenizer, lambda rng, count: [Stretch(7, 50, text[:count])], windows=2, window=600)
+    sample = task.sample(random.Random(0))
     hidden = {place + i for place, piece in sample.placed for i in range(len(piece.ids))}
     between = [token for place, token in enumerate(sample.ids) if place not in hidden]
     assert between == text[: len(between)]
+    said = {passage.start + i: passage.first + i - 50 for passage in sample.passages for i in range(passage.length)}
+    assert said == {place: token for place, token in enumerate(sample.ids) if place not in hidden}
+    assert {passage.text for passage in sample.passages} == {7}
+    assert len(sample.passages) <= len(sample.placed) + 1
+    assert task.document(random.Random(0)).passages == sample.passages
 
 
 def test_bos_comes_first_where_the_model_expects_it(tokenizer: Any) -> None:
@@ -186,9 +191,11 @@ def test_bos_comes_first_where_the_model_expects_it(tokenizer: Any) -> None:
 def test_filler_goes_on_with_other_texts() -> None:
     fill = filler_from([[1, 2, 3], [], [7] * 50])
     for seed in range(20):
-        assert len(fill(random.Random(seed), 40)) == 40
-        assert len(fill(random.Random(seed), 400)) == 400
+        for count in (40, 400):
+            assert sum(len(stretch.ids) for stretch in fill(random.Random(seed), count)) == count
     assert fill(random.Random(0), 0) == []
+    texts = {stretch.text for seed in range(20) for stretch in fill(random.Random(seed), 400)}
+    assert len(texts) == 2
     with pytest.raises(ValueError, match="empty"):
         filler_from([[]])
 
@@ -215,10 +222,10 @@ def test_short_windows_and_bad_fillers_are_refused(tokenizer: Any) -> None:
     with pytest.raises(ValueError, match="make windows longer"):
         make_task(tokenizer, window=20).document(random.Random(0))
     with pytest.raises(ValueError, match="gave 3 tokens, but"):
-        SyntheticRetrieval(tokenizer, lambda rng, count: [5, 5, 5]).document(random.Random(0))
+        SyntheticRetrieval(tokenizer, lambda rng, count: [Stretch(0, 0, [5, 5, 5])]).document(random.Random(0))
     dull = encode(tokenizer, "The grass is " + "green. ") * 900
     with pytest.raises(ValueError, match="The grass is green"):
-        SyntheticRetrieval(tokenizer, lambda rng, count: dull[:count]).document(random.Random(0))
+        SyntheticRetrieval(tokenizer, lambda rng, count: [Stretch(0, 0, dull[:count])]).document(random.Random(0))
 
 
 TEMPLATE = (

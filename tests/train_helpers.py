@@ -1,6 +1,9 @@
 """A model so small that a run takes a quarter of a second, and what its tests look at."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +33,16 @@ def write_recipe(path: Path, **changes: Any) -> Path:
 
 def train(recipe: Path, out: Path, *arguments: str) -> int:
     return main(["train", str(recipe), "--out", str(out), *arguments])
+
+
+def on_processes(count: int, recipe: Path, out: Path, *arguments: str) -> str:
+    """``fot train`` on several processes of this machine, as the documentation starts them; returns their stderr."""
+    command = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(count), "-m", "fot", "train"]
+    done = subprocess.run([sys.executable, "-m", *command, str(recipe), "--out", str(out), *arguments],
+                          env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False,
+                          timeout=180)  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stderr
 
 
 def losses(out: Path) -> list[tuple[int, float]]:

@@ -27,8 +27,9 @@ its share, and a lane that needs a text takes it from the text source that is, c
 A document that is long against the run is over-represented until it ends.
 
 ``document`` is the same number for the same document in another lane, epoch or process, and ``content`` the same for
-the same tokens, whatever source or number they come under. With ``position`` it says what a row holds of which text, so
-that no row is shown what follows in its own document (``training.schedule``). Processes have disjoint shares of the
+the same text, whatever source or number it comes under, and whether a lane reads it or a task takes passages from it.
+With ``position`` it says what a row holds of which text, so that no row is shown what follows in its own document
+(``training.contexts``). Processes have disjoint shares of the
 documents, the same in every epoch.
 
 Where lanes outnumber documents, several read the same one. Then a lane's first document starts in the widest gap
@@ -38,8 +39,8 @@ between the places where the others are in it, so that lanes do not go through t
 import math
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
-from itertools import pairwise
+from dataclasses import dataclass, fields, replace
+from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
@@ -48,9 +49,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from fot.tasks.task import Task
 from training.data import DataSource, DocumentStream
-from training.pieces import Piece, Span, take, task_span, whole_piece
-from training.tasks import Task
+from training.pieces import Piece, Span, framed, special_ids, take, task_span, whole_piece
 
 IGNORED = -100  # label of tokens without loss, as in transformers
 NO_DOCUMENT = -1  # document of a row that is all padding
@@ -72,10 +73,11 @@ class Batch:
         index: (R,) int64, place among the lane's k windows.
         document: (R,) int64, the document that most of the row's tokens belong to (of equals the first in the row);
             -1 if the row is all padding. Equal on all lanes and processes for the same document.
-        content: (R, W) int64, names the tokens of the document that each token is of; -1 at padding. Documents of the
-            same tokens have the same, in all lanes, epochs, sources and processes.
-        position: (R, W) int64, place of each token in its document; 0 at padding.
+        content: (R, W) int64, names the text that each token is of: its document, or what a task took it from; -1 at
+            padding. The same tokens have the same name, in all lanes, epochs, sources, tasks and processes.
+        position: (R, W) int64, place of each token in that text; 0 at padding.
         answers: (R, W) bool, labels that are answers to questions; none of plain text is.
+        whole: (R,) bool, rows of a task's document, all of which is in this step.
     """
 
     input_ids: Tensor
@@ -88,6 +90,7 @@ class Batch:
     content: Tensor
     position: Tensor
     answers: Tensor
+    whole: Tensor
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on another device."""
@@ -116,7 +119,22 @@ def batch_of(spans: Sequence[Span], windows: int, window: int, pad_token_id: int
         content=torch.from_numpy(table([span.contents for span in spans], NO_DOCUMENT, np.int64)),
         position=torch.from_numpy(table([span.positions for span in spans], 0, np.int64)),
         answers=torch.from_numpy(table([span.answers for span in spans], False, np.bool_)),
+        whole=torch.tensor([span.whole for span in spans]).repeat_interleave(windows),
     )
+
+
+def select_lanes(batch: Batch, start: int, stop: int) -> Batch:
+    """Lanes ``start`` to ``stop - 1`` of a batch, numbered from 0."""
+    rows = (batch.lane >= start) & (batch.lane < stop)
+    found = Batch(*(getattr(batch, f.name)[rows] for f in fields(Batch)))
+    return replace(found, lane=found.lane - start)
+
+
+def join_lanes(batches: Sequence[Batch]) -> Batch:
+    """The lanes of several batches of one shape in one batch, numbered through."""
+    joint = Batch(*(torch.cat([getattr(batch, f.name) for batch in batches]) for f in fields(Batch)))
+    firsts = accumulate((int(batch.lane[-1]) + 1 for batch in batches[:-1]), initial=0)
+    return replace(joint, lane=torch.cat([batch.lane + first for batch, first in zip(batches, firsts, strict=True)]))
 
 
 @dataclass(frozen=True)
@@ -144,12 +162,12 @@ class DocumentLoader(Iterator[Batch]):
     Args:
         sources: texts and tasks; each label once.
         tokenizer: of the model; None if all sources are tasks.
-        lanes: documents side by side on this process.
+        lanes: documents side by side.
         windows: consecutive windows of a lane in a batch (k).
         window: tokens of a window.
         seed: of the order of documents. Document n of a task is made by ``Random(f"{seed}/{task.name}/{n}")``.
-        rank: of this process, which has lanes and documents of its own.
-        world_size: number of processes.
+        rank: number of the share of the documents to read, such as that of a process (``training.shares``).
+        world_size: number of shares, of which no two have a document in common.
         align_documents: start each document at the first window of a step, with padding.
 
     Raises:
@@ -194,7 +212,7 @@ class DocumentLoader(Iterator[Batch]):
             for n, source in texts.items()
             if tokenizer is not None
         }
-        self._bos, self._eos, self._pad = _special_ids(tokenizer)
+        self._bos, self._eos, self._pad = special_ids(tokenizer)
         self._windows, self._window, self._seed, self._aligned = windows, window, seed, align_documents
         self._rank, self._world_size = rank, world_size
         self._lanes: list[list[Piece]] = [[] for _ in range(lanes)]
@@ -294,7 +312,7 @@ class DocumentLoader(Iterator[Batch]):
         n = min(self._streams, key=lambda n: self._tokens[n] / self._weights[n])
         number, ids = self._streams[n].draw()
         shared = self._bos is not None and self._bos == self._eos and not self._aligned  # the next one's BOS is our EOS
-        ids = [*([] if self._bos is None else [self._bos]), *ids, *([] if self._eos is None or shared else [self._eos])]
+        ids = framed(ids, self._bos, None if shared else self._eos)
         weights = np.ones(len(ids), np.float32)
         weights[0] = shared
         return whole_piece(self._count(n, number, len(ids)), ids, weights)
@@ -302,7 +320,8 @@ class DocumentLoader(Iterator[Batch]):
     def _task_document(self, n: int) -> Span:
         number, most = self._drawn[n], self._windows * self._window + 1
         rng = random.Random(f"{self._seed}/{self._labels[n]}/{number * self._world_size + self._rank}")
-        ids, weights = self._tasks[n].document(rng)
+        document = self._tasks[n].document(rng)
+        ids, weights, _ = document
         if not 2 <= len(ids) <= most:
             raise ValueError(
                 f"task {self._labels[n]!r} gave {len(ids)} tokens; a step holds 2..{most}: correct the task"
@@ -311,21 +330,13 @@ class DocumentLoader(Iterator[Batch]):
             raise ValueError(
                 f"task {self._labels[n]!r}: {len(ids)} tokens need as many weights, finite and not below 0"
             )
-        return task_span(self._count(n, number, len(ids)), ids, weights)
+        return task_span(self._count(n, number, len(ids)), document)
 
     def _count(self, n: int, number: int, tokens: int) -> int:
         """Count a document that was drawn; returns its number on all processes."""
         self._drawn[n] += 1
         self._tokens[n] += tokens
         return n * _NUMBERS + number * self._world_size + self._rank
-
-
-def _special_ids(tokenizer: PreTrainedTokenizerBase | None) -> tuple[int | None, int | None, int]:
-    """BOS and EOS, and what fills padding: any id will do, as nothing sees it."""
-    if tokenizer is None:
-        return None, None, 0
-    bos, eos, pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
-    return bos, eos, next((n for n in (pad, eos) if n is not None), 0)
 
 
 def _document_of(row: NDArray[np.int64]) -> int:

@@ -6,14 +6,17 @@ so what a row knows, through however many memory layers, comes from rows before 
 order in their own order: nothing of a row's own lane that comes after the row reaches it.
 
 The same text may be in two lanes. So a row's negatives hold nothing of the documents that the row itself is of, and
-neither they, nor its positives, nor what reached those, hold a token that follows in them.
+neither they, nor its positives, nor what reached those, hold a token that follows in them. A task's document may have
+passages of texts. The same is true of these texts from its first token of each to its last; the rest is not in the
+document. Its own earlier windows remain its positives, even if it has a passage twice.
 
 With isolated windows, rows that others read read nothing. Then the last window of each lane reads, and the others are
 read, in whatever order.
 """
 
+import math
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,6 +40,7 @@ class Rows:
         document: (C,) document of most of its tokens, -1 if it is all padding; positives are of the same document.
         padding: (C, T) bool, True at padding; None if there is none.
         held: of each row, which parts of which contents it has. None: of its document the ``index``-th part.
+        whole: (C,) bool, rows of documents that are all in their lane's rows, as a task's are; None: there are none.
     """
 
     lane: Tensor
@@ -44,12 +48,14 @@ class Rows:
     document: Tensor
     padding: Tensor | None = None
     held: Sequence[Sequence[Held]] | None = None
+    whole: Tensor | None = None
 
 
 def rows_of(batch: Batch) -> Rows:
     """All that choosing contexts needs to know of a batch's rows."""
     padding = batch.padding if bool(batch.padding.any()) else None
-    return Rows(batch.lane, batch.index, batch.document, padding, held_by(batch.content, batch.position))
+    held = held_by(batch.content, batch.position)
+    return Rows(batch.lane, batch.index, batch.document, padding, held, batch.whole)
 
 
 def held_by(content: Tensor, position: Tensor) -> list[list[Held]]:
@@ -178,36 +184,57 @@ class _Overlaps:
         earlier: for each row, rows before it in its lane of the same document, the nearest first.
         kin: for each row, those of its lane, and those that have something of its documents: never negatives.
         follows: for each row, those that hold what follows in its documents, as bits; but for itself and those after it
-            in its lane, which the order keeps from it.
+            in its lane, which the order keeps from it, and for all of its lane if its document is whole.
     """
 
     def __init__(self, rows: Rows) -> None:
-        lane, index, document = rows.lane.tolist(), rows.index.tolist(), rows.document.tolist()
-        held = rows.held
-        if held is None:
-            held = [[(name, number, number)] for name, number in zip(document, index, strict=True)]
+        self._lane, self._index = rows.lane.tolist(), rows.index.tolist()
+        lane, index, document = self._lane, self._index, rows.document.tolist()
+        self._held: Sequence[Sequence[Held]] = rows.held or [
+            [(name, number, number)] for name, number in zip(document, index, strict=True)
+        ]
+        self._whole = [False] * len(lane) if rows.whole is None else rows.whole.tolist()
         self.real = [name != NO_DOCUMENT for name in document]
-        lanes: dict[int, list[int]] = {}
-        holders: dict[int, list[tuple[int, int]]] = {}  # of a content: rows, and the last position there
-        for row, parts in enumerate(held):
-            lanes.setdefault(lane[row], []).append(row)
-            for name, _, end in parts:
-                holders.setdefault(name, []).append((row, end))
+        self._lanes: dict[int, list[int]] = {}
+        holders: dict[int, list[tuple[int, int, int]]] = {}  # of a content: rows, and the first and last position there
+        for row, parts in enumerate(self._held):
+            self._lanes.setdefault(lane[row], []).append(row)
+            for name, first, last in parts:
+                holders.setdefault(name, []).append((row, first, last))
         self.earlier: list[list[int]] = []
         self.kin: list[set[int]] = []
         self.follows: list[int] = []
-        for row, parts in enumerate(held):
-            mine = lanes[lane[row]]
+        for row in range(len(lane)):
+            mine = self._lanes[lane[row]]
             earlier = [o for o in mine if self.real[o] and index[o] < index[row] and document[o] == document[row]]
             self.earlier.append(sorted(earlier, key=lambda other: -index[other]))
             self.kin.append(set(mine))
             self.follows.append(0)
-            for name, first, _ in parts:
-                for other, end in holders[name]:
+            for name, low, high, ahead in self._extents(row):
+                for other, first, last in holders[name]:
+                    if first > high or last < low:
+                        continue
                     self.kin[row].add(other)
-                    comes_later = lane[other] == lane[row] and index[other] >= index[row]
-                    if end > first and not comes_later:
+                    kept_away = lane[other] == lane[row] and (self._whole[row] or index[other] >= index[row])
+                    if last >= ahead and not kept_away:
                         self.follows[row] |= 1 << other
+
+    def _extents(self, row: int) -> Iterator[tuple[int, float, float, float]]:
+        """What the row's documents have of contents: name, first and last position, and from where on it follows.
+
+        Of a text that a lane reads that is all of it, since the lane goes on after this batch.
+        """
+        if not self._whole[row]:
+            yield from ((name, -math.inf, math.inf, first + 1) for name, first, _ in self._held[row])
+            return
+        found: dict[int, tuple[float, float, float]] = {}
+        for other in self._lanes[self._lane[row]]:
+            for name, first, last in self._held[other]:
+                low, high, ahead = found.get(name, (math.inf, -math.inf, math.inf))
+                if self._index[other] >= self._index[row]:
+                    ahead = min(ahead, first + (other == row))
+                found[name] = min(low, first), max(high, last), ahead
+        yield from ((name, *extent) for name, extent in found.items())
 
 
 def _sample(rng: random.Random, rows: list[int], barred: list[int], count: int) -> list[int]:

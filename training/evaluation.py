@@ -101,7 +101,7 @@ def evaluation_batches(recipe: Recipe, config: MemoryConfig, tokenizer: Any) -> 
         for number in range(recipe.eval_batches):
             numbers = range(number * recipe.lanes, (number + 1) * recipe.lanes)
             seeds = [f"{EVALUATION_SEED}/{task.name}/{n}" for n in numbers]
-            spans = [task_span(n, *task.document(random.Random(seed))) for n, seed in zip(numbers, seeds, strict=True)]
+            spans = [task_span(n, task.document(random.Random(seed))) for n, seed in zip(numbers, seeds, strict=True)]
             yield batch_of(spans, recipe.windows, config.window, pad)
 
 

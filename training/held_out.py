@@ -151,4 +151,5 @@ def _batch(rows: Tensor, windows: int) -> Batch:
     number = torch.arange(len(rows))
     lane, index = number // windows, number % windows
     content, position = lane[:, None].expand_as(rows), nothing.long()
-    return Batch(rows, labels, (labels != IGNORED).float(), nothing, lane, index, lane, content, position, nothing)
+    weights, whole = (labels != IGNORED).float(), torch.zeros(len(rows), dtype=torch.bool)
+    return Batch(rows, labels, weights, nothing, lane, index, lane, content, position, nothing, whole)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import accelerate.tracking
 
 from training.files import write_file
@@ -84,6 +85,12 @@ class Log:
         if torn:
             print(f"fot: {self._path}: removed {torn} incomplete line{'s' * (torn > 1)}", file=sys.stderr)
         write_file(self._path, "".join(f"{text}\n" for text in kept))
+
+
+def end_trackers(accelerator: accelerate.Accelerator) -> None:
+    """Let the trackers send what they have. ``Accelerator.end_training`` would also take the process group down."""
+    for tracker in accelerator.trackers:
+        tracker.finish()
 
 
 def finite(line: dict[str, Any]) -> dict[str, Any]:

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fot.tasks.task import Document
+
 ANSWER_WEIGHT = 1.0  # a task's tokens of this weight or more are answers; text around them counts less or not at all
 
 
@@ -53,7 +55,8 @@ class Piece:
 @dataclass(frozen=True)
 class Span:
     """Consecutive tokens of one lane: (n,) inputs, the tokens after them and their weights, and of the inputs their
-    documents, the names of these documents' contents and the places in them. Targets may be answers."""
+    documents, the names of the texts that they are of and the places in them. Targets may be answers. ``whole``: the
+    span is all of a document."""
 
     inputs: NDArray[np.int32]
     targets: NDArray[np.int32]
@@ -62,6 +65,7 @@ class Span:
     contents: NDArray[np.int64]
     positions: NDArray[np.int64]
     answers: NDArray[np.bool_]
+    whole: bool = False
 
 
 def take(pieces: Sequence[Piece], count: int) -> tuple[Span, list[Piece]]:
@@ -96,10 +100,29 @@ def whole_piece(document: int, ids: Sequence[int], weights: Sequence[float] | ND
     return Piece(document, tokens, np.asarray(weights, np.float32), content_of(tokens))
 
 
-def task_span(document: int, ids: Sequence[int], weights: Sequence[float]) -> Span:
-    """A task's document, whose tokens that count in full are answers."""
-    span, _ = take([whole_piece(document, ids, weights)], len(ids) - 1)
-    return replace(span, answers=span.weights >= ANSWER_WEIGHT)
+def task_span(number: int, document: Document) -> Span:
+    """A task's document with its number. Tokens that count in full are answers."""
+    ids, weights, passages = document
+    span, _ = take([whole_piece(number, ids, weights)], len(ids) - 1)
+    contents, positions = span.contents.copy(), span.positions.copy()
+    for start, length, text, first in passages:
+        contents[start : start + length] = text
+        positions[start : start + length] = np.arange(first, first + length)[: max(0, len(positions) - start)]
+    answers = span.weights >= ANSWER_WEIGHT
+    return replace(span, contents=contents, positions=positions, answers=answers, whole=True)
+
+
+def special_ids(tokenizer: Any) -> tuple[int | None, int | None, int]:
+    """BOS and EOS, if there are any, and what fills padding: any id will do, as nothing sees it."""
+    if tokenizer is None:
+        return None, None, 0
+    bos, eos, pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
+    return bos, eos, next((n for n in (pad, eos) if n is not None), 0)
+
+
+def framed(ids: Sequence[int], bos: int | None, eos: int | None) -> list[int]:
+    """A text between BOS and EOS, as far as they are given."""
+    return [*([] if bos is None else [bos]), *ids, *([] if eos is None else [eos])]
 
 
 def content_of(ids: NDArray[np.int32]) -> int:

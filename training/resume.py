@@ -4,7 +4,7 @@ import json
 import shutil
 import sys
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,6 +28,7 @@ from training.files import recover, write_file
 from training.recipe import Recipe
 from training.results import RESULTS
 from training.sharding import load_optimizer_state, spread_like
+from training.shares import lanes_of_a_process
 
 # What may change when a run goes on, and is only told.
 FREE = ("steps", "result", "strength", "clip", "patience", "log_every", "eval_every", "save_every", "tensorboard",
@@ -40,6 +41,21 @@ Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
+class Checkpoint:
+    """What a run goes on from, and the shape of its batch, which stays.
+
+    Attributes:
+        path: of the checkpoint.
+        shares: number of processes that began the run.
+        lanes: number of lanes that each of them had.
+    """
+
+    path: Path
+    shares: int
+    lanes: int
+
+
+@dataclass(frozen=True)
 class Start:
     """What a run starts from.
 
@@ -47,7 +63,7 @@ class Start:
         step: steps done.
         best_accuracy: highest accuracy of a step's answers so far.
         waited: evaluations since the best one.
-        data: position of this process's loader; None at the beginning.
+        data: positions of the shares of the data; None at the beginning.
     """
 
     step: int = 0
@@ -70,7 +86,9 @@ def on_main(accelerator: Accelerator, function: Callable[[], Result]) -> Result:
     return outcome[0]
 
 
-def find_start(out: Path, recipe: Recipe, *, resume: bool, changed: Collection[str]) -> Path | None:
+def find_start(
+    out: Path, recipe: Recipe, *, resume: bool, changed: Collection[str], processes: int = 1
+) -> Checkpoint | None:
     """The checkpoint that a run in ``out`` goes on from; None for a new run.
 
     Args:
@@ -78,23 +96,24 @@ def find_start(out: Path, recipe: Recipe, *, resume: bool, changed: Collection[s
         recipe: what is to be done.
         resume: whether to go on with what is there.
         changed: entries of the recipe that were said to differ from the run's.
+        processes: number of processes that are to go on.
 
     Raises:
         ValueError: the folder holds a run and ``resume`` is not set, or no checkpoint of it is whole, or it was made by
-            another recipe.
+            another recipe, or its lanes cannot be divided evenly among the processes.
     """
     folder = out / "checkpoints"
     for place in (out, folder):
         recover(place)
-    found = list_checkpoints(folder)
-    if found and not resume:
+    saved = list_checkpoints(folder)
+    if saved and not resume:
         raise ValueError(
-            f"{out} already holds a run ({found[-1].name}): add --resume to continue it, or choose another --out"
+            f"{out} already holds a run ({saved[-1].name}): add --resume to continue it, or choose another --out"
         )
     results = [name for name in RESULTS if (out / name).exists()]
-    if results and not found:
+    if results and not saved:
         raise ValueError(f"{out} holds the result of a run ({results[0]}) but no checkpoint: choose another --out")
-    if not found:
+    if not saved:
         if resume:
             _say(f"{out} holds no checkpoint to resume from: starting from the beginning")
         return None
@@ -105,9 +124,43 @@ def find_start(out: Path, recipe: Recipe, *, resume: bool, changed: Collection[s
         )
     for words in broken:
         _say(f"not resuming from {words}")
-    for words in check_same_run(read_state(path)["recipe"], recipe, changed):
+    state = read_state(path)
+    found = Checkpoint(path, len(state["data"]), state["recipe"]["lanes"])
+    recipe = with_lanes_of(found, recipe, processes)
+    for words in check_same_run(state["recipe"], recipe, changed):
         _say(f"resuming with another recipe: {words}")
-    return path
+    if processes != found.shares:
+        lanes = found.shares * found.lanes
+        _say(
+            f"the run began as {_lanes_each(found.shares, found.lanes)}, and continues as "
+            f"{_lanes_each(processes, lanes // processes)}"
+        )
+    return found
+
+
+def with_lanes_of(found: Checkpoint, recipe: Recipe, processes: int) -> Recipe:
+    """The recipe with the lanes that the run began with, if it means the run's batch.
+
+    It does if its ``lanes`` are those that each process began with, or those that each of ``processes`` has now.
+
+    Raises:
+        ValueError: the run's lanes cannot be divided evenly among the processes, or the recipe means other lanes.
+    """
+    if processes == found.shares:
+        return recipe  # ``check_same_run`` compares the lanes
+    lanes = found.shares * found.lanes
+    each = lanes_of_a_process(lanes, processes)
+    if recipe.lanes not in (found.lanes, each):
+        raise ValueError(
+            f"lanes is {recipe.lanes}, but the run's batch has {lanes} lanes in all, since it began as "
+            f"{_lanes_each(found.shares, found.lanes)}: set lanes={found.lanes} again, so that each of {processes} "
+            f"processes has {each}"
+        )
+    return replace(recipe, lanes=found.lanes)
+
+
+def _lanes_each(processes: int, lanes: int) -> str:
+    return f"{processes} process{'es' * (processes != 1)} of {lanes} lane{'s' * (lanes != 1)}"
 
 
 def check_same_run(saved: dict[str, Any], recipe: Recipe, changed: Collection[str]) -> list[str]:
@@ -186,7 +239,7 @@ def restore(path: Path, trained: dict[str, Tensor], optimizer: Any, accelerator:
     """Load a checkpoint into parameters and optimiser.
 
     Raises:
-        ValueError: it was made by another number of processes.
+        ValueError: it has other parameters than the model.
     """
     tensors, optimizer_state, state = load_checkpoint(path)
     if {n: t.shape for n, t in tensors.items()} != {n: p.shape for n, p in trained.items()}:
@@ -194,18 +247,13 @@ def restore(path: Path, trained: dict[str, Tensor], optimizer: Any, accelerator:
             f"{path} does not have the parameters of the model, so the model has changed since the run "
             "began: restore the old model"
         )
-    if len(state["data"]) != accelerator.num_processes:
-        raise ValueError(
-            f"{path} was made by {len(state['data'])} processes, each with its own share of the data, but this run has "
-            f"{accelerator.num_processes}: resume with {len(state['data'])}, or start a new run from the result"
-        )
     with torch.no_grad():
         for name, parameter in trained.items():
             parameter.copy_(spread_like(tensors[name], parameter))
     load_optimizer_state(optimizer, optimizer_state)
     if accelerator.is_main_process:
         _say(f"resuming at step {state['step']} of {path}")
-    return Start(state["step"], state["best"], state.get("waited", 0), state["data"][accelerator.process_index])
+    return Start(state["step"], state["best"], state.get("waited", 0), state["data"])
 
 
 def _differences(place: str, before: Any, now: Any) -> Iterator[tuple[str, Any, Any]]:

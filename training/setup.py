@@ -14,10 +14,12 @@ from fot.config import MemoryConfig
 from fot.loading import load_model
 from fot.model import detach_memory
 from fot.tasks.dictionary import DictionaryTask
+from fot.tasks.task import Task
 from training.batches import DocumentLoader, TaskSource
 from training.data import DataSource, describe, find_files, read_documents
 from training.recipe import Recipe
-from training.tasks import SyntheticRetrieval, Task, filler_from
+from training.shares import LaneLoader
+from training.tasks import SyntheticRetrieval, filler_from
 
 # Documents of a task's filler that are held in memory, tokenised.
 FILLER_TOKENS = 4_000_000
@@ -103,23 +105,37 @@ def choose_trainable(model: Any, recipe: Recipe, config: MemoryConfig) -> dict[s
 
 
 def build_loader(
-    recipe: Recipe, config: MemoryConfig, tokenizer: Any, rank: int = 0, world_size: int = 1
-) -> DocumentLoader:
-    """Batches of this process."""
+    recipe: Recipe, config: MemoryConfig, tokenizer: Any, *, shares: int = 1, process: int = 0, processes: int = 1
+) -> LaneLoader:
+    """Batches of a process.
+
+    Args:
+        shares: number of processes that began the run, each with ``recipe.lanes``.
+        process: number of this process.
+        processes: how many there are now.
+
+    Raises:
+        ValueError: an entry of the recipe does not fit, or the lanes cannot be divided evenly among the processes.
+    """
     tasks = []
     for number, settings in enumerate(recipe.tasks):
         with entry(f"tasks[{number}]"):
             tasks.append(TaskSource(build_task(settings, recipe, config, tokenizer), settings.get("weight", 1.0)))
-    return DocumentLoader(
-        [*map(data_source, recipe.sources), *tasks],
-        tokenizer,
-        lanes=recipe.lanes,
-        windows=recipe.windows,
-        window=config.window,
-        seed=recipe.seed,
-        rank=rank,
-        world_size=world_size,
-    )
+    sources: list[DataSource | TaskSource] = [*map(data_source, recipe.sources), *tasks]
+
+    def share(number: int) -> DocumentLoader:
+        return DocumentLoader(
+            sources,
+            tokenizer,
+            lanes=recipe.lanes,
+            windows=recipe.windows,
+            window=config.window,
+            seed=recipe.seed,
+            rank=number,
+            world_size=shares,
+        )
+
+    return LaneLoader(share, shares=shares, lanes=recipe.lanes, process=process, processes=processes)
 
 
 def describe_data(recipe: Recipe) -> dict[str, Any]:
@@ -144,8 +160,11 @@ def describe_data(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def check_contexts(recipe: Recipe, world_size: int = 1) -> None:
+def check_contexts(recipe: Recipe, shares: int = 1) -> None:
     """Refuse a number of contexts, if the recipe asks for one, that no window of a batch can have.
+
+    Args:
+        shares: number of processes that began the run, each with ``recipe.lanes``.
 
     Raises:
         ValueError: more than there are windows of other documents and earlier ones of its own.
@@ -154,7 +173,7 @@ def check_contexts(recipe: Recipe, world_size: int = 1) -> None:
         return
     schedule = recipe.schedule()
     own = min(recipe.windows - 1, schedule.previous_windows)
-    lanes = recipe.lanes * world_size
+    lanes = recipe.lanes * shares
     readable = recipe.windows - recipe.memory_config().isolated_windows  # the last window of a lane is read by none
     others = (lanes - 1) * max(1, readable)
     shape = f"{lanes} lanes of {recipe.windows} windows: add lanes or windows, or lower it"
@@ -228,7 +247,7 @@ def build_task(settings: dict[str, Any], recipe: Recipe, config: MemoryConfig, t
             texts += list(tokenised(source, tokenizer))
     if "facts" in own:
         own["facts"] = tuple(own["facts"])
-    return SyntheticRetrieval(tokenizer, filler_from(texts), **(shape | own))
+    return SyntheticRetrieval(tokenizer, filler_from(texts, tokenizer), **(shape | own))
 
 
 def tokenised(settings: dict[str, Any], tokenizer: Any) -> Iterator[list[int]]:

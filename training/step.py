@@ -130,7 +130,7 @@ def set_contexts(
     Every process chooses for all rows, so all know whether any row has contexts, and then all of them gather.
     """
     rank, count = accelerator.process_index, len(batch.input_ids)
-    rows = gathered_rows(batch, recipe.lanes, accelerator)
+    rows = gathered_rows(batch, accelerator)
     choice = choose_all(recipe.schedule(), rows, d, seed, isolated=crossbatch.config.isolated_windows)
     mine = range(rank * count, (rank + 1) * count)
     found = choice.of(mine, rows.padding, batch.input_ids.device)
@@ -146,17 +146,17 @@ def set_contexts(
             )
 
 
-def gathered_rows(batch: Batch, lanes: int, accelerator: Accelerator) -> Rows:
-    """The rows of all processes, in the order of their ranks; lanes are numbered through."""
+def gathered_rows(batch: Batch, accelerator: Accelerator) -> Rows:
+    """The rows of all processes, in the order of their ranks; all have as many lanes, which are numbered through."""
     if accelerator.num_processes == 1:
         return rows_of(batch)
-    lane = batch.lane + accelerator.process_index * lanes
-    table = torch.cat(
-        [torch.stack([lane, batch.index, batch.document], dim=1), batch.padding, batch.content, batch.position], dim=1
-    )
+    lane = batch.lane + accelerator.process_index * (int(batch.lane[-1]) + 1)
+    singles = torch.stack([lane, batch.index, batch.document, batch.whole], dim=1)
+    table = torch.cat([singles, batch.padding, batch.content, batch.position], dim=1)
     table = accelerator.gather(table)
     width = batch.input_ids.shape[1]
-    head, padding, content, position = table.split([3, width, width, width], dim=1)
+    singles, padding, content, position = table.split([singles.shape[1], width, width, width], dim=1)
     padding = padding.bool()
-    lane, index, document = head.unbind(1)
-    return Rows(lane, index, document, padding if bool(padding.any()) else None, held_by(content, position))
+    lane, index, document, whole = singles.unbind(1)
+    held = held_by(content, position)
+    return Rows(lane, index, document, padding if bool(padding.any()) else None, held, whole.bool())

@@ -1,22 +1,25 @@
 """Synthetic retrieval: documents whose last window asks for facts that were told in earlier windows.
 
-A task gives documents as token ids with, for each token, the weight with which it counts as a target of the loss.
-``SyntheticRetrieval`` hides facts (``fot.tasks.wordings``) in real text; the dictionary task is in
-``fot.tasks.dictionary``. ``fot.evaluation.needles`` asks in wordings and on subjects unknown to training.
+``fot.tasks.task`` says what a task is. ``SyntheticRetrieval`` hides facts (``fot.tasks.wordings``) in real text; the
+dictionary task is in ``fot.tasks.dictionary``. ``fot.evaluation.needles`` asks in wordings and on subjects unknown to
+training.
 
 >>> filler = filler_from([tokenizer(path.read_text()).input_ids for path in Path("texts").iterdir()])
 >>> task = SyntheticRetrieval(tokenizer, filler, windows=2, window=512)
->>> ids, weights = task.document(random.Random(0))
+>>> ids, weights, passages = task.document(random.Random(0))
 """
 
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from itertools import islice
+from typing import Any, NamedTuple
 
+import numpy as np
+
+from fot.tasks.task import Document, Passage
 from fot.tasks.wordings import KINDS, Kind, chat_turns, draw, forbidden, render
-
-Filler = Callable[[random.Random, int], list[int]]
+from training.pieces import content_of, framed, special_ids
 
 # What stands around a statement or question. Each ends with a line break, so that some token ends every answer.
 _FRAMES = (("\n", "\n"), ("\n", "\n"), ("\n\n", "\n\n"), (" ", "\n"), ("\n# ", "\n"), ("\n- ", "\n"), ("\n> ", "\n"))
@@ -26,16 +29,21 @@ _MOST_SYNTHETIC = 0.75  # share of the tokens of a window that facts and questio
 _ATTEMPTS = 50
 
 
-class Task(Protocol):
-    """Gives ready documents.
+class Stretch(NamedTuple):
+    """Consecutive tokens of a real text.
 
-    ``document`` returns token ids, at most windows * window + 1, and for each token its weight as a target of the
-    loss (0: it counts nothing). The same state of ``rng`` gives the same document.
+    Attributes:
+        text: names the text.
+        first: place of the first token there.
+        ids: the tokens.
     """
 
-    name: str
+    text: int
+    first: int
+    ids: Sequence[int]
 
-    def document(self, rng: random.Random) -> tuple[list[int], list[float]]: ...
+
+Filler = Callable[[random.Random, int], Sequence[Stretch]]
 
 
 @dataclass(frozen=True)
@@ -75,12 +83,14 @@ class Sample:
         weights: for each token, its weight as a target.
         facts: all that was told.
         placed: (first position, piece) of every statement and question, in order.
+        passages: what is real text.
     """
 
     ids: list[int]
     weights: list[float]
     facts: list[Fact]
     placed: list[tuple[int, Piece]]
+    passages: list[Passage]
 
 
 @dataclass
@@ -91,7 +101,7 @@ class SyntheticRetrieval:
 
     Attributes:
         tokenizer: of transformers; BOS is put first if it has ``add_bos_token``.
-        filler: (rng, n) -> n consecutive tokens of real text.
+        filler: (rng, n) -> n tokens of real text, in one stretch or more.
         windows: of a document, at least 2.
         window: tokens of each.
         facts: least and most facts of a document; fewer where they do not fit.
@@ -142,10 +152,10 @@ class SyntheticRetrieval:
         if not self.kinds:
             raise ValueError("kinds is empty: leave it out to use all kinds of facts")
 
-    def document(self, rng: random.Random) -> tuple[list[int], list[float]]:
+    def document(self, rng: random.Random) -> Document:
         """Token ids, windows * window + 1 of them, and their weights as targets: 1 for answers and their ends."""
         sample = self.sample(rng)
-        return sample.ids, sample.weights
+        return Document(sample.ids, sample.weights, sample.passages)
 
     def sample(self, rng: random.Random) -> Sample:
         """A document with its facts and where they are.
@@ -203,24 +213,24 @@ class SyntheticRetrieval:
         first = self.window * (self.windows - 1)
         regions = ((first - len(bos), earlier), (self.window + 1, last))
         rooms = [length - sum(len(piece.ids) for piece in pieces) for length, pieces in regions]
-        filler = self.filler(rng, sum(rooms))  # one text runs through the document, facts stand between
+        # One text runs through the document, facts stand between.
+        filler = list(_tokens_of(self.filler(rng, sum(rooms))))
         if len(filler) != sum(rooms):
             raise ValueError(
                 f"the filler gave {len(filler)} tokens, but {sum(rooms)} were asked for: it must give all of them"
             )
         text = iter(filler)
-        ids, weights = list(bos), [0.0] * len(bos)
-        placed = []
+        sample = Sample(list(bos), [0.0] * len(bos), facts, [], [])
         for room, (_, pieces) in zip(rooms, regions, strict=True):
             cuts = sorted(rng.randint(0, room) for _ in pieces)
             for before, cut, piece in zip([0, *cuts], [*cuts, room], [*pieces, None], strict=True):
-                self._add_text(ids, weights, text, cut - before, rng)
+                self._add_text(sample, text, cut - before, rng)
                 if piece is not None:
-                    placed.append((len(ids), piece))
-                    ids += piece.ids
-                    weights += self._piece_weights(piece)
-        weights[0] = 0.0  # nothing predicts the first token
-        return Sample(ids, weights, facts, placed)
+                    sample.placed.append((len(sample.ids), piece))
+                    sample.ids.extend(piece.ids)
+                    sample.weights.extend(self._piece_weights(piece))
+        sample.weights[0] = 0.0  # nothing predicts the first token
+        return sample
 
     def _piece_weights(self, piece: Piece) -> list[float]:
         weights = [0.0] * len(piece.ids)
@@ -231,12 +241,11 @@ class SyntheticRetrieval:
             weights[first : end + 1] = [1.0] * (end + 1 - first)
         return weights
 
-    def _add_text(
-        self, ids: list[int], weights: list[float], text: Iterator[int], count: int, rng: random.Random
-    ) -> None:
-        for _, token in zip(range(count), text, strict=False):
-            ids.append(token)
-            weights.append(self.text_weight if rng.random() < self.text_share else 0.0)
+    def _add_text(self, sample: Sample, text: Iterator[tuple[int, int, int]], count: int, rng: random.Random) -> None:
+        for token, name, place in islice(text, count):
+            _add_to(sample.passages, len(sample.ids), name, place)
+            sample.ids.append(token)
+            sample.weights.append(self.text_weight if rng.random() < self.text_share else 0.0)
 
     def _statement(self, number: int, fact: Fact, rng: random.Random) -> Piece:
         text = render(rng.choice(fact.kind.statements), fact.entity, fact.relation, fact.value, rng)
@@ -330,10 +339,29 @@ def _tell_first(pieces: list[Piece]) -> list[Piece]:
     return order
 
 
-def filler_from(texts: Sequence[Sequence[int]]) -> Filler:
+def _tokens_of(stretches: Sequence[Stretch]) -> Iterator[tuple[int, int, int]]:
+    """(token, name of its text, place there) of each token."""
+    for text, first, ids in stretches:
+        yield from ((token, text, place) for place, token in enumerate(ids, first))
+
+
+def _add_to(passages: list[Passage], start: int, text: int, place: int) -> None:
+    """Note where the token ``start`` of a document was taken from; the last passage grows if it goes on there."""
+    last = passages[-1] if passages else None
+    if last is not None and (last.start + last.length, last.text, last.first + last.length) == (start, text, place):
+        passages[-1] = last._replace(length=last.length + 1)
+    else:
+        passages.append(Passage(start, 1, text, place))
+
+
+def filler_from(texts: Sequence[Sequence[int]], tokenizer: Any = None) -> Filler:
     """Real text from tokenised texts: n tokens from a random place of one, going on with others where it ends.
 
     Longer texts are drawn more often.
+
+    Args:
+        texts: token ids of each, without BOS and EOS.
+        tokenizer: of a run whose lanes may read the same texts; they are then known as the same.
 
     Raises:
         ValueError: all texts are empty.
@@ -342,13 +370,20 @@ def filler_from(texts: Sequence[Sequence[int]]) -> Filler:
     if not kept:
         raise ValueError("no text to hide facts in: all texts are empty")
     lengths = [len(text) for text in kept]
+    bos, eos, _ = special_ids(tokenizer)
+    # As lanes read them, which leave EOS to the next text if it is BOS, too.
+    whole = [framed(text, bos, None if bos == eos else eos) for text in kept]
+    names = [content_of(np.asarray(text, np.int32)) for text in whole]
+    numbers, before = range(len(kept)), int(bos is not None)
 
-    def fill(rng: random.Random, count: int) -> list[int]:
-        text = rng.choices(kept, lengths)[0]
-        start = rng.randrange(max(1, len(text) - count + 1))
-        ids = text[start : start + count]
-        while len(ids) < count:
-            ids += rng.choices(kept, lengths)[0][: count - len(ids)]
-        return ids
+    def stretch(number: int, start: int, count: int) -> Stretch:
+        return Stretch(names[number], before + start, kept[number][start : start + count])
+
+    def fill(rng: random.Random, count: int) -> list[Stretch]:
+        number = rng.choices(numbers, lengths)[0]
+        found = [stretch(number, rng.randrange(max(1, lengths[number] - count + 1)), count)]
+        while (left := count - sum(len(some.ids) for some in found)) > 0:
+            found.append(stretch(rng.choices(numbers, lengths)[0], 0, left))
+        return found if count else []
 
     return fill

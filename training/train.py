@@ -3,6 +3,7 @@
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from training.crossbatch import enable_crossbatch
 from training.evaluation import build_evaluation, score
 from training.flops import flops_per_token
 from training.launch import lone_process
-from training.log import Log, check_trackers, finite, flat, numbers, summary_writer
+from training.log import Log, check_trackers, end_trackers, finite, flat, numbers, summary_writer
 from training.progress import Progress, each_warning_once
 from training.rates import learning_rate_at
 from training.recipe import Recipe
@@ -34,6 +35,7 @@ from training.setup import (
     describe_data,
 )
 from training.sharding import check_sharding, whole, whole_optimizer_state, whole_parameters
+from training.shares import all_shares
 from training.signals import Signals, Stopped
 from training.step import Step, accuracies, train_step
 
@@ -51,13 +53,14 @@ def train(
     callbacks: Sequence[Watcher] = (),
     peak_tflops: float | None = None,
 ) -> dict[str, Any]:
-    """Train as the recipe says.
+    """Train as the recipe says. A process group of ``torch.distributed`` is left as it is, for the caller to end.
 
     Args:
         recipe: what to do.
         out: folder for checkpoints, ``log.jsonl`` and the result.
         resume: whether to continue from the last complete checkpoint in ``out``. The losses are then those of a run
-            without interruption. If there is no checkpoint, the run starts from the beginning.
+            without interruption. If there is no checkpoint, the run starts from the beginning. The number of
+            processes may have changed if it divides the run's lanes; losses then differ by rounding.
         max_hours: the run ends within this time, with a checkpoint and a result.
         changed: entries of the recipe that are meant to differ from those that the run in ``out`` was made with.
         callbacks: called on the main process with each record of the log before it is written; one that returns True
@@ -93,17 +96,25 @@ def train(
         print(f"fot: {words}", file=sys.stderr)
     keep_freed_memory(accelerator.device.type)
     set_seed(recipe.seed)
-    checkpoint = on_main(accelerator, lambda: find_start(out, recipe, resume=resume, changed=changed))
+    processes = accelerator.num_processes
+    checkpoint = on_main(
+        accelerator, lambda: find_start(out, recipe, resume=resume, changed=changed, processes=processes)
+    )
+    shares = processes
+    if checkpoint is not None:
+        recipe, shares = replace(recipe, lanes=checkpoint.lanes), checkpoint.shares
     # What can be wrong with a recipe is found before anything is written.
     data = describe_data(recipe)
-    check_contexts(recipe, accelerator.num_processes)
+    check_contexts(recipe, shares)
     model, config, tokenizer = build_model(recipe)
     trained = choose_trainable(model, recipe, config)
     start_weights = {name: tensor.detach().clone() for name, tensor in trained.items()} if recipe.strength < 1 else {}
     crossbatch = enable_crossbatch(model, config)
     if recipe.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    loader = build_loader(recipe, config, tokenizer, accelerator.process_index, accelerator.num_processes)
+    loader = build_loader(
+        recipe, config, tokenizer, shares=shares, process=accelerator.process_index, processes=processes
+    )
     check_texts(recipe, config, tokenizer)
     step_module = Step(model, crossbatch)
     optimizer = _optimizer(recipe, trained)
@@ -112,9 +123,9 @@ def train(
     evaluate = build_evaluation(recipe, config, tokenizer, step_module, crossbatch, accelerator)
     start = Start()
     if checkpoint is not None:
-        start = restore(checkpoint, trained, optimizer, accelerator)
+        start = restore(checkpoint.path, trained, optimizer, accelerator)
         loader.load_state_dict(start.data)
-    on_main(accelerator, lambda: claim(out, recipe, data, checkpoint))
+    on_main(accelerator, lambda: claim(out, recipe, data, checkpoint.path if checkpoint else None))
     if not recipe.held_out and accelerator.is_main_process:
         print(
             "the recipe names no held_out texts, so the log will not show whether the memory helps on text",
@@ -137,7 +148,7 @@ def train(
 
     def save(done: int) -> None:
         log.sync()
-        state = {"best": best, "waited": waited, "data": gather_object([loader.state_dict()])}
+        state = {"best": best, "waited": waited, "data": all_shares(gather_object([loader.state_dict()]))}
         tensors = _whole_tensors(trained, done)
         optimizer_state = whole_optimizer_state(optimizer)
         if accelerator.is_main_process:
@@ -192,7 +203,7 @@ def train(
                 if last:
                     break
                 if signum:
-                    accelerator.end_training()
+                    end_trackers(accelerator)
                     raise Stopped(signum, f"stopped after step {step + 1}, which is saved: continue with --resume")
     except FloatingPointError as error:
         raise FloatingPointError(f"{error}; {_way_on(out / 'checkpoints', step, accelerator)}") from error
@@ -207,7 +218,7 @@ def train(
     if accelerator.is_main_process:
         write_result(out, recipe, model, tokenizer, config, parameters, list(trained), finite(line))
     accelerator.wait_for_everyone()
-    accelerator.end_training()
+    end_trackers(accelerator)
     return finite(line)
 
 

@@ -18,6 +18,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fot.tasks.task import Document
+
 PAD, KEY, VALUE, QUESTION = range(4)
 FIRST_SYMBOL = 4
 VOCABULARY = 64
@@ -33,7 +35,7 @@ Array = NDArray[np.int64]
 
 @dataclass
 class DictionaryTask:
-    """Training documents: records with distinct random keys, then questions about them; a ``training.tasks.Task``.
+    """Training documents: records with distinct random keys, then questions about them; a ``fot.tasks.task.Task``.
 
     All windows but the last hold records. The last one holds questions, as in evaluation, so that every answer has to
     come from the memory. No record is asked for twice.
@@ -69,7 +71,7 @@ class DictionaryTask:
                 f"similar is {self.similar}, but it is a share of the records: choose a number from 0 to 1"
             )
 
-    def document(self, rng: random.Random) -> tuple[list[int], list[float]]:
+    def document(self, rng: random.Random) -> Document:
         """windows * window + 1 token ids, and weights: of the values of questions, else 0.
 
         The weights of a document add up to what a full window of questions has, one a token, however many it has.
@@ -92,7 +94,7 @@ class DictionaryTask:
             ids += filled + [PAD] * (self.window - len(filled))
         weights = [0.0] * (len(ids) - self.window) + [fit / len(asked) * w for w in _answer_weights(len(asked))]
         weights += [0.0] * (len(ids) - len(weights))
-        return [*ids, PAD], [*weights, 0.0]
+        return Document([*ids, PAD], [*weights, 0.0])
 
     def _keys(self, rng: random.Random, count: int) -> list[list[int]]:
         """Distinct keys, the share ``similar`` of them made from others."""
