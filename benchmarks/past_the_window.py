@@ -55,10 +55,12 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=1536, help="tokens that plain attention sees before a column")
     parser.add_argument("--keep", type=int, nargs="+", help="values of overflow_keep (default: the model's)")
     parser.add_argument("--local-context", type=int, help="tokens of the window (default: the model's)")
+    parser.add_argument("--full-weight-tokens", type=int, help="see MemoryConfig (default: the model's)")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
 
-    options = {} if args.local_context is None else {"local_context": args.local_context}
+    given = {"local_context": args.local_context, "full_weight_tokens": args.full_weight_tokens}
+    options = {name: value for name, value in given.items() if value is not None}
     model: Any = fot.FoTForCausalLM.from_pretrained(args.model, dtype=torch.float32, **options)
     ids = torch.tensor(model.tokenizer(args.text.read_text(encoding="utf-8"), verbose=False).input_ids)
     starts = [(number + 1) * (len(ids) - args.tokens) // (args.places + 1) for number in range(args.places)]

@@ -110,7 +110,7 @@ def memory_attention(
         queries: (B, H, T, D), rotated, the last T tokens of the window.
         keys: (B, G, S, D), rotated, what of the window is not in the memory.
         values: likewise.
-        mask: (B, S) bool, False at padding; None if there is none.
+        mask: (B, S) bool, False at padding, or float, added to the scores; None if there is none.
         memories: for each row, the memories it reads.
         layer: index of the memory layer.
         scale: factor on inner products.
@@ -139,7 +139,7 @@ def memory_discount(memories: Sequence[Memory], config: MemoryConfig) -> float:
     with them (the paper's distraction, arXiv 2307.03170, section 3.3). n tokens then weigh as much as
     ``full_weight_tokens``.
     """
-    if config.full_weight_tokens is None:
+    if not config.full_weight_tokens:
         return 0.0
     return math.log(max(1.0, sum(map(len, memories)) / config.full_weight_tokens))
 
@@ -153,7 +153,7 @@ def attend_local(
         queries: (B, H, T, D), the last T tokens of the window.
         keys: (B, G, S, D), the whole window.
         values: likewise.
-        mask: (B, S) bool, False at padding; None if there is none.
+        mask: (B, S) bool, False at padding, or float, added to the scores; None if there is none.
         scale: factor on inner products.
 
     Returns:
@@ -179,20 +179,26 @@ def local_weights(queries: Tensor, keys: Tensor, mask: Tensor | None, lse: Tenso
         (B, H, T, S) in the dtype of ``queries``.
     """
     keys = keys.repeat_interleave(queries.shape[1] // keys.shape[1], dim=1)
-    weights = (scale * (queries.float() @ keys.float().mT) - lse.unsqueeze(-1)).exp()
+    scores = scale * (queries.float() @ keys.float().mT) - lse.unsqueeze(-1)
     seen = _seen(queries.shape[2], keys.shape[2], mask, queries.device)
-    return weights.masked_fill(~seen, 0).to(queries.dtype)
+    scores = scores.masked_fill(~seen, -torch.inf) if seen.dtype == torch.bool else scores + seen
+    return scores.exp().to(queries.dtype)
 
 
 def _seen(T: int, S: int, mask: Tensor | None, device: torch.device) -> Tensor:  # noqa: N803
-    """Which of S keys the last T queries of a window see: (B or 1, 1, T, S) bool. ``mask`` as for ``attend_local``."""
+    """Which of S keys the last T queries of a window see: (B or 1, 1, T, S), bool or float as ``mask`` is.
+
+    ``mask`` is as for ``attend_local``.
+    """
     position = torch.arange(S, device=device)
     seen = position[None, :] <= position[S - T :, None]  # (T, S)
     if mask is None:
         return seen[None, None]
     # Padding sees itself, so that its softmax is not empty: a NaN there would spread through masked values.
     itself = position[None, :] == position[S - T :, None]
-    return (seen & mask[:, None, None, :]) | itself
+    if mask.dtype == torch.bool:
+        return (seen & mask[:, None, None, :]) | itself
+    return mask[:, None, None, :].masked_fill(~seen, -torch.inf).masked_fill(itself, 0.0)
 
 
 def attend_memory(

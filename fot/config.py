@@ -34,7 +34,8 @@ class MemoryConfig:
             new window.
         full_weight_tokens: number of tokens from which on a larger memory weighs no more: attention to a memory of n
             tokens is lowered by the factor full_weight_tokens / n. Most of a large memory is of no use to a token, and
-            this keeps it from drowning the rest. None never lowers it, as in LongLLaMA and the paper.
+            this keeps it from drowning the rest. None takes two windows. 0 never lowers it, as in LongLLaMA and the
+            paper.
         retrieval_heads: (layer, head) of the query heads whose attention finds the passages that a question is about;
             ``fot eval heads`` chooses them. None takes all heads of the memory layers.
         mem_positionals: whether memory layers use rotary positions. LongLLaMA uses them; the paper's small models do
@@ -51,7 +52,9 @@ class MemoryConfig:
             time linear in their length. Answers read the memory in both cases. False is the paper's method.
         window_overlap: number of tokens that each window of an ingested text repeats from the window before. They are
             not stored again. Only the first tokens of a text then lack local context, but ``window_overlap`` of every
-            ``local_context`` tokens are read twice. 0 is LongLLaMA's method.
+            ``local_context`` tokens are read twice. Without an overlap, every window stores an attention sink of its
+            own, and a model that was not trained for that is disturbed by them. None takes an eighth of a window. 0 is
+            LongLLaMA's method.
         align_padding: where the windows of a padded batch start. With ``row`` they start at the first token of each
             row, so a row gives the same result as it does alone. With ``batch`` they start at the first column of the
             batch, as in LongLLaMA's ``forward``. ``generate`` always uses ``row``.
@@ -72,7 +75,7 @@ class MemoryConfig:
     top_k: int | None = None
     memory_device: str | None = None
     isolated_windows: bool = False
-    window_overlap: int = 0
+    window_overlap: int | None = None
     align_padding: str = "row"
 
     def __post_init__(self) -> None:
@@ -85,11 +88,11 @@ class MemoryConfig:
             object.__setattr__(self, "mem_attention_grouping", grouping)
         if self.retrieval_heads is not None:
             object.__setattr__(self, "retrieval_heads", _heads(self.retrieval_heads))
-        for name in ("local_context", "last_context_length", "full_weight_tokens", "top_k"):
+        for name in ("local_context", "last_context_length", "top_k"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1")
-        for name in ("overflow_keep", "attention_sinks", "window_overlap"):
+        for name in ("overflow_keep", "attention_sinks", "full_weight_tokens", "window_overlap"):
             value = getattr(self, name)
             if value is not None and value < 0:
                 raise ValueError(f"{name} is {value}; it must be at least 0")
@@ -139,9 +142,10 @@ class MemoryConfig:
                 f"last_context_length is {self.last_context_length}, longer than the window of {window} tokens; "
                 f"use at most {window}"
             )
-        if self.window_overlap >= window:
+        overlap = window // 8 if self.window_overlap is None else self.window_overlap
+        if overlap >= window:
             raise ValueError(
-                f"window_overlap is {self.window_overlap}, but a window has {window} tokens, so it would hold "
+                f"window_overlap is {overlap}, but a window has {window} tokens, so it would hold "
                 "no new token: lower window_overlap"
             )
         # Rather much: what layers without memory have lost of the text is lost to them (docs/results.md).
@@ -156,6 +160,8 @@ class MemoryConfig:
             mem_layers=mem_layers,
             local_context=window,
             overflow_keep=keep,
+            full_weight_tokens=2 * window if self.full_weight_tokens is None else self.full_weight_tokens,
+            window_overlap=overlap,
             key_dtype=self.key_dtype or dtype,
             value_dtype=self.value_dtype or dtype,
         )
@@ -177,6 +183,12 @@ class MemoryConfig:
         """``overflow_keep`` of a resolved configuration."""
         assert self.overflow_keep is not None, "resolve() comes first"
         return self.overflow_keep
+
+    @property
+    def overlap(self) -> int:
+        """``window_overlap`` of a resolved configuration."""
+        assert self.window_overlap is not None, "resolve() comes first"
+        return self.window_overlap
 
     @property
     def kept_sinks(self) -> int:

@@ -126,7 +126,7 @@ def ingest_pieces(
     config, count = model.memory_config, 0
     at_once = max(1, ISOLATED_TOKENS // config.window) if config.isolated_windows else 1
     with _bar(source or "ingest", progress) as bar:
-        for group in _groups(_windows(pieces, config.window, config.window_overlap, stored), at_once):
+        for group in _groups(_windows(pieces, config.window, config.overlap, stored), at_once):
             _store(model, group, memory, source)
             new = sum(len(window.ids) - window.skip for window in group)
             count += new

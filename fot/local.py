@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import Cache, DynamicCache
 
-from fot.attention import local_weights, memory_attention
+from fot.attention import local_weights, memory_attention, memory_discount
 from fot.config import MemoryConfig
 from fot.recording import Recorder
 from fot.rotary import Rotary, rotary_of
@@ -147,6 +147,8 @@ class LocalCache(DynamicCache):
         output, lses = self._attend(layer, queries, keys, values, scale)
         first, mask = self.unstored()
         lse = torch.stack(lses).logsumexp(0)
+        if len(lses) > 1:  # the local part was raised by what the memory weighs less
+            lse = lse - torch.tensor(self._discounts(), device=lse.device)[:, None, None]
         return output, pad(local_weights(queries, keys[:, :, first:], mask, lse, scale=scale), (first, 0))
 
     def _attend(
@@ -166,16 +168,31 @@ class LocalCache(DynamicCache):
     def unstored(self) -> tuple[int, Tensor | None]:
         """Which slots memory layers attend to here: sinks they find in the memory, with all else that has moved there.
 
+        A large memory weighs less (``memory_discount``), and its sinks with it. But a sink must weigh what it did, or
+        attention that found nothing would go elsewhere: what it lacks in the memory it gets here.
+
         Returns:
-            the first slot, and the mask (B, S - first) of the slots from there on, as ``mask``.
+            the first slot, and for the slots from there on a mask (B, S - first): bool, as ``mask``, or float, added to
+            the scores; None if all are attended to alike.
         """
-        fewest = min(self.sinks, default=0)
+        fewest, discounts = min(self.sinks, default=0), self._discounts()
+        if any(discount for discount, count in zip(discounts, self.sinks, strict=True) if count):
+            assert self.token_ids is not None
+            seen = torch.ones_like(self.token_ids, dtype=torch.bool) if self.mask is None else self.mask
+            device = seen.device
+            lacking = torch.log1p(-torch.exp(-torch.tensor(discounts, device=device))).unsqueeze(1)  # -inf for 0
+            is_sink = seen & (seen.cumsum(1) <= torch.tensor(self.sinks, device=device).unsqueeze(1))
+            bias = torch.zeros(seen.shape, device=device).masked_fill(~seen, -torch.inf)
+            return 0, torch.where(is_sink, lacking, bias)
         if self.mask is None and fewest == max(self.sinks, default=0):
             return fewest, None
         assert self.token_ids is not None
         mask = torch.ones_like(self.token_ids, dtype=torch.bool) if self.mask is None else self.mask
         sinks = torch.tensor(self.sinks, device=mask.device).unsqueeze(1)
         return 0, mask & (mask.cumsum(1) > sinks)
+
+    def _discounts(self) -> list[float]:
+        return [memory_discount(row, self.config) for row in self.memories]
 
     def move(
         self,

@@ -36,6 +36,8 @@ class LongLlamaConfig(LlamaConfig):
             local_context=self.max_position_embeddings,
             last_context_length=self.last_context_length,
             overflow_keep=0,
+            full_weight_tokens=0,
+            window_overlap=0,
             mem_positionals=self.mem_positionals,
             key_dtype=self.mem_dtype,
             value_dtype=self.mem_dtype,

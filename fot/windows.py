@@ -372,7 +372,7 @@ def _window_bounds(model: Any, cache: FoTCache, real: Tensor, stored: int) -> li
     """
     if not stored:
         return []
-    window, overlap = model.memory_config.window, model.memory_config.window_overlap
+    window, overlap = model.memory_config.window, model.memory_config.overlap
     first = window - int(real[0]) % window if cache.align_padding == "batch" else window
     starts = [0, *range(first, stored, window - overlap)]
     return [(max(0, start - overlap), start, stop) for start, stop in zip(starts, [*starts[1:], stored], strict=True)]

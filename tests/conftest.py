@@ -37,6 +37,8 @@ SHAPE = {
     # Larger than trained models start with, so that attention is peaked and what it reads matters.
     "initializer_range": 0.3,
 }
+# The paper's method, which is the easiest to write out: windows do not overlap, and a large memory weighs more.
+PAPER = {"window_overlap": 0, "full_weight_tokens": 0}
 FAMILIES: dict[str, Any] = {
     "llama": lambda: LlamaConfig(**SHAPE, tie_word_embeddings=True),
     "mistral": lambda: MistralConfig(**SHAPE, sliding_window=None, head_dim=12),
@@ -60,10 +62,10 @@ def make_plain() -> ModelMaker:
 
 @pytest.fixture(scope="session")
 def make_model(make_plain: ModelMaker) -> ModelMaker:
-    """family, settings -> a model with memory layers 1 and 3 and windows of 16 tokens."""
+    """family, settings -> a model with memory layers 1 and 3, windows of 16 tokens, and the paper's method."""
 
     def make(family: str = "llama", seed: int = 0, **settings: Any) -> Any:
-        defaults = {"mem_layers": (1, 3), "local_context": WINDOW, "index": "exact"}
+        defaults = {"mem_layers": (1, 3), "local_context": WINDOW, "index": "exact"} | PAPER
         return fot.attach_memory(make_plain(family, seed), fot.MemoryConfig(**(defaults | settings)))
 
     return make

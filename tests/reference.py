@@ -1,5 +1,6 @@
 """The method written out slowly: one softmax over local and memory keys, nothing fused, nothing merged."""
 
+import math
 from typing import Any
 
 import torch
@@ -39,7 +40,8 @@ def reference_stream(model: Any, ids: Tensor) -> Tensor:
     """Logits (1, T, V) of tokens fed one by one, past the window; (1, T) ids.
 
     What is local is the first ``attention_sinks`` tokens and the newest ones, at places 0, 1, ...; the rest has moved
-    to the memory. Memory layers find the sinks there, too, and not in the window.
+    to the memory. Memory layers find the sinks there, too, and in the window only by what they lack there of their full
+    weight, where a large memory weighs less.
     """
     config, decoder = model.memory_config, model.model
     kept: list[list[tuple[Tensor, Tensor]]] = [[] for _ in decoder.layers]  # by layer and token
@@ -57,12 +59,16 @@ def reference_stream(model: Any, ids: Tensor) -> Tensor:
             q, k, v = _project(layer, layer.input_layernorm(hidden))
             kept[number].append((k, v))
             in_memory = moved if number in config.layers else []
-            places = [place for place, other in enumerate(local) if other not in in_memory]
+            discount = math.log(max(1.0, len(in_memory) / (config.full_weight_tokens or math.inf)))
+            places = [place for place, other in enumerate(local) if discount or other not in in_memory]
+            lacking = math.log(1 - math.exp(-discount)) if discount else 0.0
             mixed = _attend(
                 _turn(model, number, q, [len(local) - 1]),
                 _turn(model, number, torch.cat([kept[number][local[place]][0] for place in places], dim=2), places),
                 torch.cat([kept[number][local[place]][1] for place in places], dim=2),
                 [kept[number][other] for other in in_memory],
+                discount,
+                torch.tensor([lacking if local[place] in in_memory else 0.0 for place in places]),
             )
             hidden = hidden + layer.self_attn.o_proj(mixed.transpose(1, 2).flatten(2))
             hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
@@ -89,13 +95,22 @@ def _turn(model: Any, layer: int, vectors: Tensor, places: list[int]) -> Tensor:
     return apply_rotary_pos_emb(vectors, vectors, cos, sin)[0]
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, memory: list[tuple[Tensor, Tensor]]) -> Tensor:
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    memory: list[tuple[Tensor, Tensor]],
+    discount: float = 0.0,
+    local_bias: Tensor | None = None,
+) -> Tensor:
     T, S = q.shape[2], k.shape[2]  # noqa: N806
+    bias = torch.zeros(S) if local_bias is None else local_bias
     seen = torch.ones(T, S, dtype=torch.bool).tril(S - T)
     for old_k, old_v in memory:
         k, v = torch.cat([old_k, k], dim=2), torch.cat([old_v, v], dim=2)
         seen = torch.cat([torch.ones(T, old_k.shape[2], dtype=torch.bool), seen], dim=1)
+        bias = torch.cat([torch.full((old_k.shape[2],), -discount), bias])
     group = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
-    scores = (q @ k.mT) * q.shape[-1] ** -0.5
+    scores = (q @ k.mT) * q.shape[-1] ** -0.5 + bias
     return scores.masked_fill(~seen, -torch.inf).softmax(-1) @ v

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FAMILIES, SHAPE, WINDOW
+from conftest import FAMILIES, PAPER, SHAPE, WINDOW
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import (
@@ -57,7 +57,7 @@ def plain(name: str) -> Any:
 
 
 def attached(name: str, **settings: Any) -> Any:
-    defaults = {"mem_layers": (1, 3), "local_context": WINDOW, "index": "exact"}
+    defaults = {"mem_layers": (1, 3), "local_context": WINDOW, "index": "exact"} | PAPER
     return fot.attach_memory(plain(name), fot.MemoryConfig(**(defaults | settings)))
 
 

@@ -89,7 +89,7 @@ def test_command(
         texts.append(tmp_path / f"{number}.txt")
         texts[-1].write_text(f"A sentence of text {number} that goes on for a while. " * 6)
     command = ["eval", "perplexity", str(folder), str(texts[0]), str(texts[1]), "--mem-layers", "1,3"]
-    command += ["--local-context", "16", "--json", str(out)]
+    command += ["--local-context", "16", "--window-overlap", "0", "--json", str(out)]
     options = ["--places", "2", "--others", str(texts[2]), "--others-tokens", "32", "--plot", str(plot)]
     assert main([*command, "--memory", "0,32", *options, "--base", str(folder)]) == 0
     model, base = json.loads(out.read_text())["models"]

@@ -1,7 +1,6 @@
 """Loss of held-out text with a memory and without: what inference gives, in the log and for the best weights."""
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,7 @@ def test_losses_are_those_of_a_model_with_memory_attached(
     tmp_path: Path,
 ) -> None:  # fmt: skip
     """Each scored window after ingesting what precedes it, sizes that are whole windows and others."""
-    settings = {"isolated_windows": isolated, "window_overlap": overlap}
+    settings = {"isolated_windows": isolated, "window_overlap": overlap, "full_weight_tokens": 4 * overlap}
     recipe = Recipe(
         tasks=[{"kind": "dictionary"}],
         held_out=[{"path": write_text(tmp_path / "texts", 400)}],

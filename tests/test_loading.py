@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FAMILIES, SHAPE, WINDOW, ModelMaker
+from conftest import FAMILIES, PAPER, SHAPE, WINDOW, ModelMaker
 from reference import reference_logits
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, set_seed
@@ -43,7 +43,7 @@ def attached(config: Any, **settings: Any) -> Any:
     set_seed(0)
     model = AutoModelForCausalLM.from_config(config).eval()
     return fot.attach_memory(
-        model, fot.MemoryConfig(**{"mem_layers": (1, 3), "local_context": WINDOW, "index": "exact"} | settings)
+        model, fot.MemoryConfig(**{"mem_layers": (1, 3), "local_context": WINDOW, "index": "exact"} | PAPER | settings)
     )
 
 

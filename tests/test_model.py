@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import cpu_offload
-from conftest import VOCABULARY, WINDOW, ModelMaker
+from conftest import PAPER, VOCABULARY, WINDOW, ModelMaker
 from peft import LoraConfig, get_peft_model
 from reference import _run, reference_logits, reference_stream
 from transformers import AutoModelForCausalLM, DynamicCache
@@ -122,7 +122,7 @@ def test_weights_kept_elsewhere(
     model = make_plain(family) if hooks_first else make_model(family)
     cpu_offload(model, execution_device=torch.device("cpu"))
     if hooks_first:
-        fot.attach_memory(model, fot.MemoryConfig(mem_layers=(1, 3), local_context=WINDOW, index="exact"))
+        fot.attach_memory(model, fot.MemoryConfig(mem_layers=(1, 3), local_context=WINDOW, index="exact", **PAPER))
     assert model.model.layers[0].mlp.up_proj.weight.device.type == "meta"
     torch.testing.assert_close(model(tokens).logits, expected, **CLOSE)
     assert len(model(tokens, logits_to_keep=1).past_key_values.rows[0].own) == 5 * WINDOW - WINDOW // 2
@@ -131,7 +131,7 @@ def test_weights_kept_elsewhere(
 @torch.no_grad()
 def test_attaching_again_changes_settings(make_model: ModelMaker, ids: Draw) -> None:
     model = make_model("llama", mem_layers=(1, 3))
-    fot.attach_memory(model, fot.MemoryConfig(mem_layers=(2,), local_context=WINDOW, index="exact", **FULL))
+    fot.attach_memory(model, fot.MemoryConfig(mem_layers=(2,), local_context=WINDOW, index="exact", **FULL, **PAPER))
     tokens = ids(3 * WINDOW)
     expected = reference_logits(model, list(tokens.split(WINDOW, dim=1)))
     torch.testing.assert_close(model(tokens).logits[:, -WINDOW:], expected, **CLOSE)
@@ -255,7 +255,17 @@ def test_overflow_moves_the_oldest_tokens(make_model: ModelMaker, ids: Draw) -> 
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("settings", [{}, {"attention_sinks": 1}, {"attention_sinks": 0}, {"overflow_keep": 0}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"attention_sinks": 1},
+        {"attention_sinks": 0},
+        {"overflow_keep": 0},
+        {"full_weight_tokens": 20},
+        {"full_weight_tokens": 20, "attention_sinks": 0},
+    ],
+)
 @pytest.mark.parametrize("mem_positionals", [True, False])
 def test_past_the_window_equals_the_method_written_out(
     settings: dict[str, Any], mem_positionals: bool, family: str, make_model: ModelMaker, ids: Draw
@@ -278,6 +288,22 @@ def test_sinks_change_the_logits(make_model: ModelMaker, ids: Draw) -> None:
         cache = model(tokens[:, :WINDOW]).past_key_values
         found.append(model(tokens[:, WINDOW:], past_key_values=cache).logits)
     assert (found[0] - found[1]).abs().max() > 0.01
+
+
+@torch.no_grad()
+def test_a_large_memory_weighs_as_much_as_a_small_one(make_model: ModelMaker, ids: Draw) -> None:
+    """Every token stored four times weighs as once, and no memory below the limit weighs less."""
+    once, tokens = ids(40, seed=1), ids(10)
+    logits = {}
+    for copies, settings in ((1, {}), (1, {"full_weight_tokens": 40}), (4, {"full_weight_tokens": 40}), (4, {})):
+        model = make_model(isolated_windows=True, **settings)
+        memory = model.new_memory()
+        for _ in range(copies):
+            model.ingest(once, memory)
+        logits[copies, len(settings)] = model(tokens, memory=memory).logits
+    torch.testing.assert_close(logits[1, 1], logits[1, 0], atol=0, rtol=0)
+    torch.testing.assert_close(logits[4, 1], logits[1, 0], **CLOSE)
+    assert (logits[4, 0] - logits[1, 0]).abs().max() > 0.01
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ with those windows in its memory, except that gradients reach their keys and val
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -42,11 +42,13 @@ class Contexts:
         padding: (C, T) bool, True where a candidate's token is padding; None if there is none.
         copies: for each of the R rows, (M,) float32: the chosen row counts as so many of itself, as in a memory that
             held it so often. That is ``log(copies)`` on its scores, and costs nothing. None: 1.
+        full_weight_tokens: tokens, copies counted, from which on contexts weigh no more, as a memory does; 0: never.
     """
 
     rows: Sequence[Tensor]
     padding: Tensor | None = None
     copies: Sequence[Tensor] | None = None
+    full_weight_tokens: int = 0
 
 
 @dataclass
@@ -96,6 +98,7 @@ class Crossbatch:
             candidates = (keys[:0], values[:0])
             contexts = Contexts([torch.empty(0, dtype=torch.int64, device=keys.device)] * len(keys))
         else:
+            contexts = replace(contexts, full_weight_tokens=self.config.full_weight_tokens or 0)
             at_0 = self.rotary.back(layer, keys, torch.arange(keys.shape[2], device=keys.device))
             candidates = (self.gather(at_0), self.gather(values))
         if self.attention_mass is not None:
@@ -356,12 +359,16 @@ def _fold(tensor: Tensor, heads: int) -> Tensor:
 
 def _bias(contexts: Contexts, rows: Tensor, chosen: Tensor, queries: Tensor) -> Tensor | None:
     """What is added to the scores of ``rows`` over their ``chosen`` rows: (r, 1, 1, M * T), or None for nothing."""
-    if contexts.padding is None and contexts.copies is None:
+    if contexts.padding is None and contexts.copies is None and not contexts.full_weight_tokens:
         return None
-    bias = torch.zeros(*chosen.shape, queries.shape[2], dtype=queries.dtype, device=queries.device)
+    bias = torch.zeros(*chosen.shape, queries.shape[2], device=queries.device)
     if contexts.copies is not None:
         copies = torch.stack([contexts.copies[row] for row in rows.tolist()])
-        bias += copies.to(queries.device).log().to(queries.dtype).unsqueeze(-1)
+        bias += copies.to(queries.device).log().unsqueeze(-1)
     if contexts.padding is not None:
         bias.masked_fill_(contexts.padding[chosen], -torch.inf)
-    return bias.flatten(1)[:, None, None]
+    bias = bias.flatten(1)  # (r, M * T)
+    if contexts.full_weight_tokens:  # as ``fot.attention.memory_discount``; exp(bias) is how often a token counts
+        weight = bias.exp().sum(1, keepdim=True) / contexts.full_weight_tokens
+        bias = bias - weight.clamp(min=1).log()
+    return bias.to(queries.dtype)[:, None, None]

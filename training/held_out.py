@@ -110,7 +110,7 @@ def memory_windows(size: int, config: MemoryConfig) -> list[tuple[int, int, int]
     while stored < size:
         stop = min(size, start + config.window)
         windows.append((start, stop, stored))
-        start, stored = stop - config.window_overlap, stop
+        start, stored = stop - config.overlap, stop
     return windows
 
 

@@ -1,10 +1,10 @@
 """``fot eval``."""
 
 import argparse
-import json
 from typing import Any
 
 from fot.commands import evaluate_heads, evaluate_questions
+from fot.commands.evaluate_long import add_few_shot, add_ruler
 from fot.commands.options import (
     about,
     add_memory_options,
@@ -16,13 +16,22 @@ from fot.commands.options import (
     named_path,
     positive,
     positive_list,
+    whole_list,
 )
 
 
 def add(commands: Any) -> None:
     parser = commands.add_parser("eval", help="measure a model", description="Measure a model.")
     kinds = parser.add_subparsers(title="measurements", required=True, metavar="WHAT")
-    for add_kind in (_add_dictionary, _add_needles, _add_perplexity, _add_distraction, _add_layers):
+    for add_kind in (
+        _add_dictionary,
+        _add_needles,
+        add_ruler,
+        add_few_shot,
+        _add_perplexity,
+        _add_distraction,
+        _add_layers,
+    ):
         add_kind(kinds)
     evaluate_heads.add(kinds)
     evaluate_questions.add(kinds)
@@ -74,17 +83,17 @@ def _add_perplexity(kinds: Any) -> None:
     parser = kinds.add_parser(
         "perplexity",
         help="measure the perplexity of texts, within a window or with a memory",
-        description="Measure perplexity within single windows. With --memory, measure the perplexity of the same tokens "
-        "at many places of each text, with more and more of the text before them in memory. Plain attention to as much "
-        "text is shown beside it.",
+        description="Measure perplexity within single windows. With --memory, measure the perplexity of the same "
+        "tokens at many places of each text, with more and more of the text before them in memory. Plain attention to "
+        "as much text is shown beside it.",
     )
     parser.add_argument("model", help="alias, folder, GGUF file or hub id")
     parser.add_argument("files", nargs="+", type=named_path, metavar="FILE", help="UTF-8 text")
     add_memory_options(parser)
     parser.add_argument("--base", metavar="NAME", help="model to compare with, for example the one before training")
     parser.add_argument("--tokens", type=positive, metavar="N",
-                        help="number of tokens to measure within windows, in all texts together (default: 32768)")  # fmt: skip
-    parser.add_argument("--memory", type=_lengths, metavar="N,N,...",
+                        help="number of tokens to measure within windows, in all texts (default: 32768)")  # fmt: skip
+    parser.add_argument("--memory", type=whole_list, metavar="N,N,...",
                         help="tokens of memory, rounded to whole windows, for example 0,512,4096,32768")  # fmt: skip
     parser.add_argument("--places", type=positive, metavar="N",
                         help="with --memory: number of places in each text (default: 30)")  # fmt: skip
@@ -300,14 +309,3 @@ def _eval_layers(args: argparse.Namespace) -> int:
 
 def _names(args: argparse.Namespace) -> list[str]:
     return [str(path) for path in args.files]
-
-
-def _lengths(text: str) -> list[int]:
-    """Numbers of tokens, 0 for none."""
-    try:
-        lengths = json.loads(f"[{text}]")
-    except json.JSONDecodeError:
-        lengths = []
-    if not lengths or any(not isinstance(length, int) or length < 0 for length in lengths):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers of tokens such as 0,2048,8192")
-    return lengths

@@ -23,8 +23,10 @@ def add_memory_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--local-context", type=positive, metavar="N",
                         help="tokens in a local window (default: that of the model, at most 2048)")  # fmt: skip
-    parser.add_argument("--full-weight-tokens", type=positive, metavar="N",
-                        help="tokens from which on a larger memory weighs no more (default: that of the model)")  # fmt: skip
+    parser.add_argument("--window-overlap", type=whole, metavar="N",
+                        help="tokens that a window repeats of the one before (default: that of the model)")  # fmt: skip
+    parser.add_argument("--full-weight-tokens", type=whole, metavar="N",
+                        help="tokens from which on a memory weighs no more, or 0 (default: the model's)")  # fmt: skip
     parser.add_argument(
         "--index",
         metavar="NAME",
@@ -107,7 +109,7 @@ def add_outcome_options(parser: argparse.ArgumentParser, *, seed: str, result: s
 
 def memory_settings(args: argparse.Namespace) -> dict[str, Any]:
     """Options that were given, as settings of ``MemoryConfig``."""
-    names = ("mem_layers", "local_context", "full_weight_tokens", "index", "top_k")
+    names = ("mem_layers", "local_context", "window_overlap", "full_weight_tokens", "index", "top_k")
     return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
 
 
@@ -192,6 +194,19 @@ def above_zero(text: str) -> float:
 
 def positive_list(text: str) -> list[int]:
     return [positive(part) for part in text.split(",")]
+
+
+def whole(text: str) -> int:
+    if not re.fullmatch(r"\s*\d+\s*", text, re.ASCII):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 0")
+    return int(text)
+
+
+def whole_list(text: str) -> list[int]:
+    """Numbers of tokens, 0 for none."""
+    if not re.fullmatch(r"\s*\d+\s*(,\s*\d+\s*)*", text, re.ASCII):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers of tokens such as 0,2048,8192")
+    return [int(part) for part in text.split(",")]
 
 
 def integers(text: str) -> list[int]:

@@ -78,7 +78,7 @@ def add_document(
         return 0
     memory.notes[name] = DocumentNote(digest, complete=False)
     bar = progress if progress is not None else tqdm(disable=True)
-    context = min(stored, model.memory_config.window_overlap)  # read once more, not stored again
+    context = min(stored, model.memory_config.overlap)  # read once more, not stored again
     pieces = _rest(text_pieces(io.StringIO(text, newline=""), len(text.encode()), model.tokenizer), stored - context)
     first, read = next(pieces, None), 0
     try:

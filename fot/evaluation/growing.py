@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fot.loss import token_losses
 from fot.families import head
+from fot.loss import token_losses
 from fot.windows import Inputs, store_isolated
 from memory import Memory
 
@@ -46,7 +46,7 @@ class Shelf:
     def __init__(self, model: Any, ids: Sequence[int], progress: Any = None) -> None:
         self._model, self._ids, self._progress = model, torch.tensor(ids, dtype=torch.int64), progress
         config = model.memory_config
-        self.window, self.overlap = config.window, config.window_overlap
+        self.window, self.overlap = config.window, config.overlap
         self.step = self.window - self.overlap
         self._read: dict[int, int] = {}  # window -> where its first token is in what was read
         self._all = model.new_memory(index="exact", top_k=None)
@@ -266,7 +266,13 @@ def _joint(texts: Sequence[Sequence[dict[str, Any]]]) -> list[dict[str, Any]]:
 
 
 def _expect(
-    progress: Any, model: Any, spots: Sequence[Sequence[Place]], sizes: Sequence[int], most: int, others: int, tokens: int
+    progress: Any,
+    model: Any,
+    spots: Sequence[Sequence[Place]],
+    sizes: Sequence[int],
+    most: int,
+    others: int,
+    tokens: int,
 ) -> None:
     if progress is None:
         return

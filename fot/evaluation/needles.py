@@ -16,6 +16,7 @@ import torch
 from fot.compat import CACHE
 from fot.evaluation.answers import greedy_answer
 from fot.model import attach_memory, detach_memory
+from fot.tasks.haystack import bos, encode, hide
 from memory import Memory
 
 
@@ -164,23 +165,8 @@ def make_haystack(
     """
     needles = draw_needles(rng, count)
     rng.shuffle(needles)
-    pieces = [_encode(tokenizer, f"\n{needle.statement}\n") for needle in needles]
-    ids = _bos(tokenizer)
-    room = length - len(ids) - sum(map(len, pieces))
-    if room < 0:
-        raise ValueError(
-            f"{count} needles do not fit in {length} tokens: they need {length - room} tokens without any other text"
-        )
-    text = [token for some in texts for token in some]
-    start = rng.randrange(len(text))
-    text = (text[start:] + text * (room // len(text) + 1))[:room]
-    cuts = sorted(rng.randint(0, room) for _ in pieces)
-    depths = []
-    for before, cut, piece in zip([0, *cuts], cuts, pieces, strict=False):
-        ids += text[before:cut]
-        depths.append(len(ids) / length)
-        ids += piece
-    return Haystack(ids + text[cuts[-1] if cuts else 0 :], needles, depths)
+    found = hide(tokenizer, texts, [needle.statement for needle in needles], length, rng)
+    return Haystack(found.ids, needles, found.depths)
 
 
 @torch.no_grad()
@@ -246,7 +232,7 @@ def ask(model: Any, needle: Needle, depth: float, memory: Memory, chat: bool = F
     prompt, target = question_ids(model.tokenizer, needle, chat)
     asked, most, marks = prompt, len(target) + 1, _begins_with  # one token more shows whether a word or number goes on
     if chat:
-        asked, most, marks = _encode(model.tokenizer, _chat_prompt(model.tokenizer, needle)), CHAT_TOKENS, _holds
+        asked, most, marks = encode(model.tokenizer, _chat_prompt(model.tokenizer, needle)), CHAT_TOKENS, _holds
     text, plain = (greedy_answer(model, asked, most, **given) for given in ({"memory": memory}, {}))
     without = {
         "correct": float(marks(plain, needle.answer)),
@@ -280,7 +266,7 @@ def _read_whole(model: Any, haystack: Haystack, chat: bool = False) -> Callable[
 
     def marks(needle: Needle) -> dict[str, float]:
         prompt, target = question_ids(model.tokenizer, needle, chat)
-        prompt = prompt[0 if chat else len(_bos(model.tokenizer)) :]  # the text goes on
+        prompt = prompt[0 if chat else len(bos(model.tokenizer)) :]  # the text goes on
         ids = torch.tensor([prompt + target[:-1]], device=model.device)
         plain: Any = detach_memory(model)
         logits = plain(ids, logits_to_keep=len(target), **{CACHE: copy.deepcopy(cache)}).logits[0]
@@ -293,12 +279,12 @@ def _read_whole(model: Any, haystack: Haystack, chat: bool = False) -> Callable[
 
 def question_ids(tokenizer: Any, needle: Needle, chat: bool = False) -> tuple[list[int], list[int]]:
     """Token ids of the question with the sentence up to the answer, and of the answer."""
-    bos = [] if chat else _bos(tokenizer)
+    first = [] if chat else bos(tokenizer)
     text = _chat_prompt(tokenizer, needle) + needle.stem if chat else f"\n{needle.question}"
-    prompt, whole = bos + _encode(tokenizer, text), bos + _encode(tokenizer, f"{text} {needle.answer}")
+    prompt, whole = first + encode(tokenizer, text), first + encode(tokenizer, f"{text} {needle.answer}")
     if whole[: len(prompt)] == prompt:
         return prompt, whole[len(prompt) :]
-    return prompt, _encode(tokenizer, f" {needle.answer}")  # a tokenizer that joins them
+    return prompt, encode(tokenizer, f" {needle.answer}")  # a tokenizer that joins them
 
 
 def _chat_prompt(tokenizer: Any, needle: Needle) -> str:
@@ -348,14 +334,6 @@ def _shares(answers: Sequence[Answer]) -> dict[str, Any]:
 
 def _mean(marks: Sequence[dict[str, float]]) -> dict[str, float]:
     return {name: sum(mark[name] for mark in marks) / len(marks) for name in ("correct", "tokens_right")}
-
-
-def _encode(tokenizer: Any, text: str) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=False).input_ids)
-
-
-def _bos(tokenizer: Any) -> list[int]:
-    return [tokenizer.bos_token_id] if getattr(tokenizer, "add_bos_token", False) else []
 
 
 def _sandwich(rng: random.Random) -> Needle:

@@ -131,7 +131,7 @@ def answer_from_memory(model: Any, prompt: Prompt, progress: Any = False, beginn
     stored = len(prompt.ids) - model.memory_config.local_length(len(prompt.ids))
     memory, done, read = model.new_memory(), 0, 0
     if beginning is not None:
-        window, new = model.memory_config.window, model.memory_config.window - model.memory_config.window_overlap
+        window, new = model.memory_config.window, model.memory_config.window - model.memory_config.overlap
         common = min(prompt.common, stored)
         read = beginning.tokens
         beginning.tokens = max(read, window + (common - window) // new * new if common >= window else 0)
@@ -152,7 +152,7 @@ def answer_from_memory(model: Any, prompt: Prompt, progress: Any = False, beginn
 
 def _read(model: Any, ids: list[int], memory: Memory, done: int, progress: Any) -> None:
     """Go on reading into a memory that holds the first ``done`` tokens, whole windows."""
-    context = min(done, model.memory_config.window_overlap)
+    context = min(done, model.memory_config.overlap)
     if len(ids) > done:
         ingest_pieces(model, id_pieces(model, ids[done - context :]), memory, None, progress, stored=context)
 

@@ -150,6 +150,37 @@ def heads_table(result: dict[str, Any], count: int) -> str:
     return f"{_render(table)}\nretrieval_heads={[list(pair) for pair in result['retrieval_heads']]}"
 
 
+def ruler_table(result: dict[str, Any]) -> str:
+    """Questions about long texts: a row a task and length, a column a condition."""
+    title = f"long texts, {result['model']} ({result['dtype']}), seed {result['seed']}: share of what was expected"
+    table = Table(box=box.SIMPLE_HEAD, title=title)
+    for name in ("task", "tokens", "trials", "memory", "wholly right (95 %)", "in one context", "without the text"):
+        table.add_column(name, justify="left" if name == "task" else "right")
+    for entry in result["results"]:
+        memory, others = entry["memory"], (entry["in_context"], entry["without"])
+        cells = [_number(other and other["score"], "{:.0%}") for other in others]
+        table.add_row(entry["task"], f"{entry['length']:,}", str(len(entry["trials"])), f"{memory['score']:.0%}",
+                      _share_with_interval(memory["whole"], memory["interval"]), *cells)  # fmt: skip
+    return _render(table) + _note(result)
+
+
+def few_shot_table(result: dict[str, Any]) -> str:
+    """Share of right labels, a row a number of examples."""
+    table = Table(box=box.SIMPLE_HEAD, title=f"labels, {result['model']} ({result['dtype']}), seed {result['seed']}")
+    for name in ("examples", "tokens", "questions", "right, from memory (95 %)", "in one context (95 %)"):
+        table.add_column(name, justify="right")
+    for entry in result["results"]:
+        cells = [one and _share_with_interval(one["accuracy"], one["interval"])
+                 for one in (entry["memory"], entry["in_context"])]  # fmt: skip
+        table.add_row(f"{entry['examples']:,}", f"{entry['length']:,}", str(entry["memory"]["trials"]),
+                      *(cell or "-" for cell in cells))  # fmt: skip
+    return _render(table) + _note(result)
+
+
+def _share_with_interval(share: float, interval: tuple[float, float]) -> str:
+    return f"{share:.0%} ({interval[0]:.0%}-{interval[1]:.0%})"
+
+
 def layers_table(result: dict[str, Any]) -> str:
     """The best sets of memory layers, one a row."""
     table = Table(box=box.SIMPLE_HEAD, title=f"memory layers, {result['model']} ({result['dtype']})")
