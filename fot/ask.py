@@ -132,8 +132,14 @@ class Conversation:
         self._cache = self._new_cache()
         self._ids: list[int] = []
         self._told: list[int] = []  # without a template: what later prompts begin with, without passages read again
-        self._finder = None if memory is None else Finder(model, memory, self._turn_ids)
+        self._finder = None if memory is None else Finder(model, memory, self._first_turn_ids)
         self._earlier: list[_State] = []  # before the last answer, as far as a template may change it
+
+    def anew(self) -> "Conversation":
+        """A conversation that has not begun, with the same model and memory; what was learnt of the memory is shared."""
+        other = Conversation(self.model, self.memory, use_chat_template=self._templated)
+        other._finder = self._finder
+        return other
 
     @torch.no_grad()
     def say(
@@ -248,11 +254,17 @@ class Conversation:
             )
 
     def _turn_ids(self, content: str) -> list[int]:
-        """The ids of one turn of the user."""
+        """The ids of one more turn of the user."""
+        if self._templated or not self._told:
+            return self._first_turn_ids(content)
+        question = PLAIN_TURN.format(question=content.strip())
+        return list(self.model.tokenizer(question, add_special_tokens=False).input_ids)
+
+    def _first_turn_ids(self, content: str) -> list[int]:
+        """The ids of a conversation that begins with this turn."""
         if self._templated:
             return prompt_ids(self.model.tokenizer, [{"role": "user", "content": content}])
-        question = PLAIN_TURN.format(question=content.strip())
-        return list(self.model.tokenizer(question, add_special_tokens=not self._told).input_ids)
+        return list(self.model.tokenizer(PLAIN_TURN.format(question=content.strip())).input_ids)
 
     def _prompt(self, content: str) -> list[int]:
         """The ids of the conversation with one more turn of the user, up to where the model is to answer."""

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ModelMaker
 from transformers import PreTrainedTokenizerFast
+from wide import make_wide
 
 from fot import FoTForCausalLM
 from fot.cli import main
@@ -18,11 +18,8 @@ TEXT = "It was a dark evening in the old town, and nobody would have gone out wi
 
 
 @pytest.fixture
-def model(make_model: ModelMaker, tokenizer: PreTrainedTokenizerFast) -> Any:
-    model = make_model(local_context=128)
-    model.config.max_position_embeddings = 512
-    model.tokenizer = tokenizer
-    return model
+def model(tokenizer: PreTrainedTokenizerFast) -> Any:
+    return make_wide(tokenizer, 128)
 
 
 def test_each_head_is_judged_by_its_own_ranking(model: Any) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from conftest import ModelMaker
 from transformers import PreTrainedTokenizerFast
+from wide import make_wide
 
 from fot.cli import main
 from fot.evaluation import questions
@@ -95,11 +96,8 @@ def test_wilson_of_nothing() -> None:
 
 
 @pytest.fixture
-def model(make_model: ModelMaker, tokenizer: PreTrainedTokenizerFast) -> Any:
-    model = make_model(local_context=WINDOW)
-    model.config.max_position_embeddings = 1024
-    model.tokenizer = tokenizer
-    return model
+def model(tokenizer: PreTrainedTokenizerFast) -> Any:
+    return make_wide(tokenizer, WINDOW)
 
 
 @pytest.fixture

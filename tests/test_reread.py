@@ -1,15 +1,14 @@
 """Passages that are read again: what the model reads, what later turns see, and that loops are held off."""
 
-import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import ModelMaker
 from test_ask import TEMPLATE
 from test_chat import assert_same, failing, state_of
 from transformers import PreTrainedTokenizerFast
+from wide import make_wide
 
 from fot.ask import ANSWER_ROOM, Conversation, ask
 from fot.cli import main
@@ -22,11 +21,8 @@ QUESTION = "Who is the vicar of Highbury?"
 
 
 @pytest.fixture
-def model(make_model: ModelMaker, tokenizer: PreTrainedTokenizerFast) -> Any:
-    made = make_model(local_context=WINDOW)
-    made.config.max_position_embeddings = 4096
-    made.tokenizer = copy.deepcopy(tokenizer)
-    return made
+def model(tokenizer: PreTrainedTokenizerFast) -> Any:
+    return make_wide(tokenizer, WINDOW)
 
 
 @pytest.fixture(params=[False, True], ids=["plain", "template"])
@@ -131,9 +127,8 @@ def test_a_failed_turn_changes_nothing(model: Any, memory: Any, templated: bool)
     assert chat.say("So?", max_new_tokens=4).text == other.say("So?", max_new_tokens=4).text
 
 
-def test_no_room(make_model: ModelMaker, tokenizer: PreTrainedTokenizerFast) -> None:
-    model = make_model(local_context=64)
-    model.tokenizer = tokenizer
+def test_no_room(tokenizer: PreTrainedTokenizerFast) -> None:
+    model = make_wide(tokenizer, 64)
     memory = model.new_memory()
     model.ingest(TEXT, memory, "book.txt")
     assert ask(model, memory, "Who?", max_new_tokens=4).read_again == 0

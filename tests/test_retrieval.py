@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import ModelMaker
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
+from wide import make_wide
 
 from fot import MemoryConfig, attach_memory
 from fot.retrieval import attention
@@ -74,10 +74,8 @@ def test_passages_end_where_a_reader_would_cut(tokenizer: PreTrainedTokenizerFas
 
 
 @pytest.fixture
-def model(make_model: ModelMaker, tokenizer: PreTrainedTokenizerFast) -> Any:
-    model = make_model(local_context=WINDOW)
-    model.tokenizer = tokenizer
-    return model
+def model(tokenizer: PreTrainedTokenizerFast) -> Any:
+    return make_wide(tokenizer, WINDOW)
 
 
 @pytest.fixture
@@ -93,13 +91,13 @@ def asked(model: Any) -> Any:
 
 
 def test_masses_are_those_of_one_softmax(
-    make_model: ModelMaker, family: str, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+    family: str, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Against all scores at once in float64, in steps of a few keys."""
     monkeypatch.setattr(attention, "STEP_NUMBERS", 1000)
-    model = make_model(family, local_context=WINDOW)
+    model = make_wide(tokenizer, WINDOW, family)
     memory = model.new_memory()
-    model.ingest(torch.tensor(tokenizer(FILLER * 5).input_ids), memory)
+    model.ingest(FILLER * 5, memory)
     ids = tokenizer("Who is it?").input_ids
     found = question_queries(model, memory, ids, range(2, 7))
     assert sorted(found) == [1, 3]

@@ -10,13 +10,12 @@ import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from difflib import SequenceMatcher
-from functools import partial
 from importlib.resources import files
 from typing import Any
 
 import torch
 
-from fot.ask import Answer, Conversation
+from fot.ask import Conversation
 from fot.evaluation.intervals import wilson
 from fot.retrieval.passages import cut, passage_texts
 from fot.retrieval.prompt import with_passages
@@ -141,9 +140,10 @@ def run(
     interrupted = False
     try:
         for book, memory in memories.items():
+            asker = _Asker(model, book, memory, num_passages, max_new_tokens)
             for question in load_questions(book):
                 for row in rows:
-                    results.append(_answer(model, book, memory, question, row, num_passages, max_new_tokens))
+                    results.append(asker.answer(question, row))
                     report(results[-1])
                     if progress is not None:
                         progress.update()
@@ -157,32 +157,43 @@ def run(
     }
 
 
-def _answer(
-    model: Any, book: str, memory: Memory, question: Question, row: str, num_passages: int, max_new_tokens: int
-) -> Result:
-    text = question.question
-    if row == CEILING:
-        text = with_passages(text, [(book, right_passage(model.tokenizer, memory, question))])
-    chat = Conversation(model, memory if row in READING else None)
-    say = partial(chat.say, text, max_new_tokens=max_new_tokens, num_passages=num_passages)
-    answer: Answer = say(reread=READING.get(row, "off"))
-    passages = answer.passages if row in READING else []
-    listed = next((place for place, one in enumerate(passages, 1) if holds(one.text, question.quotes)), None)
-    shown = [{"document": one.document, "share": one.share, "text": one.text} for one in passages]
-    correct = is_right(answer.text, question.answers)
-    return Result(book, row, question.question, answer.text, correct, listed, shown)
+class _Asker:
+    """Asks about one book, each question in a conversation of its own."""
+
+    def __init__(self, model: Any, book: str, memory: Memory, num_passages: int, max_new_tokens: int) -> None:
+        self._book = book
+        self._options: dict[str, Any] = {"num_passages": num_passages, "max_new_tokens": max_new_tokens}
+        self._with, self._without = Conversation(model, memory), Conversation(model, None)
+        self._texts = passage_texts(memory, model.tokenizer, cut(memory, model.tokenizer))
+
+    def answer(self, question: Question, row: str) -> Result:
+        text = question.question
+        if row == CEILING:
+            text = with_passages(text, [(self._book, right_passage(self._texts, question.quotes))])
+        chat = (self._with if row in READING else self._without).anew()
+        said = chat.say(text, reread=READING.get(row, "off"), **self._options)
+        passages = said.passages if row in READING else []
+        listed = next((place for place, one in enumerate(passages, 1) if holds(one.text, question.quotes)), None)
+        shown = [{"document": one.document, "share": one.share, "text": one.text} for one in passages]
+        correct = is_right(said.text, question.answers)
+        return Result(self._book, row, question.question, said.text, correct, listed, shown)
 
 
-def right_passage(tokenizer: Any, memory: Memory, question: Question) -> str:
-    """The first passage of a memory that holds the answer, as it would be read again.
+def right_passage(texts: Sequence[str], quotes: Sequence[str]) -> str:
+    """The first text that holds a whole quote, else the first that holds most of one.
 
     Raises:
-        ValueError: none does; it is the memory of another text.
+        ValueError: none does; these are the passages of another book.
     """
-    for text in passage_texts(memory, tokenizer, cut(memory, tokenizer)):
-        if holds(text, question.quotes):
+    whole = [normalised(quote) for quote in quotes]
+    for text in texts:
+        said = normalised(text)
+        if any(quote in said for quote in whole):
             return text
-    raise ValueError(f"no passage holds {question.quotes[0]!r}: give the memory of the book that is asked about")
+    for text in texts:
+        if holds(text, quotes):
+            return text
+    raise ValueError(f"no passage holds {quotes[0]!r}: give the memory of the book that is asked about")
 
 
 def _summary(row: str, results: Sequence[Result]) -> dict[str, Any]:
