@@ -21,6 +21,7 @@ from fot.chat import Message, has_template, lasting, prompt_ids, starts_with
 from fot.compat import CACHE
 from fot.greedy import end_tokens, one_greedy_answer, without_repetition
 from fot.retrieval.find import WAYS, Finder
+from fot.retrieval.passages import SHORTEST
 from fot.retrieval.prompt import with_passages
 from fot.trace import Passage, record
 from memory import Memory
@@ -229,14 +230,17 @@ class Conversation:
         """
         if self._finder is None or reread == "off":
             return None, text
-        passages = self._finder.find(text, max(count, MOST_READ), BEST_WAY if reread == "auto" else reread)
-        sources = [(passage.document, self._finder.text(passage)) for passage in passages[:MOST_READ]]
         window, room = self.model.memory_config.window, min(max_new_tokens, ANSWER_ROOM)
-        for number in range(len(sources), 0, -1):
-            content = with_passages(text, sources[:number])
-            if len(self._turn_ids(content)) + room <= window:
-                return (passages[: max(count, number)], number), content
-        if sources and reread != "auto":
+        sources: list[tuple[str, str]] = []
+        # Where not even a short passage fits, none is looked for.
+        if len(self._turn_ids(with_passages(text, [("", "")]))) + SHORTEST + room <= window:
+            passages = self._finder.find(text, max(count, MOST_READ), BEST_WAY if reread == "auto" else reread)
+            sources = [(passage.document, self._finder.text(passage)) for passage in passages[:MOST_READ]]
+            for number in range(len(sources), 0, -1):
+                content = with_passages(text, sources[:number])
+                if len(self._turn_ids(content)) + room <= window:
+                    return (passages[: max(count, number)], number), content
+        if self.memory and len(self.memory) and reread != "auto":
             raise ValueError(
                 f"no passage fits the window of {window} tokens beside the question and an answer of {room}: shorten "
                 "the question, or choose reread='off' (--reread off)"

@@ -105,8 +105,8 @@ def holds(text: str, quotes: Sequence[str]) -> bool:
 
 def normalised(text: str) -> str:
     """Words in lower case, one space between them; without the mark of the genitive."""
-    plain = unicodedata.normalize("NFKC", text).casefold().replace("\u2019", "'")
-    return " ".join(re.findall(r"[^\W_]+", re.sub(r"'s?\b|'", "", plain)))
+    plain = unicodedata.normalize("NFKC", text).casefold().replace("\u2019", "'").replace("_", " ")
+    return " ".join(re.findall(r"\w+", re.sub(r"'s?\b|'", "", plain)))
 
 
 @torch.no_grad()

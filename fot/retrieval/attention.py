@@ -41,7 +41,7 @@ class QueryRecorder:
 
     def note(self, layer: int, queries: Tensor, lses: list[Tensor], local: Any, scale: float) -> None:
         """Called by the attention of each memory layer, with queries (1, H, T, D)."""
-        self.found[layer] = Queries(queries[0, :, list(self._tokens)].detach().float(), scale)
+        self.found[layer] = Queries(queries[0, :, self._tokens.start : self._tokens.stop].detach().float(), scale)
 
     def settle(self) -> None:
         """Nothing is searched for here."""
