@@ -137,7 +137,7 @@ class Conversation:
         self._earlier: list[_State] = []  # before the last answer, as far as a template may change it
 
     def anew(self) -> "Conversation":
-        """A conversation that has not begun, with the same model and memory; what was learnt of the memory is shared."""
+        """A conversation that has not begun, with the same model and memory; what is known of that is shared."""
         other = Conversation(self.model, self.memory, use_chat_template=self._templated)
         other._finder = self._finder
         return other
