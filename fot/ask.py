@@ -9,6 +9,7 @@ print(answer.passages[0].text, answer.passages[0].share)
 
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,10 @@ from transformers import TextStreamer
 from fot.cache import Checkpoint, FoTCache
 from fot.chat import Message, has_template, lasting, prompt_ids, starts_with
 from fot.compat import CACHE
-from fot.greedy import end_tokens, one_greedy_answer
+from fot.greedy import end_tokens, one_greedy_answer, without_repetition
+from fot.retrieval.find import WAYS, Finder
+from fot.retrieval.passages import SHORTEST
+from fot.retrieval.prompt import with_passages
 from fot.trace import Passage, record
 from memory import Memory
 
@@ -28,6 +32,13 @@ OnText = Callable[[str], None]
 PLAIN_TURN = "\nQuestion: {question}\nAnswer:"
 PLAIN_STOP = "\n"
 
+# Ways to read passages again before an answer. ``auto`` is the best by docs/results.md, where a passage fits.
+REREAD = ("auto", *WAYS, "off")
+BEST_WAY = "both"
+# Passages read again, at most, and the tokens of the window that stay free for the answer, at most.
+MOST_READ = 3
+ANSWER_ROOM = 64
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -35,7 +46,9 @@ class Answer:
 
     Attributes:
         text: the answer.
-        passages: the passages that received the most attention mass during the answer, in descending order.
+        passages: what the answer was read from, best first. If passages were read again, these come first; the others
+            were found by the same ranking. Otherwise the passages that received most attention during the answer.
+        read_again: how many of ``passages`` stood in front of the question.
         prompt_tokens: number of tokens in this turn's prompt.
         answer_tokens: number of tokens generated.
         first_token_seconds: time from the question to the first token.
@@ -44,6 +57,7 @@ class Answer:
 
     text: str
     passages: list[Passage]
+    read_again: int
     prompt_tokens: int
     answer_tokens: int
     first_token_seconds: float
@@ -93,6 +107,8 @@ class Conversation:
     or written before. If the template changes earlier turns (it may trim them or remove their reasoning), the model
     reads again from the first change. A turn that ends with an exception does not change the conversation.
 
+    Passages that are read again stand in front of the question for one turn only; later turns find their own.
+
     Args:
         model: a ``FoTForCausalLM`` with its tokenizer.
         memory: is read and never changed; None for a conversation without one.
@@ -116,7 +132,15 @@ class Conversation:
         self._templated = has_template(model.tokenizer) if use_chat_template is None else use_chat_template
         self._cache = self._new_cache()
         self._ids: list[int] = []
+        self._told: list[int] = []  # without a template: what later prompts begin with, without passages read again
+        self._finder = None if memory is None else Finder(model, memory, self._first_turn_ids)
         self._earlier: list[_State] = []  # before the last answer, as far as a template may change it
+
+    def anew(self) -> "Conversation":
+        """A conversation that has not begun, with the same model and memory; what is known of that is shared."""
+        other = Conversation(self.model, self.memory, use_chat_template=self._templated)
+        other._finder = self._finder
+        return other
 
     @torch.no_grad()
     def say(
@@ -125,6 +149,7 @@ class Conversation:
         *,
         max_new_tokens: int = 128,
         num_passages: int = 5,
+        reread: str = "auto",
         on_text: OnText | None = None,
         stop: Callable[[], bool] = lambda: False,
     ) -> Answer:
@@ -133,66 +158,135 @@ class Conversation:
         Args:
             text: what the user says.
             max_new_tokens: most tokens in the answer.
-            num_passages: number of passages in the answer's list.
+            num_passages: number of passages in the answer's list; those that are read again are in it in any case.
+            reread: whether the passages that the question is about are read again, in front of the question: found by
+                ``attention``, by ``bm25`` (the words of the question), or by ``both``; ``off``: they are not. ``auto``
+                takes both, if a passage, question and answer fit the window together.
             on_text: called with each piece of the answer as soon as it is generated.
             stop: called after each token; the answer ends if it returns True. The conversation can continue.
 
         Raises:
-            ValueError: The turn is empty or longer than the window.
+            ValueError: The turn is empty or longer than the window, or ``reread`` is none of ``REREAD``.
         """
         start = time.perf_counter()
+        if reread not in REREAD:
+            raise ValueError(f"reread is {reread!r}; choose one of {', '.join(REREAD)}")
+        self._check_length(text)
+        found, content = self._find(text, num_passages, max_new_tokens, reread)
         messages = [*self.messages, {"role": "user", "content": text}]
-        ids = self._turn(text, messages)
-        before, earlier, told = self._state(self._ids), self._earlier, len(self.messages)
+        ids = self._prompt(content)
+        before, earlier, told = self._state(self._ids), self._earlier, (len(self.messages), self._told)
         try:
             self._rewind(ids)
             read = self._cache.seen
             states = self._read_ahead(ids, messages)
             streamer = _Streamer(self.model.tokenizer, on_text, lambda: states.append(self._state(ids)))
-            with record(self.model) as recorder:
+            with record(self.model) if found is None else nullcontext() as recorder:
                 output = self._generate(ids, max_new_tokens, streamer, stop)
-            passages = recorder.passages(num_passages)
+            if found is not None:
+                passages = found[0]
+            else:
+                assert recorder is not None
+                passages = recorder.passages(num_passages)
             answered = output[len(ids) :]
             answer = self.model.tokenizer.decode(answered, skip_special_tokens=True)
-            self._ids, self._earlier = output, states[:1] if self._templated else []
+            self._ids, self._earlier = output, states[:1] if self._templated or found else []
+            if not self._templated:
+                self._told = [*self._told, *self._turn_ids(text), *answered]
             self.messages += [messages[-1], {"role": "assistant", "content": answer}]
         except BaseException:  # Ctrl-C, too: after half a turn the next answer would be another
             self._return_to(before)
             self._earlier = earlier
-            del self.messages[told:]
+            del self.messages[told[0] :]
+            self._told = told[1]
             raise
         done = time.perf_counter()
         return Answer(
             answer.strip(),
             passages,
+            found[1] if found else 0,
             len(ids) - read,
             len(answered),
             (streamer.first_token or done) - start,
             done - start,
         )
 
-    def _turn(self, text: str, messages: list[Message]) -> list[int]:
-        """The ids of the conversation with this turn, up to where the model is to answer."""
+    def find(self, question: str, count: int = 5, by: str = BEST_WAY) -> list[Passage]:
+        """The passages of the memory that a question is about, best first; nothing is asked.
+
+        Args:
+            question: must be shorter than the local window.
+            count: passages wanted.
+            by: ``attention``, ``bm25`` or ``both``.
+
+        Raises:
+            ValueError: another way, or the question is empty or longer than the window.
+        """
+        self._check_length(question)
+        return [] if self._finder is None else self._finder.find(question, count, by)
+
+    def _find(
+        self, text: str, count: int, max_new_tokens: int, reread: str
+    ) -> tuple[tuple[list[Passage], int] | None, str]:
+        """The passages that a question is about and how many are to be read again; and the turn with those.
+
+        None, and the question alone, if nothing is to be read again.
+        """
+        if self._finder is None or reread == "off":
+            return None, text
+        window, room = self.model.memory_config.window, min(max_new_tokens, ANSWER_ROOM)
+        sources: list[tuple[str, str]] = []
+        # Where not even a short passage fits, none is looked for.
+        if len(self._turn_ids(with_passages(text, [("", "")]))) + SHORTEST + room <= window:
+            passages = self._finder.find(text, max(count, MOST_READ), BEST_WAY if reread == "auto" else reread)
+            sources = [(passage.document, self._finder.text(passage)) for passage in passages[:MOST_READ]]
+            for number in range(len(sources), 0, -1):
+                content = with_passages(text, sources[:number])
+                if len(self._turn_ids(content)) + room <= window:
+                    return (passages[: max(count, number)], number), content
+        if self.memory and len(self.memory) and reread != "auto":
+            raise ValueError(
+                f"no passage fits the window of {window} tokens beside the question and an answer of {room}: shorten "
+                "the question, or choose reread='off' (--reread off)"
+            )
+        return None, text
+
+    def _check_length(self, text: str) -> None:
         if not text.strip():
             raise ValueError("the question is empty: ask something")
-        tokenizer = self.model.tokenizer
-        if self._templated:
-            ids, alone = prompt_ids(tokenizer, messages), prompt_ids(tokenizer, messages[-1:])
-        else:
-            question = PLAIN_TURN.format(question=text.strip())
-            alone = tokenizer(question, add_special_tokens=not self._ids).input_ids
-            ids = self._ids + alone
-        window = self.model.memory_config.window
-        if len(alone) > window:
+        length, window = len(self._turn_ids(text)), self.model.memory_config.window
+        if length > window:
             raise ValueError(
-                f"the question has {len(alone)} tokens, but the window has {window}: shorten it, or put its text "
+                f"the question has {length} tokens, but the window has {window}: shorten it, or put its text "
                 "into a memory with fot memory build and ask about that"
             )
-        return ids
+
+    def _turn_ids(self, content: str) -> list[int]:
+        """The ids of one more turn of the user."""
+        if self._templated or not self._told:
+            return self._first_turn_ids(content)
+        question = PLAIN_TURN.format(question=content.strip())
+        return list(self.model.tokenizer(question, add_special_tokens=False).input_ids)
+
+    def _first_turn_ids(self, content: str) -> list[int]:
+        """The ids of a conversation that begins with this turn."""
+        if self._templated:
+            return prompt_ids(self.model.tokenizer, [{"role": "user", "content": content}])
+        return list(self.model.tokenizer(PLAIN_TURN.format(question=content.strip())).input_ids)
+
+    def _prompt(self, content: str) -> list[int]:
+        """The ids of the conversation with one more turn of the user, up to where the model is to answer."""
+        if self._templated:
+            return prompt_ids(self.model.tokenizer, [*self.messages, {"role": "user", "content": content}])
+        return self._told + self._turn_ids(content)
 
     def _read_ahead(self, ids: list[int], messages: list[Message]) -> list[_State]:
         """Where the prompt ends in what later prompts lack, read up to there: the state then, else nothing."""
-        kept = lasting(self.model.tokenizer, messages, ids) if self._templated else len(ids)
+        if self._templated:
+            kept = lasting(self.model.tokenizer, messages, ids)
+        else:
+            later = self._told + self._turn_ids(messages[-1]["content"])
+            kept = len(ids) if later == ids else len(self._told)
         if kept == len(ids):
             return []
         new = ids[self._cache.seen : kept]
@@ -217,6 +311,7 @@ class Conversation:
             eos_token_id=end_tokens(model) or None,
             stop_strings=stops or None,
             **one_greedy_answer(model),
+            **without_repetition(model, len(ids)),
             **{CACHE: self._cache},
         )
         return output[0].tolist()

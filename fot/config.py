@@ -39,6 +39,8 @@ class MemoryConfig:
             tokens is lowered by the factor full_weight_tokens / n. Most of a large memory is of no use to a token, and
             this keeps it from drowning the rest. None takes four windows. 0 never lowers it, as in LongLLaMA and the
             paper.
+        retrieval_heads: (layer, head) of the query heads whose attention finds the passages that a question is about;
+            ``fot eval heads`` chooses them. None takes all heads of the memory layers.
         mem_positionals: whether memory layers use rotary positions. LongLLaMA uses them; the paper's small models do
             not.
         key_dtype: dtype in which keys are stored: float32, bfloat16, float16 or int8. None takes the model's dtype.
@@ -62,6 +64,7 @@ class MemoryConfig:
     overflow_keep: int | None = None
     attention_sinks: int = 4
     full_weight_tokens: int | None = None
+    retrieval_heads: tuple[tuple[int, int], ...] | None = None
     mem_positionals: bool = True
     key_dtype: str | None = None
     value_dtype: str | None = None
@@ -74,6 +77,8 @@ class MemoryConfig:
     def __post_init__(self) -> None:
         if self.mem_layers is not None:
             object.__setattr__(self, "mem_layers", _layers(self.mem_layers))
+        if self.retrieval_heads is not None:
+            object.__setattr__(self, "retrieval_heads", _heads(self.retrieval_heads))
         for name in ("local_context", "last_context_length", "top_k"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -225,3 +230,12 @@ def _layers(layers: Sequence[int]) -> tuple[int, ...]:
     if len(set(numbers)) != len(numbers):
         raise ValueError(f"mem_layers {list(numbers)} names a layer twice")
     return tuple(sorted(numbers))
+
+
+def _heads(heads: Sequence[Sequence[int]]) -> tuple[tuple[int, int], ...]:
+    pairs = []
+    for pair in heads:
+        if len(pair) != 2 or min(pair) < 0:
+            raise ValueError(f"retrieval_heads names {list(pair)}; it takes pairs of a layer and a head, from 0")
+        pairs.append((int(pair[0]), int(pair[1])))
+    return tuple(sorted(set(pairs)))

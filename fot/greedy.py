@@ -2,6 +2,11 @@
 
 from typing import Any
 
+from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor
+
+# Logits of tokens that an answer has already are divided by this (multiplied, if negative; CTRL, arXiv 1909.05858).
+REPETITION_PENALTY = 1.1
+
 _ONE_GREEDY_SEQUENCE: dict[str, Any] = {
     "do_sample": False,
     "num_beams": 1,
@@ -34,6 +39,22 @@ def one_greedy_answer(model: Any) -> dict[str, Any]:
     if known.pad_token_id is None:  # transformers would say which it takes, at every call
         settings["pad_token_id"] = next(iter(end_tokens(model)), None)
     return settings | {"tokenizer": model.tokenizer}  # stop strings need it
+
+
+def without_repetition(model: Any, prompt_length: int) -> dict[str, Any]:
+    """Further arguments of ``generate`` that hold off loops; none if the checkpoint has settings of its own for that.
+
+    Only the answer's own tokens count: what the prompt says may be said once more, for it may hold the answer.
+
+    Args:
+        model: that answers.
+        prompt_length: tokens of the prompt.
+    """
+    known = model.generation_config
+    if known.repetition_penalty not in (None, 1.0) or known.no_repeat_ngram_size:
+        return {}
+    penalty = RepetitionPenaltyLogitsProcessor(REPETITION_PENALTY, prompt_ignore_length=prompt_length)
+    return {"logits_processor": LogitsProcessorList([penalty])}
 
 
 def end_tokens(model: Any) -> list[int]:

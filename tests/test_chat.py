@@ -213,7 +213,8 @@ def test_a_turn_happens_wholly_or_not_at_all(
     name: str, where: str, at: int, error: BaseException, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     model = make_chatty(64, make_tokenizer(tokenizer, "chatml" if name == "plain" else name))
-    model.generation_config.suppress_tokens = [2, model.tokenizer.eos_token_id]  # every answer is as long as it may be
+    ends = [2, model.tokenizer.eos_token_id, *model.tokenizer("\n", add_special_tokens=False).input_ids]
+    model.generation_config.suppress_tokens = ends  # every answer is as long as it may be
     memory = model.new_memory()
     model.ingest(TEXT, memory, "text.txt")
     whole, broken = (Conversation(model, memory, use_chat_template=name != "plain") for _ in range(2))

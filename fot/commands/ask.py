@@ -10,12 +10,16 @@ from typing import Any
 from fot.commands.options import add_memory_options, named_path, open_memory, positive
 from fot.files import check_unicode
 
+# As in fot.ask, which loads torch.
+REREAD = ("auto", "attention", "bm25", "both", "off")
+
 
 def add(commands: Any) -> None:
     ask = commands.add_parser(
         "ask",
         help="ask a memory a question, and list the passages that the answer used",
-        description="Answer a question with a memory. Then list the passages that received the most attention mass.",
+        description="Find the passages of a memory that a question is about, read the best of them again, and answer. "
+        "Then list the passages.",
     )
     _add_options(ask)
     ask.add_argument("question", help="the question; it must be shorter than the local window")
@@ -39,6 +43,13 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--passages", type=positive, default=5, metavar="N", help="number of passages to list (default: 5)"
+    )
+    parser.add_argument(
+        "--reread",
+        choices=REREAD,
+        default="auto",
+        help="how to find the passages that are read again with the question: by the model's attention, by the words "
+        "of the question (bm25), or by both; off reads none again (default: auto: both, if they fit the window)",
     )
     parser.add_argument(
         "--plain", action="store_true", help="use no chat template; ask the question as you would ask a base model"
@@ -113,6 +124,7 @@ def _turn(args: argparse.Namespace, conversation: Any, text: str, **options: Any
         text,
         max_new_tokens=args.max_new_tokens,
         num_passages=args.passages,
+        reread=args.reread,
         on_text=lambda part: print(printable(part), end="", flush=True),
         **options,
     )
@@ -122,10 +134,15 @@ def _turn(args: argparse.Namespace, conversation: Any, text: str, **options: Any
     table.add_column("document")
     table.add_column("position", justify="right")
     table.add_column("passage", ratio=1)
-    for passage in answer.passages:
-        table.add_row(f"{passage.share:.1%}", printable(passage.document), f"{passage.start:,}", passage.text)
+    for number, passage in enumerate(answer.passages):
+        style = "bold" if number < answer.read_again else None
+        table.add_row(
+            f"{passage.share:.1%}", printable(passage.document), f"{passage.start:,}", passage.text, style=style
+        )
     # Texts and names may hold what rich takes for markup.
     Console(highlight=False, soft_wrap=False).print(table if answer.passages else "the memory is empty", markup=False)
+    if answer.read_again:
+        print(f"read again: the first {answer.read_again}", file=sys.stderr)
     rest = answer.answer_tokens - 1
     rate = f", then {rest / (answer.seconds - answer.first_token_seconds):.1f} tokens a second" if rest > 0 else ""
     print(

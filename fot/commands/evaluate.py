@@ -3,6 +3,7 @@
 import argparse
 from typing import Any
 
+from fot.commands import evaluate_heads, evaluate_questions
 from fot.commands.evaluate_long import add_few_shot, add_ruler
 from fot.commands.options import (
     about,
@@ -32,6 +33,8 @@ def add(commands: Any) -> None:
         _add_layers,
     ):
         add_kind(kinds)
+    evaluate_heads.add(kinds)
+    evaluate_questions.add(kinds)
 
 
 def _add_dictionary(kinds: Any) -> None:

@@ -121,6 +121,35 @@ def needles_table(result: dict[str, Any]) -> str:
     return _render(table) + _note(result)
 
 
+def questions_table(result: dict[str, Any]) -> str:
+    """Questions about novels as a table: one row a way to answer, shares with their 95 % intervals."""
+    table = Table(box=box.SIMPLE_HEAD, title=f"questions about novels, {result['model']} ({result['dtype']})")
+    table.add_column("")
+    for name in ("questions", "answered", "95 %", "passage listed", "95 %"):
+        table.add_column(name, justify="right")
+    for row, counts in result["rows"].items():
+        cells = [row, str(counts["questions"])]
+        for what in ("correct", "listed"):
+            interval = counts.get(f"{what}_interval")
+            cells += (
+                [f"{counts[what] / counts['questions']:.0%}", f"{interval[0]:.0%}-{interval[1]:.0%}"]
+                if interval
+                else ["", ""]
+            )
+        table.add_row(*cells)
+    return _render(table) + _note(result)
+
+
+def heads_table(result: dict[str, Any], count: int) -> str:
+    """The heads that find passages best, one a row, and the setting that chooses them."""
+    table = Table(box=box.SIMPLE_HEAD, title=f"retrieval heads, {result['model']}, seed {result['seed']}")
+    for name in ("layer", "head", "1 / rank", "first"):
+        table.add_column(name, justify="right")
+    for head in result["heads"][:count]:
+        table.add_row(str(head["layer"]), str(head["head"]), f"{head['rank']:.2f}", f"{head['first']:.0%}")
+    return f"{_render(table)}\nretrieval_heads={[list(pair) for pair in result['retrieval_heads']]}"
+
+
 def ruler_table(result: dict[str, Any]) -> str:
     """Questions about long texts: a row a task and length, a column a condition."""
     title = f"long texts, {result['model']} ({result['dtype']}), seed {result['seed']}: share of what was expected"

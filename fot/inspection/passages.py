@@ -21,14 +21,15 @@ UNNAMED = "(unnamed)"
 
 @dataclass(frozen=True)
 class Passage:
-    """Stored tokens that carried attention mass.
+    """Stored tokens that carried attention mass, or that a question is about.
 
     Attributes:
         document: its name; ``(prompt)`` for what the prompt itself moved to memory, ``(unnamed)`` if it has none.
         start: first slot in its memory.
         stop: past-the-end slot.
         span: characters in the document, None if not known.
-        share: of the attention mass on all memory, 0..1; ``Trace.passages`` says how they are ordered.
+        share: of the attention mass on all memory beyond what any question or token has there, 0..1: see
+            ``Trace.passages`` and ``fot.retrieval.find``.
         text: one line of text: the passage with some tokens on either side.
         marked: where in ``text`` the passage itself begins and ends.
     """
@@ -48,31 +49,30 @@ def document_name(document: str | None, *, own: bool) -> str:
 
 
 def find_passages(
-    slots: np.ndarray, documents: np.ndarray, masses: np.ndarray, weights: np.ndarray, count: int
+    slots: np.ndarray, documents: np.ndarray, weights: np.ndarray, count: int
 ) -> list[tuple[int, int, float]]:
-    """The ``count`` runs of nearby slots of one document with most weight: (first, past-the-end slot, mass), in order.
+    """The ``count`` runs of nearby slots of a document with most weight, in order: (first, past-the-end slot, weight).
 
     Args:
         slots: (n,) int64, ascending and distinct.
         documents: (n,) number of each slot's document.
-        masses: (n,).
         weights: (n,), what decides about the order.
         count: runs wanted.
     """
     # Plain lists: a page ranks thousands of small sets, and NumPy's scalars would take most of the time.
-    places, numbers, mass, weight = slots.tolist(), documents.tolist(), masses.tolist(), weights.tolist()
+    places, numbers, weight = slots.tolist(), documents.tolist(), weights.tolist()
     taken = [False] * len(places)
-    found: list[tuple[float, tuple[int, int, float]]] = []
+    found: list[tuple[int, int, float]] = []
     for seed in np.argsort(-weights, kind="stable").tolist():
         if taken[seed]:
             continue
         low, high = _grow(places, numbers, taken, seed)
         run = slice(low, high + 1)
         taken[run] = [True] * (high + 1 - low)
-        found.append((sum(weight[run]), (places[low], places[high] + 1, sum(mass[run]))))
+        found.append((places[low], places[high] + 1, sum(weight[run])))
         if len(found) >= 8 * count:  # a later seed weighs less than any of these; few such add up to more
             break
-    return [run for _, run in sorted(found, key=lambda entry: -entry[0])[:count]]
+    return sorted(found, key=lambda run: -run[2])[:count]
 
 
 def make_passage(

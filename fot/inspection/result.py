@@ -132,9 +132,10 @@ class Trace:
     def passages(self, count: int = 5, *, token: int | None = None) -> list[Passage]:
         """What carried attention mass for tokens of the answer in particular, adjacent hits merged, most first.
 
-        Shares are of the mass on all memory, over all layers and heads; only the hits kept count. What is hit at every
-        token (an attention sink, such as the first token of a book) says nothing about this answer. So the order is by
-        mass times ``log((1 + tokens) / tokens that hit the slot)``, as rare words count in text retrieval.
+        What is hit at every token (an attention sink, such as the first token of a book) says nothing about this
+        answer. So a hit weighs its mass times ``log((1 + tokens) / tokens that hit the slot)``, as rare words count in
+        text retrieval. Passages are ordered by this weight. Shares are of the weight of all hits kept, over all layers
+        and heads: all passages together have 1.
 
         Args:
             count: passages wanted.
@@ -163,13 +164,13 @@ class Trace:
         return self._ranks[query]
 
     def _ranked(self, queries: np.ndarray, count: int) -> list[tuple[int, int, int, float]]:
-        slots, masses, weights = self._hit_masses(queries)
+        slots, weights = self._hit_weights(queries)
         documents = np.zeros_like(slots)
         for number, memory in enumerate(self.memories):
             mine = slots // MEMORY_STRIDE == number
             documents[mine] = run_of(memory.document_runs(), slots[mine] % MEMORY_STRIDE)
-        runs = find_passages(slots, documents, masses, weights, count)
-        return [(*divmod(start, MEMORY_STRIDE), stop % MEMORY_STRIDE, mass) for start, stop, mass in runs]
+        runs = find_passages(slots, documents, weights / (weights.sum() or 1.0), count)
+        return [(*divmod(start, MEMORY_STRIDE), stop % MEMORY_STRIDE, share) for start, stop, share in runs]
 
     def to_columns(self) -> dict[str, list[Any]]:
         """The hits as columns: name -> one value a hit. ``pandas.DataFrame`` takes it."""
@@ -219,19 +220,17 @@ class Trace:
         }
         write_bytes(Path(path), json.dumps(content).encode())
 
-    def _hit_masses(self, queries: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Slots that these query tokens hit, ascending, as number * MEMORY_STRIDE + slot; their shares of the mass;
-        and their weights, see ``passages``."""
+    def _hit_weights(self, queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Slots that these query tokens hit, ascending, as number * MEMORY_STRIDE + slot; and their weights, see
+        ``passages``."""
         found = self.found
         hit = found.memory[queries] >= 0
         distinct, place = np.unique(self._slots_hit(queries)[hit], return_inverse=True)
-        total = float((1.0 - found.local[queries].astype(np.float64)).sum()) or 1.0
-        shares = found.share[queries][hit] / total
-        masses = np.bincount(place, weights=shares, minlength=len(distinct)).astype(np.float64)
+        masses = np.bincount(place, weights=found.share[queries][hit], minlength=len(distinct)).astype(np.float64)
         known, tokens = self._answer_tokens
         at = np.searchsorted(known, distinct)
         counts = np.where(np.isin(distinct, known), tokens[np.minimum(at, len(tokens) - 1)], 1) if len(known) else 1
-        return distinct, masses, masses * np.log((1 + int(found.chose.sum())) / counts)
+        return distinct, masses * np.log((1 + int(found.chose.sum())) / counts)
 
     def _slots_hit(self, queries: np.ndarray) -> np.ndarray:
         """(q, L, H, K) number * MEMORY_STRIDE + slot."""

@@ -1,0 +1,101 @@
+"""What the tokens of a question attend to in a memory, head by head and passage by passage."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fot.recording import recording
+from fot.retrieval.passages import Cut
+from memory import Memory
+from memory.index import DEFAULT_TOP_K
+
+# Scores of one step: 2**22 float32 numbers are 16 MiB, whatever the size of the memory.
+STEP_NUMBERS = 1 << 22
+
+
+@dataclass(frozen=True)
+class Queries:
+    """Queries of one memory layer: (H, T, D), rotated as in the attention, and the factor on inner products."""
+
+    queries: Tensor
+    scale: float
+
+
+class QueryRecorder:
+    """Keeps the queries of some tokens of one forward pass; see ``fot.recording.Recorder``.
+
+    Args:
+        tokens: their places in the window.
+    """
+
+    def __init__(self, tokens: range) -> None:
+        self._tokens = tokens
+        self.found: dict[int, Queries] = {}
+
+    def follow(self, cache: Any) -> None:
+        """Each pass begins with a new cache; nothing is to be done."""
+
+    def note(self, layer: int, queries: Tensor, lses: list[Tensor], local: Any, scale: float) -> None:
+        """Called by the attention of each memory layer, with queries (1, H, T, D)."""
+        self.found[layer] = Queries(queries[0, :, self._tokens.start : self._tokens.stop].detach().float(), scale)
+
+    def settle(self) -> None:
+        """Nothing is searched for here."""
+
+
+@torch.no_grad()
+def question_queries(model: Any, memory: Memory, ids: Sequence[int], tokens: range) -> dict[int, Queries]:
+    """Layer -> queries of some tokens of a prompt that fits the local window, read with the memory."""
+    recorder = QueryRecorder(tokens)
+    with recording(model, recorder):
+        model(torch.tensor([list(ids)], device=model.device), memory=memory, use_cache=False, logits_to_keep=1)
+    return recorder.found
+
+
+def passage_masses(memory: Memory, layer: int, asked: Queries, passages: Cut) -> Tensor:
+    """Share of a head's attention to memory that each passage receives, for each query.
+
+    Args:
+        memory: what is attended to.
+        layer: index of the memory layer.
+        asked: its queries.
+        passages: P of them, which together hold every slot.
+
+    Returns:
+        (H, T, P) float32 on the CPU; the sum over P is 1. With a backend that retrieves, only what it retrieved
+        counts.
+    """
+    heads, tokens, size = asked.queries.shape
+    folded = asked.queries.reshape(memory.num_key_value_heads, -1, size)  # (G, H / G * T, D)
+    of_slot = torch.from_numpy(np.repeat(np.arange(len(passages)), passages.stops - passages.starts))
+    found = _every_slot if memory[layer].attends_to_all else _retrieved
+    return found(memory, layer, folded, asked.scale, of_slot, len(passages)).reshape(heads, tokens, -1).cpu()
+
+
+def _every_slot(memory: Memory, layer: int, queries: Tensor, scale: float, of_slot: Tensor, count: int) -> Tensor:
+    """(G, R, P) by all stored keys, block by block, in a softmax whose maximum grows."""
+    groups, rows, _ = queries.shape
+    masses = queries.new_zeros(groups, rows, count)
+    highest = queries.new_full((groups, rows, 1), -torch.inf)
+    step = max(1, STEP_NUMBERS // (groups * rows))
+    for start in range(0, len(memory), step):
+        slots = torch.arange(start, min(len(memory), start + step))
+        keys = memory[layer].keys(slots.expand(groups, -1)).to(queries.device)  # (G, n, D)
+        logits = scale * (queries @ keys.mT)  # (G, R, n)
+        above = torch.maximum(highest, logits.amax(-1, keepdim=True))
+        masses *= (highest - above).exp()
+        masses.index_add_(-1, of_slot[slots].to(queries.device), (logits - above).exp())
+        highest = above
+    return masses / masses.sum(-1, keepdim=True)
+
+
+def _retrieved(memory: Memory, layer: int, queries: Tensor, scale: float, of_slot: Tensor, count: int) -> Tensor:
+    """(G, R, P) by the slots that the backend retrieves."""
+    products, slots = memory[layer].search(queries, memory.top_k or DEFAULT_TOP_K)
+    weights = (scale * products).softmax(-1).nan_to_num(0.0)  # (G, R, K); a query may find nothing
+    masses = queries.new_zeros(*queries.shape[:2], count)
+    return masses.scatter_add_(-1, of_slot[slots.clamp(min=0).cpu()].to(queries.device), weights)

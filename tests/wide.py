@@ -1,0 +1,20 @@
+"""Tiny models with room for a window of some hundred tokens."""
+
+import copy
+from typing import Any
+
+from conftest import FAMILIES
+from transformers import AutoModelForCausalLM, set_seed
+
+import fot
+
+
+def make_wide(tokenizer: Any, window: int, family: str = "llama") -> Any:
+    """A tiny random model with memory layers 1 and 3, and a tokenizer of its own."""
+    set_seed(0)
+    config = FAMILIES[family]()
+    config.max_position_embeddings = 4096
+    plain = AutoModelForCausalLM.from_config(config).eval()
+    model = fot.attach_memory(plain, fot.MemoryConfig(mem_layers=(1, 3), local_context=window, index="exact"))
+    model.tokenizer = copy.deepcopy(tokenizer)
+    return model
