@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload
-from conftest import FAMILIES, SHAPE, WINDOW, ModelMaker
+from conftest import FAMILIES, PAPER, SHAPE, WINDOW, ModelMaker
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, set_seed
 
@@ -30,7 +30,7 @@ def make(
     shape = SHAPE | {"num_key_value_heads": 2, "tie_word_embeddings": False} | (config or {})
     plain = AutoModelForCausalLM.from_config(LlamaConfig(**shape)).eval()
     plain = change(plain)
-    defaults = {"mem_layers": (1, 3), "local_context": WINDOW, "index": "exact"}
+    defaults = {"mem_layers": (1, 3), "local_context": WINDOW, "index": "exact"} | PAPER
     return fot.attach_memory(plain, fot.MemoryConfig(**(defaults | (settings or {}))))
 
 

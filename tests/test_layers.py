@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ModelMaker
+from conftest import PAPER, ModelMaker
 from transformers import PreTrainedTokenizerFast
 
 from fot.cli import main
@@ -40,7 +40,8 @@ def _loss(model: Any, texts: list[list[int]], chosen: tuple[int, ...]) -> float:
     """The same by reading the texts with this very set of memory layers."""
     from fot import MemoryConfig, attach_memory
 
-    attach_memory(model, MemoryConfig(mem_layers=chosen, local_context=64, isolated_windows=True, index="exact"))
+    settings = {"local_context": 64, "isolated_windows": True, "index": "exact"} | PAPER
+    attach_memory(model, MemoryConfig(mem_layers=chosen, **settings))
     rng, losses = random.Random(0), []
     for haystack in [needles.make_haystack(model.tokenizer, texts, 6 * 64, 2, rng) for _ in range(2)]:
         memory = model.new_memory()
