@@ -171,7 +171,8 @@ def test_what_gets_attention_at_every_token_counts_for_less(traced: Trace) -> No
     )  # fmt: skip
     passages = replace(traced, found=found, layers=(1,)).passages(4)
     assert [passage.start for passage in passages] == [60, 0, 100, 150]
-    assert [passage.share for passage in passages] == pytest.approx([0.1, 0.3, 0.1 / 3, 0.1 / 3])
+    beyond = np.array([0.1 * np.log(4), 0.3 * np.log(4 / 3), 0.1 / 3 * np.log(4), 0.1 / 3 * np.log(4)])
+    assert [passage.share for passage in passages] == pytest.approx((beyond / beyond.sum()).tolist())
     one = replace(found, **{field.name: getattr(found, field.name)[1:2] for field in fields(Found)})
     assert [passage.start for passage in replace(traced, found=one, layers=(1,)).passages(2)] == [0, 60]
 

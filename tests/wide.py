@@ -3,7 +3,7 @@
 import copy
 from typing import Any
 
-from conftest import FAMILIES
+from conftest import FAMILIES, PAPER
 from transformers import AutoModelForCausalLM, set_seed
 
 import fot
@@ -15,6 +15,7 @@ def make_wide(tokenizer: Any, window: int, family: str = "llama") -> Any:
     config = FAMILIES[family]()
     config.max_position_embeddings = 4096
     plain = AutoModelForCausalLM.from_config(config).eval()
-    model = fot.attach_memory(plain, fot.MemoryConfig(mem_layers=(1, 3), local_context=window, index="exact"))
+    settings = {"mem_layers": (1, 3), "local_context": window, "index": "exact"} | PAPER
+    model = fot.attach_memory(plain, fot.MemoryConfig(**settings))
     model.tokenizer = copy.deepcopy(tokenizer)
     return model
