@@ -119,7 +119,7 @@ def test_best_weights_are_kept_and_may_be_the_result(
     out = tmp_path / "out"
     settings = ["train", str(recipe), "learning_rate=0.01", "eval_every=2", "save_every=3", "--out", str(out)]
     assert main([*settings, "steps=4"]) == 0
-    assert main([*settings, "steps=8", "learning_rate=30", "result=best", "--resume"]) == 0
+    assert main([*settings, "steps=8", "learning_rate=3", "result=best", "--resume"]) == 0
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     evaluated = {line["step"]: line["eval_answer_accuracy"] for line in log if "eval_answer_accuracy" in line}
     assert list(evaluated) == [2, 4, 6, 8]
