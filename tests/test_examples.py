@@ -25,7 +25,7 @@ Run = Callable[..., str]
 
 
 def run(*arguments: str | Path) -> str:
-    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=False, timeout=120)
+    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=False, timeout=600)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

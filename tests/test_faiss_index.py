@@ -393,7 +393,7 @@ print("survived")
 def run(code: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     environment.pop("OMP_NUM_THREADS", None)  # two runtimes of threads are what may quarrel
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=120)
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=600)
 
 
 @pytest.mark.parametrize(("first", "second"), [("faiss", "torch"), ("torch", "faiss")])

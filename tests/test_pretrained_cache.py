@@ -40,7 +40,7 @@ def cache(tmp_path, monkeypatch):
 def fake_wheel(path: Path, gguf: bytes = b"GGUF") -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr(smollm2.WHEEL_GGUF, gguf)
+        archive.writestr(zipfile.ZipInfo(smollm2.WHEEL_GGUF), gguf)  # the time of writing is left out
     return path
 
 

@@ -52,7 +52,7 @@ def test_killed_run_resumes_from_its_last_checkpoint(
     assert main(["train", str(recipe), "steps=40", "--out", str(whole)]) == 0
     command = [sys.executable, "-m", "fot", "train", str(recipe), "steps=40", "--out", str(killed)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while not list((killed / "checkpoints").glob("step-*")) and time.monotonic() < deadline:
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGKILL)

@@ -403,7 +403,7 @@ def test_weights_that_are_not_finite_are_not_saved(
 
 def await_lines(out: Path, lines: int, ended: Callable[[], bool]) -> None:
     """Wait until the log of a run has so many lines."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while time.monotonic() < deadline and not ended():
         if (out / "log.jsonl").exists() and len((out / "log.jsonl").read_text().splitlines()) >= lines:
             break
@@ -419,7 +419,7 @@ def stopped_there(recipe: Path, out: Path, number: signal.Signals) -> tuple[int,
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     await_lines(out, 3, lambda: process.poll() is not None)
     process.send_signal(number)
-    said = process.communicate(timeout=60)[1]
+    said = process.communicate(timeout=300)[1]
     return process.returncode, said
 
 
