@@ -235,20 +235,20 @@ class Conversation:
         if self._finder is None or reread == "off":
             return None, text
         window, room = self.model.memory_config.window, min(max_new_tokens, ANSWER_ROOM)
-        sources: list[tuple[str, str]] = []
-        # Where not even a short passage fits, none is looked for.
-        if len(self._turn_ids(with_passages(text, [("", "")]))) + SHORTEST + room <= window:
-            passages = self._finder.find(text, max(count, MOST_READ), BEST_WAY if reread == "auto" else reread)
-            sources = [(passage.document, self._finder.text(passage)) for passage in passages[:MOST_READ]]
-            for number in range(len(sources), 0, -1):
-                content = with_passages(text, sources[:number])
-                if len(self._turn_ids(content)) + room <= window:
-                    return (passages[: max(count, number)], number), content
-        if self.memory and len(self.memory) and reread != "auto":
-            raise ValueError(
-                f"no passage fits the window of {window} tokens beside the question and an answer of {room}: shorten "
-                "the question, or choose reread='off' (--reread off)"
-            )
+        frame = len(self._turn_ids(with_passages(text, [("", "")])))
+        if frame + SHORTEST + room > window:
+            if reread != "auto" and len(self._finder):
+                raise ValueError(
+                    f"no passage fits the window of {window} tokens beside the question and an answer of {room}: "
+                    "shorten the question, or choose reread='off' (--reread off)"
+                )
+            return None, text
+        passages = self._finder.find(text, max(count, MOST_READ), BEST_WAY if reread == "auto" else reread)
+        sources = [(passage.document, self._finder.text(passage)) for passage in passages[:MOST_READ]]
+        for number in range(len(sources), 0, -1):
+            content = with_passages(text, sources[:number])
+            if len(self._turn_ids(content)) + room <= window:
+                return (passages[: max(count, number)], number), content
         return None, text
 
     def _check_length(self, text: str) -> None:

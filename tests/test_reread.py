@@ -15,8 +15,11 @@ from fot.cli import main
 from fot.greedy import REPETITION_PENALTY
 
 WINDOW = 512
-FILLER = "It was a dark evening in the old town, and nobody would have gone out without need. "
-TEXT = FILLER * 3 + "The vicar of Highbury is Mr Elton, a young man whom all like.\n\n" + FILLER * 4
+BEFORE, AFTER = (
+    "".join(f"It was {word} evening in the {word} town, and nobody would have gone out. " for word in words.split())
+    for words in ("dark cold old late", "wet small grey long still")
+)
+TEXT = BEFORE + "The vicar of Highbury is Mr Elton, a young man whom all like.\n\n" + AFTER
 QUESTION = "Who is the vicar of Highbury?"
 
 

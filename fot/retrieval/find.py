@@ -48,6 +48,10 @@ class Finder:
         self._words: WordIndex | None
         self._sinks: dict[int, Tensor] | None
 
+    def __len__(self) -> int:
+        """Tokens to find something in."""
+        return len(self._memory)
+
     def find(self, question: str, count: int, by: str = "both") -> list[Passage]:
         """The passages that a question is about, best first; at most ``count``.
 
@@ -148,8 +152,9 @@ def above_chance(masses: Tensor, chance: Tensor, sinks: Tensor) -> Tensor:
     Returns:
         (H, P), at least 0, summed over the tokens.
     """
-    expected = torch.maximum(chance, sinks).unsqueeze(1)
-    return (masses - TIMES_EXPECTED * expected).clamp(min=0).sum(1)
+    # Of chance, the odds: a passage of a small memory may be a fifth of it.
+    by_chance = TIMES_EXPECTED * chance / (1 + (TIMES_EXPECTED - 1) * chance)
+    return (masses - torch.maximum(by_chance, TIMES_EXPECTED * sinks).unsqueeze(1)).clamp(min=0).sum(1)
 
 
 def common(one: Sequence[int], other: Sequence[int]) -> int:
