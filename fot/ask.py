@@ -17,7 +17,7 @@ import torch
 from transformers import TextStreamer
 
 from fot.cache import Checkpoint, FoTCache
-from fot.chat import Message, has_template, lasting, prompt_ids, starts_with
+from fot.chat import PLAIN_STOP, PLAIN_TURN, Message, first_turn_ids, has_template, lasting, prompt_ids, starts_with
 from fot.compat import CACHE
 from fot.greedy import end_tokens, one_greedy_answer, without_repetition
 from fot.retrieval.find import WAYS, Finder
@@ -27,10 +27,6 @@ from fot.trace import Passage, record
 from memory import Memory
 
 OnText = Callable[[str], None]
-
-# How a question is put to a model that has no chat template.
-PLAIN_TURN = "\nQuestion: {question}\nAnswer:"
-PLAIN_STOP = "\n"
 
 # Ways to read passages again before an answer. ``auto`` is the best by docs/results.md, where a passage fits.
 REREAD = ("auto", *WAYS, "off")
@@ -269,10 +265,7 @@ class Conversation:
         return list(self.model.tokenizer(question, add_special_tokens=False).input_ids)
 
     def _first_turn_ids(self, content: str) -> list[int]:
-        """The ids of a conversation that begins with this turn."""
-        if self._templated:
-            return prompt_ids(self.model.tokenizer, [{"role": "user", "content": content}])
-        return list(self.model.tokenizer(PLAIN_TURN.format(question=content.strip())).input_ids)
+        return first_turn_ids(self.model.tokenizer, content, self._templated)
 
     def _prompt(self, content: str) -> list[int]:
         """The ids of the conversation with one more turn of the user, up to where the model is to answer."""

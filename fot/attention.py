@@ -126,7 +126,7 @@ def memory_attention(
         discounts = [memory_discount(row, config) for row in memories]
         if any(discounts):
             # Less for the memory is more for the window: so log-sum-exps of the memory stay those of its keys.
-            lse = lse + torch.tensor(discounts, device=lse.device)[:, None, None]
+            lse = raised(lse, discounts)
         parts = [(output, lse), attend_memory(queries, memories, layer, scale=scale)]
     output, _ = merge(parts)
     return output, [lse for _, lse in parts]
@@ -142,6 +142,11 @@ def memory_discount(memories: Sequence[Memory], config: MemoryConfig) -> float:
     if not config.full_weight_tokens:
         return 0.0
     return math.log(max(1.0, sum(map(len, memories)) / config.full_weight_tokens))
+
+
+def raised(lse: Tensor, discounts: Sequence[float]) -> Tensor:
+    """Log-sum-exps (B, H, T) plus a number a row; a tensor of these would make a GPU wait for it at every token."""
+    return torch.stack([row + discount for row, discount in zip(lse, discounts, strict=True)])
 
 
 def attend_local(

@@ -8,6 +8,10 @@ from jinja2.exceptions import TemplateError
 
 Message = dict[str, str]
 
+# How a question is put to a model that has no chat template.
+PLAIN_TURN = "\nQuestion: {question}\nAnswer:"
+PLAIN_STOP = "\n"
+
 
 def has_template(tokenizer: Any) -> bool:
     """Whether the tokenizer has a chat template."""
@@ -19,6 +23,19 @@ def prompt_ids(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
     return list(
         tokenizer.apply_chat_template(list(messages), tokenize=True, add_generation_prompt=True, return_dict=False)
     )
+
+
+def first_turn_ids(tokenizer: Any, content: str, templated: bool) -> list[int]:
+    """Ids of a conversation that begins with this turn of the user, in the chat template or without one."""
+    if templated:
+        return prompt_ids(tokenizer, [{"role": "user", "content": content}])
+    return list(tokenizer(PLAIN_TURN.format(question=content.strip())).input_ids)
+
+
+def question_text(tokenizer: Any, question: str) -> str:
+    """One question in the chat template, up to where the model is to answer."""
+    message = {"role": "user", "content": question}
+    return str(tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True))
 
 
 def lasting(tokenizer: Any, messages: Sequence[Message], ids: Sequence[int]) -> int:

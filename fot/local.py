@@ -1,6 +1,7 @@
 """The local window: keys and values of the tokens that layers without memory see, and their way to the memory."""
 
 import copy
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import Cache, DynamicCache
 
-from fot.attention import local_weights, memory_attention, memory_discount
+from fot.attention import local_weights, memory_attention, memory_discount, raised
 from fot.config import MemoryConfig
 from fot.recording import Recorder
 from fot.rotary import Rotary, rotary_of
@@ -148,7 +149,7 @@ class LocalCache(DynamicCache):
         first, mask = self.unstored()
         lse = torch.stack(lses).logsumexp(0)
         if len(lses) > 1:  # the local part was raised by what the memory weighs less
-            lse = lse - torch.tensor(self._discounts(), device=lse.device)[:, None, None]
+            lse = raised(lse, [-discount for discount in self._discounts()])
         return output, pad(local_weights(queries, keys[:, :, first:], mask, lse, scale=scale), (first, 0))
 
     def _attend(
@@ -178,12 +179,13 @@ class LocalCache(DynamicCache):
         fewest, discounts = min(self.sinks, default=0), self._discounts()
         if any(discount for discount, count in zip(discounts, self.sinks, strict=True) if count):
             assert self.token_ids is not None
-            seen = torch.ones_like(self.token_ids, dtype=torch.bool) if self.mask is None else self.mask
-            device = seen.device
-            lacking = torch.log1p(-torch.exp(-torch.tensor(discounts, device=device))).unsqueeze(1)  # -inf for 0
-            is_sink = seen & (seen.cumsum(1) <= torch.tensor(self.sinks, device=device).unsqueeze(1))
-            bias = torch.zeros(seen.shape, device=device).masked_fill(~seen, -torch.inf)
-            return 0, torch.where(is_sink, lacking, bias)
+            bias = torch.zeros(self.token_ids.shape, device=self.token_ids.device)
+            if self.mask is not None:
+                bias = bias.masked_fill(~self.mask, -torch.inf)
+            for row, (discount, count) in enumerate(zip(discounts, self.sinks, strict=True)):
+                where = slice(count) if self.mask is None else self.slots(row)[:count]
+                bias[row, where] = math.log(-math.expm1(-discount)) if discount else -math.inf
+            return 0, bias
         if self.mask is None and fewest == max(self.sinks, default=0):
             return fewest, None
         assert self.token_ids is not None

@@ -76,6 +76,9 @@ def test_plain_attention_and_weights(make_model: ModelMaker, make_plain: ModelMa
 def test_text_that_is_too_short(make_model: ModelMaker, ids: Draw) -> None:
     with pytest.raises(ValueError, match=r"short has 50 tokens; a memory of 48 .* take 64: give a smaller --memory"):
         growing.run(make_model(), {"short": ids(50)[0].tolist()}, [48])
+    texts, others = {"text": ids(200)[0].tolist()}, [ids(40)[0].tolist()]
+    with pytest.raises(ValueError, match="another text has 40 tokens, but its share of --others-tokens is 48"):
+        growing.run(make_model(), texts, [16], others=others, others_tokens=48)
 
 
 def test_command(

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 import fot
 from fot.cli import main
 from fot.evaluation import few_shot, ruler
-from fot.evaluation.statistics import wilson
+from fot.evaluation.intervals import wilson
 from fot.tasks.ruler import REWORDED, TASKS, make_probe
 
 FILLER = "It was a bright cold day in the harbour, and nobody spoke of anything but the weather. "

@@ -8,6 +8,7 @@ from fot.commands.evaluate_long import add_few_shot, add_ruler
 from fot.commands.options import (
     about,
     add_memory_options,
+    add_model_and_texts,
     add_outcome_options,
     check_plot,
     check_writable,
@@ -65,9 +66,7 @@ def _add_needles(kinds: Any) -> None:
         description="Hide facts in a long text and read the text into the memory. Then ask for each fact, with "
         "the memory and without it.",
     )
-    parser.add_argument("model", help="alias, folder, GGUF file or hub id")
-    parser.add_argument("files", nargs="+", type=named_path, metavar="FILE", help="UTF-8 text to hide the facts in")
-    add_memory_options(parser)
+    add_model_and_texts(parser, "UTF-8 text to hide the facts in")
     parser.add_argument("--lengths", type=positive_list, default=[4096, 16384, 65536], metavar="N,N,...",
                         help="tokens of the text with its facts (default: 4096,16384,65536)")  # fmt: skip
     parser.add_argument("--needles", type=positive, default=8, help="number of facts in each text (default: 8)")
@@ -87,9 +86,7 @@ def _add_perplexity(kinds: Any) -> None:
         "tokens at many places of each text, with more and more of the text before them in memory. Plain attention to "
         "as much text is shown beside it.",
     )
-    parser.add_argument("model", help="alias, folder, GGUF file or hub id")
-    parser.add_argument("files", nargs="+", type=named_path, metavar="FILE", help="UTF-8 text")
-    add_memory_options(parser)
+    add_model_and_texts(parser, "UTF-8 text")
     parser.add_argument("--base", metavar="NAME", help="model to compare with, for example the one before training")
     parser.add_argument("--tokens", type=positive, metavar="N",
                         help="number of tokens to measure within windows, in all texts (default: 32768)")  # fmt: skip
@@ -140,9 +137,7 @@ def _add_layers(kinds: Any) -> None:
         description="Search for the memory layers with which a model that was not trained for a memory finds the most "
         "facts in it. The search is greedy: it adds one layer at a time.",
     )
-    parser.add_argument("model", help="alias, folder, GGUF file or hub id")
-    parser.add_argument("files", nargs="+", type=named_path, metavar="FILE", help="UTF-8 text to hide the facts in")
-    add_memory_options(parser)
+    add_model_and_texts(parser, "UTF-8 text to hide the facts in")
     parser.add_argument("--count", type=positive, default=4, metavar="N", help="most memory layers (default: 4)")
     parser.add_argument("--windows", type=positive, default=2, help="number of windows of text in memory (default: 2)")
     parser.add_argument("--trials", type=positive, default=4, help="number of texts (default: 4)")

@@ -7,12 +7,11 @@ from typing import Any
 
 from fot.commands.options import (
     about,
-    add_memory_options,
+    add_model_and_texts,
     add_outcome_options,
     check_writable,
     finish,
     load,
-    named_path,
     positive,
 )
 
@@ -24,9 +23,7 @@ def add(kinds: Any) -> None:
         description="Hide facts in a text, and judge each head of the memory layers by the passages that it finds for "
         "questions about them. The best heads can be stored with the model; fot ask uses them.",
     )
-    parser.add_argument("model", help="alias, folder, GGUF file or hub id")
-    parser.add_argument("files", nargs="+", type=named_path, metavar="FILE", help="UTF-8 text to hide the facts in")
-    add_memory_options(parser)
+    add_model_and_texts(parser, "UTF-8 text to hide the facts in")
     parser.add_argument("--keep", type=positive, default=8, metavar="N", help="number of heads to choose (default: 8)")
     parser.add_argument("--length", type=positive, default=16384, metavar="N",
                         help="tokens of each text with its facts (default: 16384)")  # fmt: skip

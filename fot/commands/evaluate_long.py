@@ -6,6 +6,7 @@ from typing import Any
 from fot.commands.options import (
     about,
     add_memory_options,
+    add_model_and_texts,
     add_outcome_options,
     check_writable,
     finish,
@@ -26,9 +27,7 @@ def add_ruler(kinds: Any) -> None:
         "frequent words, facts that the question words differently, people who change rooms. The same questions are "
         "asked with the whole text in one context, where it fits, and without the text.",
     )
-    parser.add_argument("model", help="alias, folder, GGUF file or hub id")
-    parser.add_argument("files", nargs="+", type=named_path, metavar="FILE", help="UTF-8 text to hide the facts in")
-    add_memory_options(parser)
+    add_model_and_texts(parser, "UTF-8 text to hide the facts in")
     parser.add_argument("--tasks", type=_tasks, default=list(TASKS), metavar="NAME,NAME,...",
                         help=f"some of {', '.join(TASKS)} (default: all)")  # fmt: skip
     parser.add_argument("--lengths", type=positive_list, default=[4096, 16384], metavar="N,N,...",

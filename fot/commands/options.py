@@ -17,6 +17,13 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     add_memory_options(parser)
 
 
+def add_model_and_texts(parser: argparse.ArgumentParser, texts: str) -> None:
+    """The model, texts, and the options of its memory."""
+    parser.add_argument("model", help="alias, folder, GGUF file or hub id")
+    parser.add_argument("files", nargs="+", type=named_path, metavar="FILE", help=texts)
+    add_memory_options(parser)
+
+
 def add_memory_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--mem-layers", type=integers, metavar="N,N,...", help="layers with a memory (default: those of the model)"

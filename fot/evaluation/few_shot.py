@@ -12,10 +12,9 @@ from typing import Any
 
 import torch
 
-from fot.evaluation.answers import greedy_answer
-from fot.evaluation.statistics import wilson
+from fot.evaluation.answers import greedy_answer, without_memory
+from fot.evaluation.intervals import wilson
 from fot.files import check_utf8
-from fot.model import attach_memory, detach_memory
 from fot.tasks.haystack import bos, encode
 
 LABEL_TOKENS = 10  # most tokens of an answer
@@ -92,13 +91,8 @@ def run(
             entry: dict[str, Any] = {"length": len(ids), "examples": count, "memory": ours, "in_context": None}
             longest = max(len(encode(model.tokenizer, shot("", text))) for _, text in asked) + LABEL_TOKENS
             if count and len(ids) + longest <= model.config.max_position_embeddings:
-                settings = model.memory_config
-                plain: Any = detach_memory(model)
-                plain.tokenizer = model.tokenizer
-                try:
+                with without_memory(model) as plain:
                     entry["in_context"] = _accuracy(plain, ids, asked, lambda *found: None)
-                finally:
-                    attach_memory(plain, settings)
             results.append(entry)
     except KeyboardInterrupt:
         interrupted = True

@@ -9,13 +9,15 @@ section 3.3, on whole texts.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
+from tqdm import tqdm
 
+from fot.config import MemoryConfig
 from fot.families import head
 from fot.loss import token_losses
 from fot.windows import Inputs, store_isolated
@@ -28,12 +30,12 @@ ROWS = 8  # windows read at once
 MOST_WEIGHT = 5.0
 
 
-@dataclass(frozen=True)
-class Place:
-    """A window that is scored: which text, and its first token there."""
+class Key(NamedTuple):
+    """What was measured: ``memory`` or ``plain``, tokens of the text before the window, and of other texts."""
 
-    text: int
-    start: int
+    kind: str
+    tokens: int
+    others: int
 
 
 class Shelf:
@@ -43,8 +45,9 @@ class Shelf:
     memory takes it from here. Otherwise each memory is read anew.
     """
 
-    def __init__(self, model: Any, ids: Sequence[int], progress: Any = None) -> None:
-        self._model, self._ids, self._progress = model, torch.tensor(ids, dtype=torch.int64), progress
+    def __init__(self, model: Any, ids: Sequence[int], progress: tqdm) -> None:
+        self._model, self.progress = model, progress
+        self.ids = torch.tensor(ids, dtype=torch.int64)
         config = model.memory_config
         self.window, self.overlap = config.window, config.overlap
         self.step = self.window - self.overlap
@@ -67,7 +70,7 @@ class Shelf:
         if stop <= start:
             return memory
         if not self._model.memory_config.isolated_windows:
-            self._model.ingest(self._ids[start:stop], memory, progress=self._progress or False)
+            self._model.ingest(self.ids[start:stop], memory, progress=self.progress)
             return memory
         numbers = range(start // self.step, (stop - self.overlap) // self.step)
         self._ensure(numbers)
@@ -76,14 +79,14 @@ class Shelf:
         slots = torch.cat(taken).expand(self._all.num_key_value_heads, -1)
         keys = {layer: self._all[layer].keys(slots) for layer in self._all.layers}
         values = {layer: self._all[layer].values(slots) for layer in self._all.layers}
-        memory.append(keys, values, self._ids[start:stop])
+        memory.append(keys, values, self.ids[start:stop])
         return memory
 
     def _ensure(self, numbers: range) -> None:
         missing = [number for number in numbers if number not in self._read]
         for first in range(0, len(missing), ROWS):
             some = missing[first : first + ROWS]
-            ids = torch.stack([self._ids[self.step * number :][: self.window] for number in some])
+            ids = torch.stack([self.ids[self.step * number :][: self.window] for number in some])
             ids = ids.to(self._model.device)
             positions = torch.arange(self.window, device=ids.device).expand_as(ids)
             for row, number in enumerate(some):
@@ -92,7 +95,7 @@ class Shelf:
                 self._model, Inputs(ids, None, None, positions), self._all, skips=[0] * len(some),
                 spans=[None] * len(some),
             )  # fmt: skip
-            _move(self._progress, ids.numel())
+            self.progress.update(ids.numel())
 
 
 @torch.no_grad()
@@ -131,81 +134,76 @@ def run(
     Raises:
         ValueError: a text without room for a window behind the largest memory.
     """
+    progress = tqdm(disable=True) if progress is None else progress
     shelves = [Shelf(model, ids, progress) for ids in texts.values()]
-    rounded = sorted({shelves[0].whole(size) for size in sizes}) if shelves else []
-    found: list[list[dict[str, Tensor]]] = [[] for _ in texts]
-    spots = [_places(number, name, shelves[number], len(ids), max(rounded), places)
-             for number, (name, ids) in enumerate(texts.items())]  # fmt: skip
-    other_shelves = [Shelf(model, ids, progress) for ids in others]
-    most = model.config.max_position_embeddings - model.memory_config.window
-    _expect(progress, model, spots, rounded, most if plain else -1, len(others), others_tokens)
+    sizes = sorted({shelves[0].whole(size) for size in sizes})
+    starts = [_starts(name, shelf, sizes[-1], places) for name, shelf in zip(texts, shelves, strict=True)]
+    beside = [Shelf(model, ids, progress) for ids in others]
+    share = shelves[0].whole(others_tokens // len(beside)) if beside else 0
+    for other in beside:
+        if len(other.ids) < share:
+            raise ValueError(
+                f"another text has {len(other.ids):,} tokens, but its share of --others-tokens is {share:,}"
+            )
+    most = model.config.max_position_embeddings - model.memory_config.window if plain else -1
+    progress.total = _expected(model.memory_config, starts, sizes, most, len(beside), share)
+    found: list[list[dict[Key, Tensor]]] = [[] for _ in texts]
     interrupted = False
     try:
-        for round_ in range(max(map(len, spots), default=0)):
-            for number, ids in enumerate(texts.values()):
-                if round_ < len(spots[number]):
-                    found[number].append(
-                        _losses_at(
-                            model, torch.tensor(ids), spots[number][round_].start, shelves[number], rounded,
-                            other_shelves, others_tokens, most if plain else -1, progress,
-                        )
-                    )  # fmt: skip
+        for number in range(max(map(len, starts))):  # a place of each text in turn, so that all are alike if it stops
+            for shelf, mine, losses in zip(shelves, starts, found, strict=True):
+                if number < len(mine):
+                    losses.append(_losses_at(model, shelf, mine[number], sizes, beside, share, most))
     except KeyboardInterrupt:
         interrupted = True
-    rows = {name: _rows(places) for name, places in zip(texts, found, strict=True) if places}
-    counts = {name: len(places) for name, places in zip(texts, found, strict=True)}
-    by_text = {name: {"places": counts[name], "rows": some} for name, some in rows.items()}
-    return {"rows": _joint(list(rows.values())), "texts": by_text, "interrupted": interrupted}
+    by_text = {
+        name: {"places": len(losses), "rows": _rows(losses)}
+        for name, losses in zip(texts, found, strict=True)
+        if losses
+    }
+    rows: list[Any] = [entry["rows"] for entry in by_text.values()]
+    return {"rows": _joint(rows), "texts": by_text, "interrupted": interrupted}
 
 
-def _places(number: int, name: str, shelf: Shelf, length: int, largest: int, count: int) -> list[Place]:
-    """Windows of a text that begin where whole windows end, behind ``largest`` tokens."""
+def _starts(name: str, shelf: Shelf, largest: int, count: int) -> list[int]:
+    """First tokens of the windows of a text: where whole windows end, behind ``largest`` tokens."""
     first = -(-(largest - shelf.overlap) // shelf.step)
-    last = (length - shelf.window - shelf.overlap) // shelf.step
+    last = (len(shelf.ids) - shelf.window - shelf.overlap) // shelf.step
     if last < first:
         raise ValueError(
-            f"{name} has {length:,} tokens; a memory of {largest:,} and a window of {shelf.window} behind it take "
-            f"{largest + shelf.window:,}: give a smaller --memory or longer files"
+            f"{name} has {len(shelf.ids):,} tokens; a memory of {largest:,} and a window of {shelf.window} behind it "
+            f"take {largest + shelf.window:,}: give a smaller --memory or longer files"
         )
     count = min(count, last - first + 1)
-    steps = [first + (number * (last - first)) // max(1, count - 1) for number in range(count)]
-    return [Place(number, shelf.overlap + shelf.step * step) for step in steps]
+    steps = [first + number * (last - first) // max(1, count - 1) for number in range(count)]
+    return [shelf.overlap + shelf.step * step for step in steps]
 
 
 def _losses_at(
-    model: Any,
-    ids: Tensor,
-    start: int,
-    shelf: Shelf,
-    sizes: Sequence[int],
-    others: Sequence[Shelf],
-    others_tokens: int,
-    most: int,
-    progress: Any,
-) -> dict[str, Tensor]:
-    """Losses (W - 1,) of the window that starts there, by "memory/size/others" and "plain/size"."""
-    window = ids[start : start + shelf.window]
-    found = {}
+    model: Any, shelf: Shelf, start: int, sizes: Sequence[int], others: Sequence[Shelf], share: int, most: int
+) -> dict[Key, Tensor]:
+    """Losses (W - 1,) of the window that starts there, by what was measured."""
+    window, found = shelf.ids[start : start + shelf.window], {}
     for size in sizes:
         memory = shelf.memory(start - size, start)
-        found[f"memory/{size}/0"] = _window_losses(model, window, memory)
-        _move(progress, len(window))
+        found[Key("memory", size, 0)] = _window_losses(model, window, memory)
+        shelf.progress.update(len(window))
         if others and size:
-            share = shelf.whole(others_tokens // len(others))
             for other in others:
                 other.memory(0, share, memory)
-            found[f"memory/{size}/{share * len(others)}"] = _window_losses(model, window, memory)
-            _move(progress, len(window))
+            found[Key("memory", size, share * len(others))] = _window_losses(model, window, memory)
+            shelf.progress.update(len(window))
         if size <= most:
-            found[f"plain/{size}"] = _plain_losses(model, ids[start - size : start + shelf.window], shelf.window)
-            _move(progress, size + len(window))
+            seen = shelf.ids[start - size : start + shelf.window]
+            found[Key("plain", size, 0)] = _plain_losses(model, seen, shelf.window)
+            shelf.progress.update(len(seen))
     return found
 
 
 def _window_losses(model: Any, window: Tensor, memory: Memory) -> Tensor:
     window = window.to(model.device)
-    hidden = model(window[None], memory=memory, use_cache=False, output_hidden_states=False).logits
-    return torch.nn.functional.cross_entropy(hidden[0, :-1].float(), window[1:], reduction="none").cpu()
+    logits = model(window[None], memory=memory, use_cache=False).logits[0, :-1].float()
+    return cross_entropy(logits, window[1:], reduction="none").cpu()
 
 
 def _plain_losses(model: Any, ids: Tensor, window: int) -> Tensor:
@@ -215,22 +213,21 @@ def _plain_losses(model: Any, ids: Tensor, window: int) -> Tensor:
     return token_losses(hidden, ids[-window + 1 :], partial(head, model))[0].cpu()
 
 
-def _rows(places: Sequence[dict[str, Tensor]]) -> list[dict[str, Any]]:
+def _rows(places: Sequence[dict[Key, Tensor]]) -> list[dict[str, Any]]:
     """What was measured at the places of one text, a row a memory."""
-    joint = {name: torch.stack([losses[name] for losses in places]) for name in places[0]}  # (places, W - 1)
-    plain = {int(name.split("/")[1]): losses for name, losses in joint.items() if name.startswith("plain")}
+    joint = {key: torch.stack([losses[key] for losses in places]) for key in places[0]}  # (places, W - 1)
+    plain = {key.tokens: losses for key, losses in joint.items() if key.kind == "plain"}
     weights = None
     if len(plain) > 1:
         gain = _inside(plain[min(plain)]) - _inside(plain[max(plain)])
         weights = gain.exp().clamp(max=MOST_WEIGHT)
     rows = []
-    for name, losses in joint.items():
-        kind, size, *other = name.split("/")
-        if kind == "memory":
-            beside = plain.get(int(size)) if other == ["0"] else None
+    for key, losses in joint.items():
+        if key.kind == "memory":
+            beside = None if key.others else plain.get(key.tokens)
             rows.append({
-                "tokens": int(size),
-                "others": int(other[0]),
+                "tokens": key.tokens,
+                "others": key.others,
                 "memory": _perplexities(losses, weights),
                 "plain": None if beside is None else _perplexities(beside, weights),
                 "losses": _inside(losses).mean(1).tolist(),
@@ -264,29 +261,13 @@ def _joint(texts: Sequence[Sequence[dict[str, Any]]]) -> list[dict[str, Any]]:
     return rows
 
 
-def _expect(
-    progress: Any,
-    model: Any,
-    spots: Sequence[Sequence[Place]],
-    sizes: Sequence[int],
-    most: int,
-    others: int,
-    tokens: int,
-) -> None:
-    if progress is None:
-        return
-    window, total = model.memory_config.window, 0
-    for places in spots:
-        if model.memory_config.isolated_windows:
-            read = (places[-1].start - places[0].start + max(sizes)) if places else 0
-        else:
-            read = len(places) * (sum(sizes) + (tokens * (len(sizes) - 1) if others else 0))
-        plain = sum(size + window for size in sizes if size <= most)
-        scored = len(sizes) * window * (2 if others else 1)
-        total += read + len(places) * (plain + scored)
-    progress.total = total + (tokens if others and model.memory_config.isolated_windows else 0)
-
-
-def _move(progress: Any, tokens: int) -> None:
-    if progress is not None:
-        progress.update(tokens)
+def _expected(
+    config: MemoryConfig, starts: Sequence[Sequence[int]], sizes: Sequence[int], most: int, others: int, share: int
+) -> int:
+    """Tokens that will be read."""
+    plain = sum(size + config.window for size in sizes if size <= most)
+    scored = config.window * (len(sizes) + (sum(size > 0 for size in sizes) if others else 0))
+    total = sum(map(len, starts)) * (plain + scored)
+    if config.isolated_windows:  # each window once, about
+        return total + sum(mine[-1] - mine[0] + sizes[-1] for mine in starts) + others * share
+    return total + sum(map(len, starts)) * (sum(sizes) + sum(size > 0 for size in sizes) * others * share)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fot.chat import has_template, prompt_ids
+from fot.chat import first_turn_ids, has_template
 from fot.evaluation.needles import Haystack, make_haystack
 from fot.retrieval.find import Finder
 from memory import Memory
@@ -62,13 +62,13 @@ def run(
     Raises:
         ValueError: the facts do not fit the length.
     """
-    rng = random.Random(seed)
+    rng, tokenizer, templated = random.Random(seed), model.tokenizer, has_template(model.tokenizer)
     ranks: dict[tuple[int, int], list[int]] = {}
-    for haystack in [make_haystack(model.tokenizer, texts, length, needles, rng) for _ in range(trials)]:
+    for haystack in [make_haystack(tokenizer, texts, length, needles, rng) for _ in range(trials)]:
         memory: Memory = model.new_memory()
         model.ingest(haystack.ids, memory, progress=False)
-        finder = Finder(model, memory, lambda question: _asked(model.tokenizer, question))
-        for needle, right in zip(haystack.needles, _places(model.tokenizer, haystack, finder), strict=True):
+        finder = Finder(model, memory, lambda question: first_turn_ids(tokenizer, question, templated))
+        for needle, right in zip(haystack.needles, _places(tokenizer, haystack, finder), strict=True):
             for layer, scores in finder.head_scores(needle.asked).items():
                 for head, place in enumerate(_rank(scores, right)):
                     ranks.setdefault((layer, head), []).append(place)
@@ -79,13 +79,6 @@ def run(
         for (layer, head), places in ranks.items()
     ]
     return sorted(found, key=lambda one: (-one.rank, one.layer, one.head))
-
-
-def _asked(tokenizer: Any, question: str) -> list[int]:
-    """The ids of a question as ``fot ask`` puts it."""
-    if has_template(tokenizer):
-        return prompt_ids(tokenizer, [{"role": "user", "content": question}])
-    return list(tokenizer(f"\nQuestion: {question}\nAnswer:").input_ids)
 
 
 def _places(tokenizer: Any, haystack: Haystack, finder: Finder) -> list[int]:

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
+from fot.chat import has_template, question_text
 from fot.compat import CACHE
-from fot.evaluation.answers import greedy_answer
-from fot.model import attach_memory, detach_memory
+from fot.evaluation.answers import greedy_answer, without_memory
 from fot.tasks.haystack import bos, encode, hide
 from memory import Memory
 
@@ -206,7 +206,7 @@ def run(
     Raises:
         ValueError: ``chat`` and a tokenizer without a chat template.
     """
-    if chat and not getattr(model.tokenizer, "chat_template", None):
+    if chat and not has_template(model.tokenizer):
         raise ValueError("this model's tokenizer has no chat template: ask without chat")
     results: list[dict[str, Any]] = []
     interrupted = False
@@ -232,7 +232,7 @@ def ask(model: Any, needle: Needle, depth: float, memory: Memory, chat: bool = F
     prompt, target = question_ids(model.tokenizer, needle, chat)
     asked, most, marks = prompt, len(target) + 1, _begins_with  # one token more shows whether a word or number goes on
     if chat:
-        asked, most, marks = encode(model.tokenizer, _chat_prompt(model.tokenizer, needle)), CHAT_TOKENS, _holds
+        asked, most, marks = encode(model.tokenizer, question_text(model.tokenizer, needle.asked)), CHAT_TOKENS, _holds
     text, plain = (greedy_answer(model, asked, most, **given) for given in ({"memory": memory}, {}))
     without = {
         "correct": float(marks(plain, needle.answer)),
@@ -258,19 +258,16 @@ def _read_whole(model: Any, haystack: Haystack, chat: bool = False) -> Callable[
     longest = max((len(prompt) + len(target) for prompt, target in asked), default=0)
     if len(haystack.ids) + longest > model.config.max_position_embeddings:
         return lambda needle: None
-    config = model.memory_config
-    plain: Any = detach_memory(model)
-    read = plain(torch.tensor([haystack.ids], device=plain.device), use_cache=True, logits_to_keep=1)
+    with without_memory(model) as plain:
+        read = plain(torch.tensor([haystack.ids], device=plain.device), use_cache=True, logits_to_keep=1)
     cache = getattr(read, CACHE)
-    attach_memory(model, config)
 
     def marks(needle: Needle) -> dict[str, float]:
         prompt, target = question_ids(model.tokenizer, needle, chat)
         prompt = prompt[0 if chat else len(bos(model.tokenizer)) :]  # the text goes on
         ids = torch.tensor([prompt + target[:-1]], device=model.device)
-        plain: Any = detach_memory(model)
-        logits = plain(ids, logits_to_keep=len(target), **{CACHE: copy.deepcopy(cache)}).logits[0]
-        attach_memory(model, config)
+        with without_memory(model) as plain:
+            logits = plain(ids, logits_to_keep=len(target), **{CACHE: copy.deepcopy(cache)}).logits[0]
         right = (logits.argmax(-1).cpu() == torch.tensor(target)).float()
         return {"correct": float(right.all()), "tokens_right": float(right.mean())}
 
@@ -280,16 +277,11 @@ def _read_whole(model: Any, haystack: Haystack, chat: bool = False) -> Callable[
 def question_ids(tokenizer: Any, needle: Needle, chat: bool = False) -> tuple[list[int], list[int]]:
     """Token ids of the question with the sentence up to the answer, and of the answer."""
     first = [] if chat else bos(tokenizer)
-    text = _chat_prompt(tokenizer, needle) + needle.stem if chat else f"\n{needle.question}"
+    text = question_text(tokenizer, needle.asked) + needle.stem if chat else f"\n{needle.question}"
     prompt, whole = first + encode(tokenizer, text), first + encode(tokenizer, f"{text} {needle.answer}")
     if whole[: len(prompt)] == prompt:
         return prompt, whole[len(prompt) :]
     return prompt, encode(tokenizer, f" {needle.answer}")  # a tokenizer that joins them
-
-
-def _chat_prompt(tokenizer: Any, needle: Needle) -> str:
-    message = {"role": "user", "content": needle.asked}
-    return str(tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True))
 
 
 def _tokens_right(model: Any, prompt: list[int], target: list[int], memory: Memory | None) -> float:

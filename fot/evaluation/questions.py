@@ -1,7 +1,8 @@
 """Ordinary questions about novels: is the answer right, and does a listed passage hold it?
 
 The questions come with the package (``fot/evaluation/books``), each with answers to accept and quotes of the novel
-that hold the answer. They are in no training document.
+that hold the answer. The questions are in no training document; two of the novels are among the training texts of
+``smollm2-135m-fot`` (see docs/results.md).
 """
 
 import json

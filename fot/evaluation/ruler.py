@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from fot.evaluation.answers import greedy_answer
-from fot.evaluation.statistics import wilson
-from fot.model import attach_memory, detach_memory
+from fot.chat import has_template, question_text
+from fot.evaluation.answers import greedy_answer, without_memory
+from fot.evaluation.intervals import wilson
 from fot.tasks.haystack import bos, encode
 from fot.tasks.ruler import Probe, make_probe
 
@@ -69,7 +69,7 @@ def run(
     Raises:
         ValueError: ``chat`` and a tokenizer without a chat template, or a length too small for a task.
     """
-    if chat and not getattr(model.tokenizer, "chat_template", None):
+    if chat and not has_template(model.tokenizer):
         raise ValueError("this model's tokenizer has no chat template: ask without chat")
     found: dict[tuple[str, int], list[Trial]] = {}
     interrupted = False
@@ -98,13 +98,8 @@ def _ask(model: Any, task: str, length: int, probe: Probe, chat: bool, progress:
         "without": greedy_answer(model, alone, probe.tokens),
     }
     if len(probe.ids) + len(asked) + probe.tokens <= model.config.max_position_embeddings:
-        settings = model.memory_config
-        plain: Any = detach_memory(model)
-        plain.tokenizer = model.tokenizer
-        try:
+        with without_memory(model) as plain:
             answers["in_context"] = greedy_answer(plain, probe.ids + asked, probe.tokens)
-        finally:
-            attach_memory(plain, settings)
     scores = {name: None if text is None else score(text, probe.answers) for name, text in answers.items()}
     return Trial(task, length, probe.answers, answers, scores)
 
@@ -113,9 +108,7 @@ def prompt(tokenizer: Any, probe: Probe, chat: bool) -> list[int]:
     """Token ids of the question, up to where the answer goes on."""
     if not chat:
         return encode(tokenizer, f"\n{probe.question} {probe.stem}")
-    message = {"role": "user", "content": probe.question}
-    asked = tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
-    return encode(tokenizer, f"{asked}{probe.stem}")
+    return encode(tokenizer, question_text(tokenizer, probe.question) + probe.stem)
 
 
 def score(text: str, expected: Sequence[str]) -> float:
