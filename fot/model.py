@@ -301,8 +301,8 @@ def _refuse_router_loss(model: Any, options: dict[str, Any]) -> None:
     asked = options.get("output_router_logits")
     if getattr(model.config, "output_router_logits", False) if asked is None else asked:
         raise ValueError(
-            f"{type(model).__name__} with memory gives no output_router_logits, nor the loss that evens out its experts: "
-            "set model.config.output_router_logits = False"
+            f"{type(model).__name__} with memory gives no output_router_logits, nor the loss that evens out its "
+            "experts: set model.config.output_router_logits = False"
         )
 
 
