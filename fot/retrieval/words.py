@@ -39,7 +39,6 @@ class WordIndex:
             return np.zeros(self._count, dtype=np.float32)
         return np.asarray(self._index.get_scores_from_ids(asked), dtype=np.float32)
 
-
     def telling(self, question: str) -> int:
         """How many words of a question tell passages apart: those in some passages, but in few (``FEW``)."""
         known = [self._passages[self._numbers[word]] for word in set(words(question)) if word in self._numbers]
