@@ -103,7 +103,8 @@ class Conversation:
     or written before. If the template changes earlier turns (it may trim them or remove their reasoning), the model
     reads again from the first change. A turn that ends with an exception does not change the conversation.
 
-    Passages that are read again stand in front of the question for one turn only; later turns find their own.
+    Passages that are read again stand in front of the question for one turn only; later turns find their own. A
+    question that says too little by itself ("And his sister?") is searched for together with the one before it.
 
     Args:
         model: a ``FoTForCausalLM`` with its tokenizer.
@@ -239,13 +240,22 @@ class Conversation:
                     "shorten the question, or choose reread='off' (--reread off)"
                 )
             return None, text
-        passages = self._finder.find(text, max(count, MOST_READ), BEST_WAY if reread == "auto" else reread)
+        way = BEST_WAY if reread == "auto" else reread
+        passages = self._finder.find(self._searched(text), max(count, MOST_READ), way)
         sources = [(passage.document, self._finder.text(passage)) for passage in passages[:MOST_READ]]
         for number in range(len(sources), 0, -1):
             content = with_passages(text, sources[:number])
             if len(self._turn_ids(content)) + room <= window:
                 return (passages[: max(count, number)], number), content
         return None, text
+
+    def _searched(self, text: str) -> str:
+        """What is searched for: the question, behind the one before it if it says too little by itself."""
+        before = next((one["content"] for one in reversed(self.messages) if one["role"] == "user"), None)
+        if self._finder is None or not len(self._finder) or before is None:
+            return text
+        both = self._finder.follow_up(text, before)
+        return both if len(self._first_turn_ids(both)) <= self.model.memory_config.window else text
 
     def _check_length(self, text: str) -> None:
         if not text.strip():

@@ -5,7 +5,8 @@ For a query q in a memory layer, with L the keys of its local window before it a
 
     output(q) = sum over i in L + M of  exp(s q'.k_i) v_i  /  sum over j in L + M of  exp(s q'.k_j)
 
-computed as attention over L and attention over M, merged by their log-sum-exp (``memory.softmax.merge``). Local
+computed as attention over L and attention over M, merged by their log-sum-exp (``memory.softmax.merge``). Where a
+family has learnt sinks (GPT-OSS), the sum in the denominator has ``exp(sink)`` of the query's head besides. Local
 queries and keys are rotated by their position in the window; the same rotated query meets memory keys at position 0
 (LongLLaMA). With ``mem_positionals=False`` nothing is rotated in memory layers.
 
@@ -31,6 +32,8 @@ from memory import Memory, attend, merge
 
 # Keyword of a decoder's forward that reaches the attention of every layer.
 CONTEXT = "fot_context"
+# Keyword by which transformers hands an attention function its layer's learnt sinks (GPT-OSS).
+LEARNT_SINKS = "s_aux"
 PREFIX = "fot_"
 IMPLEMENTATIONS = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention")
 
@@ -56,7 +59,7 @@ def attention_forward(
         values: (B, G, S, D).
         attention_mask: of the implementation under this one.
         scaling: factor on inner products; None: D**-0.5.
-        kwargs: ``CONTEXT`` and what else the implementation under this one takes.
+        kwargs: ``CONTEXT``, ``LEARNT_SINKS`` (H,) and what else the implementation under this one takes.
 
     Returns:
         (B, T, H, D), and weights (B, H, T, S) if the implementation under this one gives any. A memory layer gives them
@@ -70,13 +73,13 @@ def attention_forward(
         scale = queries.shape[-1] ** -0.5 if scaling is None else scaling
         # Under autocast projections come in bfloat16, but norms and rotations leave float32.
         queries, keys = queries.to(values.dtype), keys.to(values.dtype)
-        weights = None
+        learnt, weights = kwargs.get(LEARNT_SINKS), None
         if under == "eager" and kwargs.get("output_attentions"):
             if not hasattr(context, "attend_and_weigh"):
                 raise ValueError("output_attentions is not known while crossbatch trains: call the model without it")
-            output, weights = context.attend_and_weigh(module.layer_idx, queries, keys, values, scale)
+            output, weights = context.attend_and_weigh(module.layer_idx, queries, keys, values, scale, learnt)
         else:
-            output = context.attend(module.layer_idx, queries, keys, values, scale)  # (B, H, T, D)
+            output = context.attend(module.layer_idx, queries, keys, values, scale, learnt)  # (B, H, T, D)
         return output.transpose(1, 2).contiguous(), weights
     plain = _implementation(under, module)
     return plain(module, queries, keys, values, attention_mask, scaling=scaling, **kwargs)
@@ -103,6 +106,7 @@ def memory_attention(
     *,
     scale: float,
     config: MemoryConfig,
+    learnt_sinks: Tensor | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
     """Attention of one memory layer: local window and memory in one softmax.
 
@@ -115,12 +119,13 @@ def memory_attention(
         layer: index of the memory layer.
         scale: factor on inner products.
         config: resolved.
+        learnt_sinks: (H,), see ``with_sinks``; they belong to the local part. None for a family that has none.
 
     Returns:
         output (B, H, T, D); log-sum-exps (B, H, T) float32 of the local part, raised by ``memory_discount``, and, if
         anything is stored, of the memory.
     """
-    parts = [attend_local(queries, keys, values, mask, scale=scale)]
+    parts = [with_sinks(*attend_local(queries, keys, values, mask, scale=scale), learnt_sinks)]
     if any(len(memory) for row in memories for memory in row):
         output, lse = parts[0]
         discounts = [memory_discount(row, config) for row in memories]
@@ -171,6 +176,23 @@ def attend_local(
     if mask is None and (T == 1 or T == S):
         return attend(queries, keys, values, scale=scale, causal=T > 1)
     return attend(queries, keys, values, scale=scale, mask=_seen(T, S, mask, queries.device))
+
+
+def with_sinks(output: Tensor, lse: Tensor, learnt_sinks: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Attention in which each head has a learnt sink besides its keys: a score whose value is zero (GPT-OSS).
+
+    Args:
+        output: (B, H, T, D), without sinks.
+        lse: (B, H, T) float32, likewise.
+        learnt_sinks: (H,) scores, any float dtype; None: nothing changes.
+
+    Returns:
+        output in its own dtype, log-sum-exp float32. Differentiable in all three.
+    """
+    if learnt_sinks is None:
+        return output, lse
+    total = torch.logaddexp(lse, learnt_sinks.to(lse.device, lse.dtype).unsqueeze(-1))
+    return (output.float() * (lse - total).exp().unsqueeze(-1)).to(output.dtype), total
 
 
 def local_weights(queries: Tensor, keys: Tensor, mask: Tensor | None, lse: Tensor, *, scale: float) -> Tensor:

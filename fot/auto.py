@@ -1,6 +1,12 @@
 """transformers' Auto class loads a checkpoint with memory settings as the plain model it also is, and says so here.
 
 Importing this module, as ``import fot`` does, adds the warning. What is loaded stays the same.
+
+This wraps a method of transformers, because transformers 5.24 has no supported way to the same. A ``model_type`` of our
+own in config.json would keep plain transformers from loading the folder. An ``auto_map`` there is passed over for types
+that transformers knows, unless code from the checkpoint is trusted. A class registered for a known configuration would
+be loaded in place of the plain one, by ``from_config`` as well. And nobody is told of fields that a configuration does
+not know.
 """
 
 import functools

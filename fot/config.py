@@ -1,11 +1,11 @@
 """How a model uses its memory: which layers, how long a window, how pairs are stored and found."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-from memory.backends import check_index
+from memory.backends import Backends, check_index, is_clusters
 from memory.vectors import VECTOR_DTYPES
 
 # Key of the dictionary that `save_pretrained` leaves in config.json; plain transformers keeps it and ignores it.
@@ -92,6 +92,7 @@ class MemoryConfig:
             if dtype is not None and dtype not in VECTOR_DTYPES:
                 raise ValueError(f"{name} is {dtype!r}; choose one of {', '.join(VECTOR_DTYPES)}")
         check_index(self.index)
+        Backends(self.index, self.top_k)
 
     def resolve(
         self,
@@ -207,6 +208,16 @@ class MemoryConfig:
         if unknown:
             raise ValueError(f"unknown memory setting {unknown[0]!r}; known: {', '.join(sorted(known))}")
         return cls(**settings)
+
+
+def merged(saved: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings that are given now, over those of before.
+
+    ``clusters`` attends to a share of the keys: whoever asks for it means no number of them that was saved.
+    """
+    index = given.get("index")
+    by_share = isinstance(index, str) and is_clusters(index)
+    return {name: value for name, value in saved.items() if not (by_share and name == "top_k")} | dict(given)
 
 
 def default_mem_layers(num_hidden_layers: int) -> tuple[int, ...]:

@@ -23,6 +23,7 @@ SUPPORTED_MODEL_TYPES = (
     "granite",
     "cohere2",
     "gpt_neox",
+    "gpt_oss",
 )
 
 

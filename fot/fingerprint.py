@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from fot.config import MemoryConfig
-from fot.families import key_value_shape
+from fot.families import key_value_shape, whole_layers
+from fot.rotary import rotary_of
 from fot.weights import sample_weights
 
 VERSION = 2
@@ -25,9 +26,17 @@ VERSION = 2
 MADE_WITH = "made_with"
 
 # Settings of MemoryConfig that change what is stored.
-SETTINGS = ("mem_layers", "local_context", "mem_positionals", "isolated_windows")
+_SETTINGS = ("mem_layers", "local_context", "mem_positionals", "isolated_windows")
+_LATER_SETTINGS = ("window_overlap", "full_weight_tokens")
 # Fields of a model's configuration that do and that no weight's shape shows.
 _CONFIG_FIELDS = ("num_attention_heads", "rms_norm_eps", "hidden_act")
+_LATER_FIELDS = (
+    *("layer_norm_eps", "hidden_activation", "use_parallel_residual", "query_pre_attn_scalar"),
+    *("embedding_multiplier", "attention_multiplier", "residual_multiplier"),
+    *("num_experts_per_tok", "swiglu_alpha", "swiglu_limit"),
+)
+# Memories of before say nothing of these: they are read whatever they are.
+_LATER = {*_LATER_SETTINGS, *_LATER_FIELDS, "sliding_layers", "unrotated_layers"}
 
 # Significant bits of a number. Twice rounded, first to float16, a bfloat16 number may be off by a little more than
 # half its last place.
@@ -62,13 +71,22 @@ class Fingerprint:
         """
         config = model.memory_config
         samples = sample_weights(model.base_model, max(config.layers, default=-1))
-        settings = {name: _plain(getattr(config, name)) for name in SETTINGS}
-        return cls(settings, _computation(model), samples.digest, samples.values)
+        return cls(_settings(config), _computation(model), samples.digest, samples.values)
 
     @property
     def name(self) -> str:
         """``2:`` and 16 hexadecimal digits; the same for a model in float32 and in bfloat16."""
-        digest = hashlib.sha256(json.dumps([self.settings, self.config, self.weights], sort_keys=True).encode())
+        return self._named(self.settings, self.config)
+
+    @property
+    def name_of_before(self) -> str:
+        """What ``name`` was before it knew of ``window_overlap`` and some others."""
+        return self._named(
+            *({name: one for name, one in part.items() if name not in _LATER} for part in (self.settings, self.config))
+        )
+
+    def _named(self, settings: dict[str, Any], config: dict[str, Any]) -> str:
+        digest = hashlib.sha256(json.dumps([settings, config, self.weights], sort_keys=True).encode())
         digest.update(self._together().to(torch.bfloat16).view(torch.int16).numpy().tobytes())
         return f"{VERSION}:{digest.hexdigest()[:16]}"
 
@@ -92,8 +110,9 @@ class Fingerprint:
         for ours, theirs in ((self.settings, other.get("settings")), (self.config, other.get("config"))):
             if not isinstance(theirs, dict):
                 return None
-            for name in sorted({*ours, *theirs}):
-                if ours.get(name) != theirs.get(name):
+            for name in dict.fromkeys([*ours, *theirs]):  # in our order: some settings matter only with others
+                unsaid = name in _LATER and name not in theirs
+                if not unsaid and ours.get(name) != theirs.get(name):
                     return f"{name}={theirs.get(name)}, not {ours.get(name)}"
         same = other.get("weights") == self.weights and self._same_values(other.get("samples"))
         return "" if same else None
@@ -122,7 +141,7 @@ def difference(model: Any, memory: Any) -> str | None:
     if memory.fingerprint and ":" not in memory.fingerprint:  # of before there were versions
         return "" if memory.fingerprint == first_fingerprint(model) else _named_setting(model, memory)
     ours = Fingerprint.of(model)
-    if memory.fingerprint == ours.name:
+    if memory.fingerprint in (ours.name, ours.name_of_before):
         return ""
     if not memory.fingerprint.startswith(f"{VERSION}:"):
         return None
@@ -136,16 +155,28 @@ def _named_setting(model: Any, memory: Any) -> str | None:
         theirs = MemoryConfig.from_dict(memory.metadata["memory"])
     except (KeyError, TypeError, ValueError):
         return None
-    for name in SETTINGS:
-        ours, other = getattr(model.memory_config, name), getattr(theirs, name)
-        if None not in (ours, other) and ours != other:
-            return f"{name}={_plain(other)}, not {_plain(ours)}"
+    others = _settings(theirs)
+    for name, ours in _settings(model.memory_config).items():
+        if None not in (ours, others[name]) and ours != others[name]:
+            return f"{name}={others[name]}, not {ours}"
     return None
 
 
+def _settings(config: MemoryConfig) -> dict[str, Any]:
+    found = {name: _plain(getattr(config, name)) for name in (*_SETTINGS, *_LATER_SETTINGS)}
+    if config.isolated_windows:  # what is stored has read no memory, and so does not depend on what one weighs
+        found["full_weight_tokens"] = None
+    return found
+
+
 def _computation(model: Any) -> dict[str, Any]:
-    config = model.config
-    found = {name: _plain(getattr(config, name, None)) for name in _CONFIG_FIELDS}
+    config, last = model.config, max(model.memory_config.layers, default=-1)
+    found = {name: _plain(getattr(config, name, None)) for name in (*_CONFIG_FIELDS, *_LATER_FIELDS)}
+    whole = whole_layers(config, model.memory_config.window)
+    shorter = [layer for layer in range(last) if layer not in whole]
+    found["sliding_layers"] = [config.sliding_window, shorter] if shorter else None
+    frequencies = rotary_of(model).frequencies[: last + 1]
+    found["unrotated_layers"] = [layer for layer, frequency in enumerate(frequencies) if frequency is None]
     rope = dict(getattr(config, "rope_parameters", None) or {"rope_theta": getattr(config, "rope_theta", None)})
     if rope.get("rope_type", "default") not in ("default", "linear", "llama3"):  # others look at it
         rope["max_position_embeddings"] = config.max_position_embeddings

@@ -1,7 +1,7 @@
 """Load a model by name and give it a memory."""
 
 import logging
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from fot import pretrained
 from fot.adapter import apply_adapter, read_description
 from fot.auto import load_plain
 from fot.checkpoint import Checkpoint, gguf_options
-from fot.config import CONFIG_KEY, MemoryConfig
+from fot.config import CONFIG_KEY, MemoryConfig, merged
 from fot.model import FoTForCausalLM, attach_memory
 from fot.names import lasting_name
 
@@ -67,7 +67,7 @@ def _merge(config: Any, checkpoint: Checkpoint, settings: dict[str, Any]) -> Mem
         saved = MemoryConfig.from_dict(getattr(config, CONFIG_KEY, None) or {})
     if saved.mem_layers is None:
         saved = replace(saved, mem_layers=checkpoint.mem_layers)
-    return replace(saved, **settings)
+    return MemoryConfig(**merged(asdict(saved), settings))
 
 
 def _tokenizer_or_none(checkpoint: Checkpoint, hub: dict[str, Any]) -> Any:

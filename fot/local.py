@@ -123,7 +123,15 @@ class LocalCache(DynamicCache):
         self.counts = [count + new for count, new in zip(self.counts, added, strict=True)]
         return places
 
-    def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
+    def attend(
+        self,
+        layer: int,
+        queries: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        scale: float,
+        learnt_sinks: Tensor | None = None,
+    ) -> Tensor:
         """What a memory layer computes: local window and memory in one softmax.
 
         Args:
@@ -132,6 +140,7 @@ class LocalCache(DynamicCache):
             keys: (B, G, S, D), rotated, of the window, these tokens included.
             values: likewise.
             scale: factor on inner products.
+            learnt_sinks: (H,), see ``fot.attention.with_sinks``.
 
         Returns:
             (B, H, T, D).
@@ -139,13 +148,22 @@ class LocalCache(DynamicCache):
         Raises:
             WindowStored: this is the layer that it ends at.
         """
-        return self._attend(layer, queries, keys, values, scale)[0]
+        return self._attend(layer, queries, keys, values, scale, learnt_sinks)[0]
 
     def attend_and_weigh(
-        self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, scale: float
+        self,
+        layer: int,
+        queries: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        scale: float,
+        learnt_sinks: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """As ``attend``, with the weights of the window's slots, (B, H, T, S): what they lack to 1 is the memory's."""
-        output, lses = self._attend(layer, queries, keys, values, scale)
+        """As ``attend``, with the weights of the window's slots, (B, H, T, S).
+
+        What they lack to 1 is the memory's, and the learnt sinks'.
+        """
+        output, lses = self._attend(layer, queries, keys, values, scale, learnt_sinks)
         first, mask = self.unstored()
         lse = torch.stack(lses).logsumexp(0)
         if len(lses) > 1:  # the local part was raised by what the memory weighs less
@@ -153,14 +171,22 @@ class LocalCache(DynamicCache):
         return output, pad(local_weights(queries, keys[:, :, first:], mask, lse, scale=scale), (first, 0))
 
     def _attend(
-        self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, scale: float
+        self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, scale: float, learnt_sinks: Tensor | None
     ) -> tuple[Tensor, list[Tensor]]:
         if layer == self.ends_at:
             raise WindowStored
         first, mask = self.unstored()
         keys, values = keys[:, :, first:], values[:, :, first:]
         output, lses = memory_attention(
-            queries, keys, values, mask, self.memories, layer, scale=scale, config=self.config
+            queries,
+            keys,
+            values,
+            mask,
+            self.memories,
+            layer,
+            scale=scale,
+            config=self.config,
+            learnt_sinks=learnt_sinks,
         )
         if self.recorder is not None:
             self.recorder.note(layer, queries, lses, self, scale)

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from fot.config import MemoryConfig, check_memory_layers
+from fot.config import MemoryConfig, check_memory_layers, merged
 from fot.families import key_value_shape
 from fot.fingerprint import Fingerprint, difference, tokenizer_fingerprint, weights_fingerprint
 from fot.origin import origin
@@ -60,7 +60,7 @@ class MemoryMaker(CausalLM):
             heads,
             head_dim,
             fingerprint=made_with.name,
-            **(defaults | settings),
+            **merged(defaults, settings),
         )
         memory.metadata |= origin(self, made_with)
         return memory

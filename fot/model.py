@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from fot.attention import CONTEXT, PREFIX
+from fot.attention import CONTEXT, IMPLEMENTATIONS, PREFIX
 from fot.cache import FoTCache
 from fot.compat import CACHE
 from fot.config import CONFIG_KEY, MemoryConfig
@@ -33,7 +33,7 @@ def attach_memory(model: Any, config: MemoryConfig | None = None) -> "FoTForCaus
     within one window the model computes what it did before. May be called again to change settings.
 
     Args:
-        model: a Llama, Mistral, Qwen2 or Qwen3 model for causal language modelling, on any device, quantised or not.
+        model: a causal language model of a supported family, on any device, quantised or not.
         config: memory settings; None for the defaults.
 
     Returns:
@@ -173,8 +173,10 @@ class FoTForCausalLM(GeneratesWithMemory):
                 to 1 less the share of the memory, which ``fot.trace`` shows.
 
         Raises:
-            ValueError: inputs that do not go together, or a memory made by other weights.
+            ValueError: inputs that do not go together, a memory made by other weights, or ``output_router_logits`` of a
+                mixture of experts.
         """
+        _refuse_router_loss(self, kwargs)
         cache = self._open_cache(past_key_values if cache is None else cache, memory)
         inputs = Inputs.make(input_ids, inputs_embeds, attention_mask, position_ids, cache)
         if not cache.rows:
@@ -258,8 +260,20 @@ class FoTForCausalLM(GeneratesWithMemory):
         return ingest(self, ids_or_text, memory, source, tokenizer=tokenizer, progress=progress)
 
     def set_attn_implementation(self, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
-        """As in transformers: what computes attention in layers without memory, and elsewhere within one window."""
+        """As in transformers: what computes attention in layers without memory, and elsewhere within one window.
+
+        Raises:
+            ValueError: an implementation that the family does not have, as transformers says, or that memory attention
+                does not go with.
+        """
         if isinstance(attn_implementation, str) and not attn_implementation.startswith(PREFIX):
+            if attn_implementation not in IMPLEMENTATIONS:
+                raise ValueError(
+                    f"memory attention does not go with the attention implementation {attn_implementation!r}; it goes "
+                    f"with {', '.join(IMPLEMENTATIONS)}: load the model with attn_implementation='eager', for instance"
+                )
+            # First without the prefix: transformers refuses what a family does not have only by its own names.
+            super().set_attn_implementation(attn_implementation, *args, **kwargs)
             attn_implementation = PREFIX + attn_implementation
         super().set_attn_implementation(attn_implementation, *args, **kwargs)
 
@@ -281,6 +295,15 @@ class FoTForCausalLM(GeneratesWithMemory):
         if memory is not None:
             raise ValueError("pass memory= with the first call only: the cache carries it on")
         return cache
+
+
+def _refuse_router_loss(model: Any, options: dict[str, Any]) -> None:
+    asked = options.get("output_router_logits")
+    if getattr(model.config, "output_router_logits", False) if asked is None else asked:
+        raise ValueError(
+            f"{type(model).__name__} with memory gives no output_router_logits, nor the loss that evens out its "
+            "experts: set model.config.output_router_logits = False"
+        )
 
 
 def _is_packed(position_ids: Tensor | None) -> bool:

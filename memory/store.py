@@ -6,24 +6,24 @@ Per memory layer and KV head, keys and values in append order; once per token, i
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from memory import disk
-from memory.backends import Backends, IndexFactory, check_index
+from memory.backends import Backends, IndexFactory, check_index, is_clusters
 from memory.checks import check_pairs
 from memory.content import Content
+from memory.facts import MemoryFacts
 from memory.folder import Folder
 from memory.index import Learnt
 from memory.indexed import IndexedLayer
 from memory.layer import LayerMemory
-from memory.tokens import DocumentNote, Source, TokenTable
+from memory.tokens import TokenTable
 
 
-class Memory:
+class Memory(MemoryFacts):
     """An external memory of (key, value) pairs for the memory layers of one model.
 
     Args:
@@ -38,11 +38,6 @@ class Memory:
         top_k: number of pairs that a query attends to. None means all pairs with ``exact``, and 128 with FAISS.
         device: device of the vectors. None keeps them on the device that they come from.
         fingerprint: identifies the weights that made the keys. A model refuses a memory that other weights made.
-
-    Attributes:
-        metadata: anything that JSON can hold. It is saved with the memory. A model's ``new_memory`` writes into it what
-            the memory was made with.
-        notes: name -> facts about a document as a whole. They are saved for documents with stored tokens.
 
     Raises:
         ValueError: An argument is out of range, or it is a name that is not known.
@@ -83,60 +78,6 @@ class Memory:
         memory._hold(content, backends, folder)
         return memory
 
-    @property
-    def num_key_value_heads(self) -> int:
-        """G, KV heads of a layer."""
-        return self._content.num_key_value_heads
-
-    @property
-    def head_dim(self) -> int:
-        """D, size of a head."""
-        return self._content.head_dim
-
-    @property
-    def key_dtype(self) -> str:
-        """How keys are stored."""
-        return self._content.key_dtype
-
-    @property
-    def value_dtype(self) -> str:
-        """How values are stored."""
-        return self._content.value_dtype
-
-    @property
-    def index(self) -> str | IndexFactory:
-        """What was asked for."""
-        return self._backends.index
-
-    @property
-    def top_k(self) -> int | None:
-        """Pairs that a query attends to; None for all of them where the backend can, 128 elsewhere."""
-        return self._content.top_k
-
-    @property
-    def device(self) -> torch.device | None:
-        """Where the vectors are kept; None for where they come from."""
-        return self._content.device
-
-    @property
-    def fingerprint(self) -> str:
-        """Names the weights that the keys were made with."""
-        return self._content.fingerprint
-
-    @property
-    def metadata(self) -> dict[str, Any]:
-        """Whatever is kept beside the memory."""
-        return self._content.metadata
-
-    @metadata.setter
-    def metadata(self, metadata: dict[str, Any]) -> None:
-        self._content.metadata = metadata
-
-    @property
-    def notes(self) -> dict[str, DocumentNote]:
-        """By name, what is known of documents as a whole."""
-        return self._content.notes
-
     @staticmethod
     def open(
         path: str | Path,
@@ -154,7 +95,8 @@ class Memory:
             path: the folder.
             mode: ``r`` to read, by any number of processes at once; ``a`` to add and drop as well, by one at a time.
             index: another index than the one it was made with, as for ``Memory``.
-            top_k: another number of pairs that a query attends to.
+            top_k: another number of pairs that a query attends to. ``clusters`` attends to a share instead, so if that
+                is asked for, the number that was saved does not count.
             device: where the vectors are put.
 
         Raises:
@@ -165,7 +107,9 @@ class Memory:
         opened = disk.open_folder(path, mode, torch.device(device))
         content = opened.content
         try:
-            backends = Backends(content.index if index is None else index, content.top_k if top_k is None else top_k)
+            by_share = isinstance(index, str) and is_clusters(index)
+            kept = None if by_share else content.top_k
+            backends = Backends(content.index if index is None else index, kept if top_k is None else top_k)
             content = replace(content, index=backends.name, top_k=backends.top_k)
             check_index(backends.index, content.head_dim)
             memory = Memory._of(content, backends, opened.folder)
@@ -214,38 +158,6 @@ class Memory:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def __len__(self) -> int:
-        """Stored tokens."""
-        return len(self._content.tokens)
-
-    def __bool__(self) -> bool:
-        """True, of an empty memory as well: ``if memory`` asks whether there is one, ``len(memory)`` what it holds."""
-        return True
-
-    def __contains__(self, document: object) -> bool:
-        """Whether tokens of a document of this name are stored."""
-        return document in self._content.tokens.names
-
-    __iter__ = None  # not over ``memory[0]``, ``memory[1]``, ...: layers and tokens are both numbered
-
-    def __repr__(self) -> str:
-        layers = ", ".join(map(str, self.layers))
-        documents = len(self._content.tokens.names)
-        index = self._backends.name if isinstance(self.index, str) else "custom"
-        place = "" if self._folder is None else f", in {self._folder.path}"
-        return f"<Memory: {len(self):,} tokens, {documents:,} documents, layers {layers}, index {index}{place}>"
-
-    def __getitem__(self, layer: int) -> LayerMemory:
-        """Keys and values of one memory layer."""
-        if layer not in self._layers:
-            raise KeyError(f"layer {layer} has no memory; memory layers are {list(self._layers)}")
-        return self._layers[layer]
-
-    @property
-    def layers(self) -> tuple[int, ...]:
-        """Indices of the memory layers."""
-        return tuple(self._layers)
-
     def append(
         self,
         keys: Mapping[int, Tensor],
@@ -272,6 +184,8 @@ class Memory:
         ids = np.asarray(token_ids.cpu() if isinstance(token_ids, Tensor) else token_ids, dtype=np.int32)
         check_pairs(self._content, keys, values, len(ids))
         prepared = self._content.tokens.prepare(ids, document, spans)
+        if not len(ids):  # nothing for an index to take in, and no document that would be listed
+            return
         try:
             for number, layer in self._indexed.items():
                 layer.append(self._place(keys[number]), self._place(values[number]))
@@ -280,24 +194,6 @@ class Memory:
             for layer in self._indexed.values():
                 layer.truncate(len(self))
             raise
-
-    def token_ids(self, slots: "np.ndarray | Sequence[int] | slice" = slice(None)) -> np.ndarray:
-        """Ids of the tokens in these slots (all by default), int32."""
-        return self._content.tokens.ids[slots]
-
-    def source(self, slot: int) -> Source:
-        """Where the token in this slot came from."""
-        if not 0 <= slot < len(self):
-            raise IndexError(f"slot {slot} is outside 0..{len(self) - 1}, what this memory holds")
-        return self._content.tokens.source(slot)
-
-    def documents(self) -> dict[str, int]:
-        """Name -> number of stored tokens, for each named document."""
-        return self._content.tokens.documents()
-
-    def document_runs(self) -> list[tuple[str | None, int, int]]:
-        """(document, first slot, past-the-end slot) of each run of tokens of one document, in slot order."""
-        return self._content.tokens.runs()
 
     def drop_document(self, name: str) -> int:
         """Remove one document. The slots after it move up, and indexes are built again.
@@ -367,22 +263,6 @@ class Memory:
         for number, layer in self._indexed.items():
             copy._indexed[number].follow(layer)
         return copy
-
-    def nbytes(self) -> dict[str, int]:
-        """Bytes held, by part: ``keys``, ``values``, ``index`` and ``tokens``."""
-        layers = self._indexed.values()
-        return {
-            "keys": sum(layer.content.keys.nbytes() for layer in layers),
-            "values": sum(layer.content.values.nbytes() for layer in layers),
-            "index": sum(layer.index.nbytes() for layer in layers if layer.index is not None),
-            "tokens": self._content.tokens.nbytes(),
-        }
-
-    def describe(self) -> str:
-        """One line: tokens, size, the index of each layer."""
-        mib = sum(self.nbytes().values()) / 2**20
-        kinds = ", ".join(f"layer {number}: {layer.describe()}" for number, layer in self._layers.items())
-        return f"{len(self):,} tokens, {mib:,.1f} MiB; {kinds}"
 
     def _place(self, vectors: Tensor) -> Tensor:
         return vectors if self.device is None else vectors.to(self.device)

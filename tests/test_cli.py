@@ -124,7 +124,7 @@ def test_info(checkpoint: Path, capsys: pytest.CaptureFixture) -> None:
 def test_info_counts_bytes_as_the_store_does(checkpoint: Path, make_model: ModelMaker) -> None:
     import torch
 
-    from fot.evaluation.report import memory_bytes_per_token
+    from fot.evaluation.costs import memory_bytes_per_token
 
     for dtype in ("float32", "int8"):
         model = make_model(key_dtype=dtype, value_dtype=dtype)

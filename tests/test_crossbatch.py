@@ -30,8 +30,10 @@ def tensors(rows: int = 3, length: int = 7, seed: int = 0, dtype: torch.dtype = 
     return [torch.randn(shape, generator=generator).to(dtype).requires_grad_() for shape in shapes]
 
 
-def one_softmax(q: Any, k: Any, v: Any, ck: Any, cv: Any, chosen: cb.Contexts, scale: float) -> torch.Tensor:
-    """Row by row, keys laid end to end, one mask, one softmax."""
+def one_softmax(
+    q: Any, k: Any, v: Any, ck: Any, cv: Any, chosen: cb.Contexts, scale: float, sinks: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Row by row, keys laid end to end, behind a learnt sink if there is one; one mask, one softmax."""
     rows, T = [], q.shape[2]  # noqa: N806
     for row, others in enumerate(chosen.rows):
         keys = torch.cat([k[row], *(ck[other] for other in others)], dim=1).repeat_interleave(2, dim=0)
@@ -40,7 +42,9 @@ def one_softmax(q: Any, k: Any, v: Any, ck: Any, cv: Any, chosen: cb.Contexts, s
         if chosen.padding is not None and len(others):
             seen[:, T:] &= ~chosen.padding[others].flatten()
         scores = (scale * q[row] @ keys.mT).masked_fill(~seen, -torch.inf)
-        rows.append(scores.softmax(-1) @ values)
+        if sinks is not None:
+            scores = torch.cat([sinks.view(-1, 1, 1).expand(-1, T, 1), scores], dim=-1)
+        rows.append(scores.softmax(-1)[..., -keys.shape[1] :] @ values)
     return torch.stack(rows)
 
 
@@ -73,6 +77,27 @@ def test_output_and_gradients_equal_one_softmax(
     for tensor, one, other in zip(given, found, right, strict=True):
         gradients = [torch.zeros_like(tensor) if gradient is None else gradient for gradient in (one, other)]
         torch.testing.assert_close(*gradients, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+@pytest.mark.parametrize("path", ["fused", "recomputed"])
+def test_learnt_sinks_are_in_the_softmax(path: str, choice: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Output and every gradient, that of the sinks included."""
+    if path == "recomputed":
+        monkeypatch.setattr(cb, "fused_backward_fits", lambda queries: False)
+    chosen = cb.Contexts(CHOICES[choice].rows, PADDING)
+    sinks = torch.tensor([-1.0, 0.0, 1.0, 3.0], requires_grad=True)
+    given = tensors()
+    weight = torch.randn(3, 4, 7, 8, generator=torch.Generator().manual_seed(9))
+    output = cb.attend_batch(*given, chosen, scale=0.4, learnt_sinks=sinks)
+    expected = one_softmax(*given, chosen, 0.4, sinks)
+    torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-5)
+    assert (output - cb.attend_batch(*given, chosen, scale=0.4)).abs().max() > 0.1
+    inputs = [*given, sinks] if choice != "none" else [*given[:3], sinks]
+    found = torch.autograd.grad((output * weight).sum(), inputs)
+    right = torch.autograd.grad((expected * weight).sum(), inputs)
+    for one, other in zip(found, right, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("padded", [False, True])

@@ -50,6 +50,20 @@ def test_opened_is_what_was_saved(dtype: str, tmp_path: Path) -> None:
     assert Memory.open(tmp_path / "m", index="Flat", top_k=2)[1].search(vectors(3), 2)[1].shape == (HEADS, 3, 2)
 
 
+def test_clusters_open_a_memory_that_was_saved_with_a_number_of_pairs(tmp_path: Path) -> None:
+    """They attend to a share of the keys; the folder keeps its own index and number."""
+    store = make(top_k=7)
+    append(store, 300, document="a")
+    store.save(tmp_path / "m")
+    for index in ("clusters", "clusters;share=0.5"):
+        opened = Memory.open(tmp_path / "m", index=index)
+        assert (opened.index, opened.top_k) == (index, None)
+        assert opened[1].attend(vectors(3), scale=0.3)[0].isfinite().all()
+    assert Memory.open(tmp_path / "m", index="Flat").top_k == Memory.open(tmp_path / "m").top_k == 7
+    with pytest.raises(ValueError, match="top_k is 5, but clusters attends to a share of the keys"):
+        Memory.open(tmp_path / "m", index="clusters", top_k=5)
+
+
 OPERATIONS = st.one_of(
     st.tuples(st.just("append"), st.sampled_from(["a", "b", "c", None]), st.integers(1, 40)),
     st.tuples(st.just("drop"), st.sampled_from(["a", "b", "c"])),

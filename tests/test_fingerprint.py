@@ -10,6 +10,7 @@ import torch
 from accelerate import cpu_offload, disk_offload
 from conftest import FAMILIES, PAPER, SHAPE, WINDOW, ModelMaker
 from peft import LoraConfig, get_peft_model
+from test_families import ALL
 from transformers import AutoModelForCausalLM, LlamaConfig, set_seed
 
 import fot
@@ -89,6 +90,9 @@ OTHER_MODELS: dict[str, dict[str, Any]] = {
     "window": {"settings": {"local_context": WINDOW - 1}},
     "positions": {"settings": {"mem_positionals": False}},
     "isolated windows": {"settings": {"isolated_windows": True}},
+    "overlap": {"settings": {"window_overlap": 4}},
+    "overlap of isolated windows": {"settings": {"window_overlap": 4, "isolated_windows": True}},
+    "full weight": {"settings": {"full_weight_tokens": WINDOW}},
     "rope theta": {"config": {"rope_theta": 500.0}},
     "rope scaling": {"config": {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}}},
     "eps": {"config": {"rms_norm_eps": 1e-2}},
@@ -167,6 +171,47 @@ def test_models_that_store_the_same_are_the_same(kind: str) -> None:
     model.check_memory(memory)
     model.eval()
     assert torch.equal(stored(model), stored(make()))
+
+
+def test_isolated_windows_do_not_depend_on_what_a_memory_weighs() -> None:
+    models = [make(settings={"isolated_windows": True, "full_weight_tokens": count}) for count in (0, WINDOW)]
+    assert torch.equal(*map(stored, models))
+    models[0].check_memory(models[1].new_memory())
+
+
+# Fields of a configuration that change what is stored and that no weight shows, by family.
+FIELDS = [
+    ("gemma3_text", {"sliding_window": 5}),
+    ("gemma3_text", {"query_pre_attn_scalar": 9}),
+    ("gemma3_text", {"hidden_activation": "silu"}),
+    ("smollm3", {"no_rope_layers": [1, 1, 1, 0, 0]}),
+    ("granite", {"attention_multiplier": 0.4}),
+    ("granite", {"residual_multiplier": 0.4}),
+    ("granite", {"embedding_multiplier": 2.0}),
+    ("cohere2", {"layer_norm_eps": 0.1}),
+    ("gpt_neox", {"use_parallel_residual": False}),
+    ("gpt_oss", {"num_experts_per_tok": 1}),
+    ("gpt_oss", {"swiglu_limit": 0.1}),
+    ("gpt_oss", {"swiglu_alpha": 1.0}),
+]
+
+
+@pytest.mark.parametrize(("family", "fields"), FIELDS, ids=str)
+def test_what_a_familys_configuration_says_is_seen(family: str, fields: dict[str, Any]) -> None:
+    models = []
+    for changes in ({}, fields):
+        set_seed(0)
+        config = ALL[family]()
+        for name, value in changes.items():
+            setattr(config, name, value)
+        plain = AutoModelForCausalLM.from_config(config).eval()
+        settings = {"mem_layers": (1, 3), "local_context": WINDOW, "index": "exact"} | PAPER
+        models.append(fot.attach_memory(plain, fot.MemoryConfig(**settings)))
+    one, other = models
+    assert not torch.allclose(stored(one), stored(other), atol=1e-5)
+    assert one.fingerprint() != other.fingerprint()
+    with pytest.raises(ValueError, match=r"made with \w+=.*, not .*, as in this model"):
+        one.check_memory(other.new_memory())
 
 
 def test_weights_changed_after_a_look() -> None:
@@ -299,6 +344,8 @@ def test_quantised_codes_count() -> None:
         ("window", "made with local_context=15, not 16, as in this model"),
         ("positions", "made with mem_positionals=False, not True, as in this model"),
         ("isolated windows", "made with isolated_windows=True, not False, as in this model"),
+        ("overlap", "made with window_overlap=4, not 0, as in this model"),
+        ("full weight", "made with full_weight_tokens=16, not 0, as in this model"),
         ("eps", "made with rms_norm_eps=0.01, not 1e-06, as in this model"),
         ("activation", "made with hidden_act=gelu, not silu, as in this model"),
         ("rope theta", "made with rope_parameters="),
@@ -311,12 +358,12 @@ def test_a_setting_that_differs_is_named(kind: str, message: str, tmp_path: Path
             make().check_memory(memory)
 
 
-def even_weights() -> Any:
-    model = make(config={"tie_word_embeddings": True})
+def even_weights(settings: dict[str, Any] | None = None, dtype: torch.dtype = torch.float32) -> Any:
+    model = make(config={"tie_word_embeddings": True}, settings=settings)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_((torch.arange(parameter.numel()) % 97 - 48).reshape(parameter.shape) / 128)
-    return model
+    return model.to(dtype)
 
 
 def test_memories_of_before(make_model: ModelMaker) -> None:
@@ -331,6 +378,26 @@ def test_memories_of_before(make_model: ModelMaker) -> None:
     memory.metadata["memory"] = {"mem_layers": [1, 3], "local_context": WINDOW, "isolated_windows": True}
     with pytest.raises(ValueError, match="made with isolated_windows=True, not False"):
         make().check_memory(memory)
+
+
+@pytest.mark.parametrize("says", [True, False])
+def test_memories_that_say_nothing_of_overlap(says: bool) -> None:
+    """Made before the fingerprint knew of it: they are read whatever it was, and nothing else about them is."""
+    model, name = even_weights(), "2:4274c7c9bcb4d266"  # as it was made then
+    assert Fingerprint.of(model).name_of_before == name
+    memory = Memory((1, 3), 2, 8, fingerprint=name)
+    if says:
+        made_with = Fingerprint.of(model).to_dict()
+        for part, names in (("settings", ("mem_layers", "local_context", "mem_positionals", "isolated_windows")),
+                            ("config", ("num_attention_heads", "rms_norm_eps", "hidden_act", "head_dim",
+                                        "rope_parameters"))):  # fmt: skip
+            made_with[part] = {one: made_with[part][one] for one in names}
+        memory.metadata[MADE_WITH] = made_with
+        even_weights(dtype=torch.bfloat16).check_memory(memory)
+    for settings in ({}, {"window_overlap": 4}, {"full_weight_tokens": 32}):
+        even_weights(settings).check_memory(memory)
+    with pytest.raises(ValueError, match="mem_positionals=True, not False" if says else "by other weights"):
+        even_weights({"mem_positionals": False}).check_memory(memory)
 
 
 @pytest.mark.parametrize("made_with", [None, 3, {}, {"settings": 1}, "samples", {"samples": "%"}, {"samples": "AAAA"}])

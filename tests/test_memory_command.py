@@ -49,6 +49,17 @@ def built(place: Path, checkpoint: Path, capsys: pytest.CaptureFixture) -> Path:
     return place / "m"
 
 
+def test_clusters_read_a_memory_built_with_a_number_of_pairs(
+    place: Path, checkpoint: Path, capsys: pytest.CaptureFixture
+) -> None:
+    options = [*OPTIONS[:-2], "--local-context", "64"]
+    assert main(["memory", "build", "m", "book.txt", "--model", str(checkpoint), *options, "--top-k", "9"]) == 0
+    asked = ["ask", "m", "Which line?", "--max-new-tokens", "2", "--device", "cpu", "--index"]
+    for index in ("clusters", "Flat"):
+        assert main([*asked, index]) == 0, capsys.readouterr().err
+    assert Memory.open(place / "m").top_k == 9
+
+
 def test_build_and_info(place: Path, checkpoint: Path, capsys: pytest.CaptureFixture) -> None:
     arguments = ["memory", "build", "m", "book.txt", "code", "--include", "*.py", "*.bin", "--model", str(checkpoint)]
     assert main([*arguments, *OPTIONS]) == 0

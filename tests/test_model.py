@@ -321,11 +321,21 @@ class TestRefusals:
             ({"top_k": 0}, "top_k is 0"),
             ({"key_dtype": "int4"}, "key_dtype is 'int4'"),
             ({"index": "nonsense"}, "nonsense"),
+            ({"index": "clusters", "top_k": 9}, "top_k is 9, but clusters attends to a share of the keys"),
         ],
     )
     def test_settings(self, settings: dict[str, Any], message: str, make_model: ModelMaker) -> None:
         with pytest.raises(ValueError, match=message):
             make_model(**settings)
+
+    def test_a_saved_number_of_pairs_gives_way_to_clusters(self, make_model: ModelMaker, tmp_path: Path) -> None:
+        model = make_model(top_k=7)
+        assert (model.new_memory().top_k, model.new_memory(index="clusters").top_k) == (7, None)
+        model.save_pretrained(tmp_path)
+        again: Any = fot.FoTForCausalLM.from_pretrained(tmp_path, index="clusters")
+        assert (again.memory_config.index, again.memory_config.top_k) == ("clusters", None)
+        again = fot.FoTForCausalLM.from_pretrained(tmp_path, index="Flat")
+        assert again.memory_config.top_k == 7
 
     def test_memory_of_other_weights(self, make_model: ModelMaker, ids: Draw) -> None:
         memory = make_model(seed=1).new_memory()

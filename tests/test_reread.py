@@ -55,6 +55,20 @@ def prompts(model: Any, monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     return seen
 
 
+def test_a_follow_up_is_searched_for_with_the_question_before_it(model: Any, memory: Any, templated: bool) -> None:
+    options = {"max_new_tokens": 2, "reread": "bm25"}
+    first = Conversation(model, memory, use_chat_template=templated)
+    assert first.say("Then why?", **options).read_again == 0  # no word of it is in the text
+    for follow_up in ("Then why?", "Is he?"):
+        chat = first.anew()
+        chat.say(QUESTION, **options)
+        answer = chat.say(follow_up, **options)
+        assert answer.read_again
+        assert "vicar of Highbury is Mr Elton" in answer.passages[0].text
+    own = "Was it still, grey and long?"
+    assert chat.say(own, **options).passages == first.anew().say(own, **options).passages
+
+
 @pytest.mark.parametrize("way", ["auto", "attention", "bm25", "both"])
 def test_passages_stand_before_the_question(
     model: Any, memory: Any, templated: bool, way: str, monkeypatch: pytest.MonkeyPatch

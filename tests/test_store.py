@@ -77,6 +77,21 @@ def test_appending_copies_nothing_stored() -> None:
     assert blocks.nbytes() <= (len(blocks) + memory.vectors.LAST_BLOCK) * HEADS * DIM * 4
 
 
+@pytest.mark.parametrize("index", ["exact", "auto", "clusters", "Flat", "HNSW8", "IVF4,Flat", "IVF4,SQ8", "PQ4x4"])
+def test_appending_nothing_changes_nothing(index: str) -> None:
+    """An empty piece of a text, before there is anything and after; it makes no document, either."""
+    store, queries = make(index=index), vectors(3, 9)
+    append(store, 0, document="empty")
+    assert not len(store)
+    append(store, 200, document="full")
+    before = store[1].attend(queries, scale=0.3)
+    append(store, 0, document="empty")
+    assert store.documents() == {"full": 200}
+    assert "empty" not in store
+    for found, expected in zip(store[1].attend(queries, scale=0.3), before, strict=True):
+        assert torch.equal(found, expected)
+
+
 @pytest.mark.parametrize("dtype", VECTOR_DTYPES)
 def test_dtypes_round_as_little_as_they_can(dtype: str) -> None:
     store = make(key_dtype=dtype, value_dtype=dtype)

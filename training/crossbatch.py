@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from torch.utils.hooks import RemovableHandle
 
-from fot.attention import CONTEXT, PREFIX
+from fot.attention import CONTEXT, PREFIX, with_sinks
 from fot.config import MemoryConfig
 from fot.families import attention_modules
 from fot.model import without_positions
@@ -80,7 +80,15 @@ class Crossbatch:
         """Layers in which ``attend`` takes the place of the model's attention."""
         return self.config.layers
 
-    def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
+    def attend(
+        self,
+        layer: int,
+        queries: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        scale: float,
+        learnt_sinks: Tensor | None = None,
+    ) -> Tensor:
         """One memory layer's attention over the batch.
 
         Args:
@@ -89,6 +97,7 @@ class Crossbatch:
             keys: (R, G, T, D), rotated.
             values: likewise.
             scale: factor on inner products.
+            learnt_sinks: (H,), see ``fot.attention.with_sinks``.
 
         Returns:
             (R, H, T, D).
@@ -102,9 +111,9 @@ class Crossbatch:
             at_0 = self.rotary.back(layer, keys, torch.arange(keys.shape[2], device=keys.device))
             candidates = (self.gather(at_0), self.gather(values))
         if self.attention_mass is not None:
-            mass = context_mass(queries, keys, candidates[0], contexts, scale=scale)
+            mass = context_mass(queries, keys, candidates[0], contexts, scale=scale, learnt_sinks=learnt_sinks)
             self.attention_mass.append((layer, mass))
-        return attend_batch(queries, keys, values, *candidates, contexts, scale=scale)
+        return attend_batch(queries, keys, values, *candidates, contexts, scale=scale, learnt_sinks=learnt_sinks)
 
 
 def enable_crossbatch(model: Any, config: MemoryConfig) -> Crossbatch:
@@ -152,6 +161,7 @@ def attend_batch(
     contexts: Contexts,
     *,
     scale: float,
+    learnt_sinks: Tensor | None = None,
 ) -> Tensor:
     """Causal attention to the own window and full attention to the chosen rows, in one softmax.
 
@@ -165,18 +175,19 @@ def attend_batch(
         context_values: (C, G, T, D).
         contexts: which of the C rows each of the R rows sees.
         scale: factor on inner products.
+        learnt_sinks: (H,), see ``fot.attention.with_sinks``; None for none.
 
     Returns:
-        (R, H, T, D), differentiable in all five tensors.
+        (R, H, T, D), differentiable in all tensors.
     """
-    if fused_backward_fits(queries):
-        return _FusedCrossbatch.apply(queries, keys, values, context_keys, context_values, contexts, scale)
     tensors = (queries, keys, values, context_keys, context_values)
+    if fused_backward_fits(queries):
+        return _FusedCrossbatch.apply(*tensors, contexts, scale, learnt_sinks)
     if torch.is_grad_enabled():
-        output = checkpoint(_attend_in_parts, *tensors, contexts, scale, use_reentrant=False)[0]
+        output = checkpoint(_attend_in_parts, *tensors, contexts, scale, learnt_sinks, use_reentrant=False)[0]
         # Rows of other processes may have been gathered, and their backward pass waits for this process's part.
         return _TakePart.apply(output, context_keys, context_values)
-    return _attend_in_parts(*tensors, contexts, scale)[0]
+    return _attend_in_parts(*tensors, contexts, scale, learnt_sinks)[0]
 
 
 def gather_from_all(tensor: Tensor) -> Tensor:
@@ -187,17 +198,23 @@ def gather_from_all(tensor: Tensor) -> Tensor:
 
 
 def context_mass(
-    queries: Tensor, keys: Tensor, context_keys: Tensor, contexts: Contexts, *, scale: float
+    queries: Tensor,
+    keys: Tensor,
+    context_keys: Tensor,
+    contexts: Contexts,
+    *,
+    scale: float,
+    learnt_sinks: Tensor | None = None,
 ) -> list[Tensor]:
     """Share of a row's attention that each of its chosen rows got, averaged over heads and queries; each counted once.
 
     Returns:
-        for each row, (M,) float32; the rest of 1 stayed in the own window.
+        for each row, (M,) float32; the rest of 1 stayed in the own window, or went to the learnt sinks.
     """
     with torch.no_grad():
         group = queries.shape[1] // keys.shape[1]
         local = keys.repeat_interleave(group, dim=1)
-        _, local_lse = attend(queries, local, local, scale=scale, causal=True)
+        _, local_lse = with_sinks(*attend(queries, local, local, scale=scale, causal=True), learnt_sinks)
         shares = []
         for row, chosen in enumerate(contexts.rows):
             lses = [local_lse[row]]
@@ -261,16 +278,18 @@ class _FusedCrossbatch(torch.autograd.Function):
         context_values: Tensor,
         contexts: Contexts,
         scale: float,
+        learnt_sinks: Tensor | None,
     ) -> Tensor:
+        tensors = (queries, keys, values, context_keys, context_values)
         with torch.no_grad():
-            output, lse = _attend_in_parts(queries, keys, values, context_keys, context_values, contexts, scale)
-        ctx.save_for_backward(queries, keys, values, context_keys, context_values, output, lse)
+            output, lse = _attend_in_parts(*tensors, contexts, scale, learnt_sinks)
+        ctx.save_for_backward(*tensors, output, lse, learnt_sinks)
         ctx.contexts, ctx.scale = contexts, scale
         return output
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        queries, keys, values, context_keys, context_values, output, lse = ctx.saved_tensors
+        queries, keys, values, context_keys, context_values, output, lse, learnt_sinks = ctx.saved_tensors
         scale = ctx.scale
         grad = grads[0].contiguous()
         heads = keys.shape[1]
@@ -307,7 +326,14 @@ class _FusedCrossbatch(torch.autograd.Function):
             grad_cv.to(context_values.dtype),
             None,
             None,
+            None if learnt_sinks is None else _sinks_gradient(grad, output, lse, learnt_sinks),
         )
+
+
+def _sinks_gradient(grad: Tensor, output: Tensor, lse: Tensor, learnt_sinks: Tensor) -> Tensor:
+    """(H,): a sink is a part of the softmax whose value is zero, so its score's gradient is -p (grad . output)."""
+    share = (learnt_sinks.float().unsqueeze(-1) - lse).exp()  # (R, H, T)
+    return -(share * (grad.float() * output.float()).sum(-1)).sum((0, 2)).to(learnt_sinks.dtype)
 
 
 def _attend_in_parts(
@@ -318,12 +344,13 @@ def _attend_in_parts(
     context_values: Tensor,
     contexts: Contexts,
     scale: float,
+    learnt_sinks: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Output (R, H, T, D) and log-sum-exp (R, H, T) of the joint softmax."""
     heads = keys.shape[1]
     group = queries.shape[1] // heads
     wide_keys, wide_values = (tensor.repeat_interleave(group, dim=1) for tensor in (keys, values))
-    output, lse = attend(queries, wide_keys, wide_values, scale=scale, causal=True)
+    output, lse = with_sinks(*attend(queries, wide_keys, wide_values, scale=scale, causal=True), learnt_sinks)
     for rows, chosen in _rows_by_count(contexts):
         picked = [_pick(tensor, chosen) for tensor in (context_keys, context_values)]
         bias = _bias(contexts, rows, chosen, queries)

@@ -194,7 +194,8 @@ def _eval_perplexity(args: argparse.Namespace) -> int:
     check_plot(args.plot)
     _check_perplexity_options(args)
     model = load(args)
-    from fot.evaluation.report import growing_plot, growing_table, perplexity_table
+    from fot.evaluation.plots import growing_plot
+    from fot.evaluation.report import growing_table, perplexity_table
     from fot.evaluation.texts import read_texts
 
     texts = dict(zip(_names(args), read_texts(args.files, model.tokenizer), strict=True))
@@ -248,7 +249,8 @@ def _perplexity(model: Any, texts: dict[str, Any], others: list[Any], args: argp
 def _eval_distraction(args: argparse.Namespace) -> int:
     check_writable(args.json)
     check_plot(args.plot)
-    from fot.evaluation.report import distraction_plot, distraction_table
+    from fot.evaluation.plots import distraction_plot
+    from fot.evaluation.report import distraction_table
 
     models = []
     for name in args.models:

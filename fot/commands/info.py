@@ -18,7 +18,7 @@ def add(commands: Any) -> None:
 
 
 def _info(args: argparse.Namespace) -> int:
-    from fot.evaluation.report import info_text
+    from fot.evaluation.costs import info_text
     from fot.families import SUPPORTED_MODEL_TYPES
     from fot.loading import load_config
 

@@ -60,9 +60,10 @@ def load(args: argparse.Namespace, *, tokenizer: bool = True, saved: Mapping[str
     """
     quiet()
     from fot import FoTForCausalLM
+    from fot.config import merged
 
     device = find_device(args)
-    settings = dict(saved or {}) | memory_settings(args)
+    settings = merged(saved or {}, memory_settings(args))
     with readable(args.model):
         model: Any = FoTForCausalLM.from_pretrained(args.model, dtype=find_dtype(args), **settings)
     if tokenizer and model.tokenizer is None:

@@ -48,7 +48,8 @@ def _passkey(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from fot.evaluation import passkey
-    from fot.evaluation.report import passkey_plot, passkey_table
+    from fot.evaluation.plots import passkey_plot
+    from fot.evaluation.report import passkey_table
 
     parts = (not args.no_memory) + (not args.no_baseline)
     with tqdm(total=parts * args.trials * sum(args.lengths), unit="tok", desc="passkey", disable=None) as bar:

@@ -1,23 +1,11 @@
-"""Results as tables, plots and files."""
+"""Results as tables."""
 
 import io
-from pathlib import Path
 from typing import Any
 
-import psutil
-import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
-
-from fot.config import MemoryConfig
-from memory.atomic import write_bytes
-
-# Bytes of one number.
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
-INT8_SCALE_BYTES = 4
-# What a token's id and source take, whatever the model.
-TOKEN_BYTES = 16
 
 
 def passkey_table(result: dict[str, Any]) -> str:
@@ -41,37 +29,7 @@ def passkey_table(result: dict[str, Any]) -> str:
             _accuracy(plain),
             _number(plain and plain["seconds_per_trial"], "{:.1f}"),
         )
-    return _render(table) + _note(result)
-
-
-def passkey_plot(path: Path, result: dict[str, Any]) -> None:
-    """Accuracy by length, and every trial by length and depth, as a picture.
-
-    Raises:
-        ImportError: matplotlib is not installed.
-    """
-    figure = _figure(9, 4)
-    left, right = figure.subplots(1, 2, sharex=True)
-    for part, label, colour in (("results", "with memory", "tab:blue"), ("baseline", "without", "tab:grey")):
-        entries = result[part]
-        if entries:
-            lengths = [entry["length"] for entry in entries]
-            left.plot(lengths, [entry["accuracy"] for entry in entries], "o-", label=label, color=colour)
-    left.set(xscale="log", xlabel="tokens", ylabel="accuracy", ylim=(-0.05, 1.05), title=f"passkey, {result['model']}")
-    left.legend()
-    trials = [trial for entry in result["results"] or result["baseline"] for trial in entry["trials"]]
-    for correct, marker, colour in ((True, "o", "tab:green"), (False, "x", "tab:red")):
-        chosen = [trial for trial in trials if trial["correct"] == correct]
-        right.scatter(
-            [trial["length"] for trial in chosen],
-            [trial["depth"] for trial in chosen],
-            marker=marker,
-            color=colour,
-            label="right" if correct else "wrong",
-        )
-    right.set(xlabel="tokens", ylabel="depth of the key", ylim=(1.05, -0.05), title="each trial")
-    right.legend()
-    _save(figure, path)
+    return render(table) + _note(result)
 
 
 def dictionary_table(result: dict[str, Any]) -> str:
@@ -89,7 +47,7 @@ def dictionary_table(result: dict[str, Any]) -> str:
             f"{entry['memory_bytes'] / 1e6:,.0f}",
             f"{entry['peak_rss_bytes'] / 1e6:,.0f}",
         )
-    return _render(table) + _note(result)
+    return render(table) + _note(result)
 
 
 def needles_table(result: dict[str, Any]) -> str:
@@ -118,7 +76,7 @@ def needles_table(result: dict[str, Any]) -> str:
             for name in ("correct", "tokens_right")
         }
         table.add_row(kind, *(_shares(shares) for shares in [*cells, joint]))
-    return _render(table) + _note(result)
+    return render(table) + _note(result)
 
 
 def questions_table(result: dict[str, Any]) -> str:
@@ -137,7 +95,7 @@ def questions_table(result: dict[str, Any]) -> str:
                 else ["", ""]
             )
         table.add_row(*cells)
-    return _render(table) + _note(result)
+    return render(table) + _note(result)
 
 
 def heads_table(result: dict[str, Any], count: int) -> str:
@@ -147,7 +105,7 @@ def heads_table(result: dict[str, Any], count: int) -> str:
         table.add_column(name, justify="right")
     for head in result["heads"][:count]:
         table.add_row(str(head["layer"]), str(head["head"]), f"{head['rank']:.2f}", f"{head['first']:.0%}")
-    return f"{_render(table)}\nretrieval_heads={[list(pair) for pair in result['retrieval_heads']]}"
+    return f"{render(table)}\nretrieval_heads={[list(pair) for pair in result['retrieval_heads']]}"
 
 
 def ruler_table(result: dict[str, Any]) -> str:
@@ -161,7 +119,7 @@ def ruler_table(result: dict[str, Any]) -> str:
         cells = [_number(other and other["score"], "{:.0%}") for other in others]
         table.add_row(entry["task"], f"{entry['length']:,}", str(len(entry["trials"])), f"{memory['score']:.0%}",
                       _share_with_interval(memory["whole"], memory["interval"]), *cells)  # fmt: skip
-    return _render(table) + _note(result)
+    return render(table) + _note(result)
 
 
 def few_shot_table(result: dict[str, Any]) -> str:
@@ -174,7 +132,7 @@ def few_shot_table(result: dict[str, Any]) -> str:
                  for one in (entry["memory"], entry["in_context"])]  # fmt: skip
         table.add_row(f"{entry['examples']:,}", f"{entry['length']:,}", str(entry["memory"]["trials"]),
                       *(cell or "-" for cell in cells))  # fmt: skip
-    return _render(table) + _note(result)
+    return render(table) + _note(result)
 
 
 def _share_with_interval(share: float, interval: tuple[float, float]) -> str:
@@ -189,7 +147,7 @@ def layers_table(result: dict[str, Any]) -> str:
     for entry in result["results"]:
         layers = ",".join(map(str, entry["layers"])) or "none"
         table.add_row(layers, f"{entry['loss']:.2f}", f"{entry['tokens_right']:.0%}")
-    return _render(table)
+    return render(table)
 
 
 def perplexity_table(result: dict[str, Any]) -> str:
@@ -207,7 +165,7 @@ def perplexity_table(result: dict[str, Any]) -> str:
         cells = [_number(other["perplexity"] if other else None, "{:.3f}") for other in [row, *others]]
         rise = [_number(row["perplexity"] / other["perplexity"] - 1 if other else None, "{:+.2%}") for other in others]
         table.add_row(name, f"{row['tokens']:,}", *cells, *rise)
-    return _render(table) + _note(result)
+    return render(table) + _note(result)
 
 
 def growing_table(result: dict[str, Any]) -> str:
@@ -239,27 +197,7 @@ def _growing(title: str, rows: list[dict[str, Any]]) -> str:
         cells = [row[kind] and row[kind][half] for half in halves for kind in ("memory", "plain")]
         beside = [f"{row['others']:,}"] if others else []
         table.add_row(f"{row['tokens']:,}", *beside, *(_number(cell, "{:.2f}") for cell in cells))
-    return _render(table)
-
-
-def growing_plot(path: Path, result: dict[str, Any]) -> None:
-    """Perplexity by tokens of memory and of plain context, as a picture.
-
-    Raises:
-        ImportError: matplotlib is not installed.
-    """
-    figure = _figure(6, 4)
-    axes = figure.subplots()
-    ticks = sorted({row["tokens"] for entry in result["models"] for row in entry["rows"]})
-    for number, entry in enumerate(result["models"]):
-        for kind, style in (("memory", "o-"), ("plain", "x--")):
-            rows = [row for row in entry["rows"] if row[kind] and not row["others"]]
-            axes.plot([ticks.index(row["tokens"]) for row in rows], [row[kind]["inside"] for row in rows], style,
-                      color=f"C{number}", label=f"{entry['model']}, {kind}")  # fmt: skip
-    axes.set(xlabel="tokens before the window", ylabel="perplexity", title="what a memory of the text is worth")
-    axes.set_xticks(range(len(ticks)), [f"{tick:,}" for tick in ticks])
-    axes.legend()
-    _save(figure, path)
+    return render(table)
 
 
 def distraction_table(result: dict[str, Any]) -> str:
@@ -281,74 +219,7 @@ def distraction_table(result: dict[str, Any]) -> str:
         for layer in entry["results"][0]["layers"] if entry["results"] else ():
             shares = [row["layers"][layer]["to_memory"] for row in entry["results"]]
             layers.add_row(entry["model"], str(layer), *(f"{share:.1%}" for share in shares))
-    return _render(pooled) + "\n" + _render(layers) + _note(result)
-
-
-def distraction_plot(path: Path, result: dict[str, Any]) -> None:
-    """Positive attention mass by number of contexts, a line a model, as a picture.
-
-    Raises:
-        ImportError: matplotlib is not installed.
-    """
-    figure = _figure(6, 4)
-    axes = figure.subplots()
-    counts = result["contexts"]
-    axes.plot(counts, [1 / count for count in counts], "--", label="1/contexts", color="tab:grey")
-    for entry in result["models"]:
-        axes.plot(counts[: len(entry["results"])], [row["to_memory"] for row in entry["results"]], "o-",
-                  label=entry["model"])  # fmt: skip
-    axes.set(xscale="log", yscale="log", xlabel="contexts in memory", ylabel="share of attention to memory",
-             title=f"attention to the positive window, {result['what']}")  # fmt: skip
-    axes.set_xticks(counts, [str(count) for count in counts])
-    axes.minorticks_off()
-    axes.legend()
-    _save(figure, path)
-
-
-def info_text(name: str, config: Any, settings: MemoryConfig, dtype: torch.dtype) -> str:
-    """What a model is, what its memory costs, and how much of it fits in this machine."""
-    heads, head_dim = config.num_key_value_heads, config.head_dim
-    weights = weight_bytes(config, dtype)
-    token = memory_bytes_per_token(settings, heads, head_dim)
-    free = psutil.virtual_memory().available
-    room = max(0, free - weights - (1 << 30))  # 1 GiB for Python, torch and one window
-    table = Table(box=box.SIMPLE_HEAD, show_header=False)
-    rows = {
-        "model": f"{name} ({config.model_type})",
-        "layers": f"{config.num_hidden_layers}, width {config.hidden_size}",
-        "heads": f"{config.num_attention_heads} query, {heads} key-value, size {head_dim}",
-        "positions": f"{config.max_position_embeddings:,}",
-        "memory layers": ", ".join(map(str, settings.layers)) or "none",
-        "local window": f"{settings.window:,} tokens",
-        "stored as": f"{settings.key_dtype} keys, {settings.value_dtype} values, index {settings.index}",
-        "weights": f"{weights / 1e6:,.0f} MB in {str(dtype).removeprefix('torch.')}",
-        "memory a token": f"{token:,} bytes",
-        "memory of 1M tokens": f"{token * 1e6 / 1e9:,.2f} GB",
-        "free here": f"{free / 1e9:,.1f} GB",
-        "fits here": f"a memory of about {room // token:,} tokens (exact index, CPU)" if token else "no memory layers",
-    }
-    for key, value in rows.items():
-        table.add_row(key, value)
-    return _render(table)
-
-
-def memory_bytes_per_token(settings: MemoryConfig, num_key_value_heads: int, head_dim: int) -> int:
-    """Bytes that one stored token takes with the exact index."""
-    pair = sum(
-        head_dim * DTYPE_BYTES[dtype] + (INT8_SCALE_BYTES if dtype == "int8" else 0)
-        for dtype in (settings.key_dtype, settings.value_dtype)
-        if dtype is not None
-    )
-    return len(settings.layers) * num_key_value_heads * pair + TOKEN_BYTES
-
-
-def weight_bytes(config: Any, dtype: torch.dtype) -> int:
-    """Bytes of the model's weights, from its configuration alone."""
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    return sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
+    return render(pooled) + "\n" + render(layers) + _note(result)
 
 
 def _accuracy(entry: dict[str, Any] | None) -> str:
@@ -376,25 +247,12 @@ def _note(result: dict[str, Any]) -> str:
     return "\ninterrupted: finished trials only" if result["interrupted"] else ""
 
 
-def _figure(width: int, height: int) -> Any:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("drawing needs matplotlib: pip install 'fot[plot]'") from error
-    return Figure(figsize=(width, height), layout="constrained")
-
-
-def _save(figure: Any, path: Path) -> None:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format=path.suffix.lstrip(".") or "png", dpi=120)
-    write_bytes(path, buffer.getvalue())
-
-
 def _number(value: float | None, form: str) -> str:
     return "-" if value is None else form.format(value)
 
 
-def _render(table: Table) -> str:
+def render(table: Table) -> str:
+    """A table as text."""
     console = Console(file=io.StringIO(), width=120)
     console.print(table)
     file = console.file

@@ -37,7 +37,7 @@ class Found:
     Attributes:
         positions: (Q,) place of each query token in the sequence.
         chose: (Q,) bool, the next token was chosen after this one.
-        local: (Q, L, H) float32, share of all attention that stayed in the local window.
+        local: (Q, L, H) float32, share of all attention that stayed in the local window, learnt sinks included.
         memory: (Q, L, H, K) number of the memory; -1 where fewer than K were found.
         slot: (Q, L, H, K); see ``Hits`` for this and the rest.
     """

@@ -28,6 +28,9 @@ NOTHING = "N/A"
 # Attention below so many times what is to be expected says nothing. Chosen on the questions about Northanger Abbey.
 TIMES_EXPECTED = 5.0
 
+# Words that tell passages apart, with which a question needs no question before it.
+ENOUGH_WORDS = 2
+
 # Of reciprocal rank fusion (Cormack et al. 2009): 1 / (60 + rank), summed over the rankings.
 FUSION = 60
 
@@ -82,6 +85,16 @@ class Finder:
             make_passage(self._memory, start, stop, share, self._model.tokenizer, own=False, context=0)
             for start, stop, share in bounds
         ]
+
+    def follow_up(self, question: str, before: str) -> str:
+        """What to search for where a question comes after another: both, if it says too little by itself.
+
+        "And his sister?" has no subject of its own; a question with two words that tell passages apart has.
+        """
+        self._look()
+        if self._by_words().telling(question) >= ENOUGH_WORDS:
+            return question
+        return f"{before}\n{question}"
 
     def text(self, passage: Passage) -> str:
         """The whole text of a passage, as it stands in its document."""

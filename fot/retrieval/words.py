@@ -9,6 +9,9 @@ import numpy as np
 
 logging.getLogger("bm25s").setLevel(logging.WARNING)  # it tells each step of an index
 
+# Share of all passages. "Then", "she" and names on every page are in more.
+FEW = 0.1
+
 _WORD = re.compile(r"\w+")
 
 
@@ -23,6 +26,7 @@ class WordIndex:
         self._numbers: dict[str, int] = {}
         corpus = [[self._numbers.setdefault(word, len(self._numbers)) for word in words(text)] for text in texts]
         self._count = len(texts)
+        self._passages = np.bincount([number for text in corpus for number in set(text)], minlength=len(self._numbers))
         self._index: bm25s.BM25 | None = None
         if self._numbers:
             self._index = bm25s.BM25()
@@ -34,6 +38,11 @@ class WordIndex:
         if self._index is None or not asked:
             return np.zeros(self._count, dtype=np.float32)
         return np.asarray(self._index.get_scores_from_ids(asked), dtype=np.float32)
+
+    def telling(self, question: str) -> int:
+        """How many words of a question tell passages apart: those in some passages, but in few (``FEW``)."""
+        known = [self._passages[self._numbers[word]] for word in set(words(question)) if word in self._numbers]
+        return sum(count <= max(1, FEW * self._count) for count in known)
 
 
 def words(text: str) -> list[str]:
