@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from memory.clustered import LearntClusters
-from memory.index import CustomIndex, ExactIndex, Index, Learnt, LearntIndex
+from memory.index import CustomIndex, ExactIndex, Index, Learnt, LearntIndex, Starts
 from memory.vectors import VectorBlocks
 
 # On a CPU, an approximate index pays from here on (benchmarks/memory_backends.py measures the crossover).
@@ -87,7 +87,7 @@ class Backends:
             return choose_backend(num_keys, device)
         return BackendChoice(self.index if isinstance(self.index, str) else "custom", "asked for")
 
-    def make(self, name: str, keys: VectorBlocks, values: VectorBlocks, learnt: Learnt | None) -> Index:
+    def make(self, name: str, keys: VectorBlocks, values: VectorBlocks, learnt: Learnt | None, starts: Starts) -> Index:
         """An index of all that is stored.
 
         Args:
@@ -95,6 +95,7 @@ class Backends:
             keys: stored.
             values: stored.
             learnt: what an index of these keys learnt before, if it is known.
+            starts: says where documents start.
         """
         if not isinstance(self.index, str):
             custom = self.index(keys, values)
@@ -106,7 +107,7 @@ class Backends:
         if is_clusters(name):
             from memory.clusters import ClusterIndex
 
-            clusters = ClusterIndex(name, keys, values)
+            clusters = ClusterIndex(name, keys, values, starts)
             clusters.fill(learnt if isinstance(learnt, LearntClusters) else None)
             return clusters
         from memory.faiss_index import FaissIndex

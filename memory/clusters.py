@@ -6,7 +6,7 @@ index tries shares on some of the first queries that it is asked, and again when
 
 Nothing is dropped: what is not attended to is estimated (``memory.clustering`` has the formulae), so that the error
 falls with the share, and 1 is exact. Clusters are made for stretches of 8,192 tokens, once each, and never again; the
-keys behind the last stretch, and the outliers of each, are attended to by every query.
+keys behind the last stretch, the outliers of each and the first tokens of documents are attended to by every query.
 """
 
 import re
@@ -18,7 +18,7 @@ from torch import Tensor
 from memory.cluster_table import ClusterTable
 from memory.clustered import SEGMENT, Clusters, LearntClusters
 from memory.clustering import assign, cluster
-from memory.index import ExactIndex, Index
+from memory.index import ExactIndex, Index, Starts
 from memory.vectors import VectorBlocks
 
 NAME = "clusters"
@@ -70,16 +70,18 @@ class ClusterIndex(Index):
         name: as ``parse_clusters`` takes it.
         keys: the stored keys.
         values: the stored values.
+        starts: says where documents start.
 
     Raises:
         ValueError: as ``parse_clusters``.
     """
 
-    def __init__(self, name: str, keys: VectorBlocks, values: VectorBlocks) -> None:
+    def __init__(self, name: str, keys: VectorBlocks, values: VectorBlocks, starts: Starts) -> None:
         self._name = name
         self._plan = parse_clusters(name)
         self._keys = keys
         self._values = values
+        self._starts = starts
         self._exact = ExactIndex(keys, values)
         self._parts: list[Clusters] = []
         self._table: ClusterTable | None = None
@@ -184,7 +186,7 @@ class ClusterIndex(Index):
 
     def _cluster(self, start: int, stop: int) -> None:
         keys, values = (blocks.take_range(start, stop, torch.float32) for blocks in (self._keys, self._values))
-        self._parts.append(cluster(keys, values, start))
+        self._parts.append(cluster(keys, values, start, self._starts(start, stop) - start))
         self._table = None
 
     def _attend_alike(self, head: int, queries: Tensor, table: ClusterTable) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,8 @@ from torch import Tensor
 from memory.tokens import DocumentNote, TokenTable
 from memory.vectors import VECTOR_DTYPES, VectorBlocks
 
+START_TOKENS = 4  # of a document: attention that finds nothing goes to them
+
 
 @dataclass
 class LayerContent:
@@ -77,6 +79,10 @@ class Content:
     def __len__(self) -> int:
         """Stored tokens."""
         return len(self.tokens)
+
+    def document_starts(self, start: int, stop: int) -> Tensor:
+        """Slots of the first tokens of documents, of those in start..stop-1: (n,) int64 ascending."""
+        return torch.from_numpy(self.tokens.starts(start, stop, START_TOKENS))
 
     def empty_layer(self) -> LayerContent:
         """Blocks for the vectors of one more layer."""

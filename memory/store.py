@@ -74,7 +74,9 @@ class Memory:
         self._content = content
         self._backends = backends
         self._folder = folder  # what it was opened from
-        self._indexed = {number: IndexedLayer(layer, backends) for number, layer in content.layers.items()}
+        self._indexed = {
+            number: IndexedLayer(layer, backends, content.document_starts) for number, layer in content.layers.items()
+        }
         self._layers = {number: LayerMemory(layer) for number, layer in self._indexed.items()}
 
     @classmethod
@@ -271,14 +273,16 @@ class Memory:
         self._check_open()
         ids = np.asarray(token_ids.cpu() if isinstance(token_ids, Tensor) else token_ids, dtype=np.int32)
         check_pairs(self._content, keys, values, len(ids))
-        prepared = self._content.tokens.prepare(ids, document, spans)
+        tokens, before = self._content.tokens, len(self)
+        prepared = tokens.prepare(ids, document, spans)
         try:
+            tokens.commit(prepared)  # first: an index may ask where documents start
             for number, layer in self._indexed.items():
                 layer.append(self._place(keys[number]), self._place(values[number]))
-            self._content.tokens.commit(prepared)
         except BaseException:  # Ctrl-C or no memory left half-way: layers of different length would be garbage
+            tokens.truncate(before)
             for layer in self._indexed.values():
-                layer.truncate(len(self))
+                layer.truncate(before)
             raise
 
     def token_ids(self, slots: "np.ndarray | Sequence[int] | slice" = slice(None)) -> np.ndarray:
@@ -319,9 +323,9 @@ class Memory:
             saved = {number: one.kept(keep) for number, one in self._learnt().items()}
             disk.drop(self._folder, name, keep, saved)
         try:
+            self._content.tokens.keep(slots, name)
             for number, layer in self._indexed.items():
                 layer.keep(keep, saved.get(number))
-            self._content.tokens.keep(slots, name)
         except BaseException:
             self.close()  # what is on disk is right; half of this object must not be written there
             raise
