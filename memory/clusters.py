@@ -27,8 +27,8 @@ FEW = 4  # queries that attend to the same clusters: the query heads of a KV hea
 # Of more queries, those that are alike do, so many on the mean, and to a larger share: measured on a shipped model's
 # queries, their errors are then no larger than that of a query alone.
 ALIKE, ALIKE_SHARE = 16, 4
-# Dense attention is faster for as many queries as a window has if they attend to as much as this of each cluster.
-MANY, DENSE_SHARE = 512, 0.06
+# As many queries as a window has: more are alike. Dense attention is faster if they attend to as much as this.
+MANY, MANY_ALIKE, DENSE_SHARE = 512, 64, 0.16
 LADDER = (0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32)  # shares that are tried
 SAMPLED = 32  # queries that they are tried on
 UNTRIED_SHARE = 0.05  # before there are so many
@@ -191,7 +191,7 @@ class ClusterIndex(Index):
 
     def _attend_alike(self, head: int, queries: Tensor, table: ClusterTable) -> tuple[Tensor, Tensor]:
         """As ``_attend_head``, of many queries (b, D): those that are alike at a time."""
-        order, sizes = alike(queries, ALIKE)
+        order, sizes = alike(queries, ALIKE if len(queries) < MANY else MANY_ALIKE)
         share = min(1.0, ALIKE_SHARE * self._shares[head])
         parts = [self._attend_head(head, some, table, share) for some in queries[order].split(sizes)]
         output, lse = (torch.empty_like(one) for one in (queries, queries[:, 0]))

@@ -92,13 +92,13 @@ class Content:
             VectorBlocks(heads, dim, VECTOR_DTYPES[self.value_dtype]),
         )
 
-    def clone(self) -> "Content":
-        """The same, to grow on its own; of what is mapped from a folder, the mapping is shared."""
-        everything = torch.arange(len(self))
+    def kept(self, slots: Tensor) -> "Content":
+        """A copy of the tokens in these slots, (M,) int64 ascending; of what is mapped from a folder, the mapping is
+        shared."""
         return replace(
             self,
-            layers={number: layer.kept(everything) for number, layer in self.layers.items()},
-            tokens=self.tokens.clone(),
+            layers={number: layer.kept(slots) for number, layer in self.layers.items()},
+            tokens=TokenTable(self.tokens.rows[slots.numpy()], self.tokens.names),
             metadata=deepcopy(self.metadata),
             notes=dict(self.notes),
         )

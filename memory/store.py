@@ -367,9 +367,21 @@ class Memory:
 
     def clone(self) -> "Memory":
         """A copy in RAM that grows independently. It shares vectors that are mapped from a folder."""
-        copy = Memory._of(self._content.clone(), self._backends)
+        copy = self.kept(torch.arange(len(self)))
         for number, layer in self._indexed.items():
             copy._indexed[number].follow(layer)
+        return copy
+
+    def kept(self, slots: Tensor, *, index: str | IndexFactory | None = None) -> "Memory":
+        """A copy in RAM of the tokens in these slots, (M,) int64 ascending. It shares vectors mapped from a folder.
+
+        ``index`` is as for ``Memory``; None keeps what was asked for, with its ``top_k``.
+        """
+        backends = self._backends if index is None else Backends(index, None)
+        content = replace(self._content.kept(slots), index=backends.name, top_k=backends.top_k)
+        copy = Memory._of(content, backends)
+        for layer in copy._indexed.values():
+            layer.put_off(None)
         return copy
 
     def nbytes(self) -> dict[str, int]:

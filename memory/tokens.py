@@ -127,8 +127,5 @@ class TokenTable:
         used = int(self._columns[: self._length, 1].max(initial=NO_DOCUMENT)) + 1
         self._names = self._names[:used]  # in the order of their first tokens
 
-    def clone(self) -> "TokenTable":
-        return TokenTable(self.rows.copy(), self._names)
-
     def nbytes(self) -> int:
         return self._columns.nbytes
