@@ -51,6 +51,11 @@ class IndexedLayer:
                     self._build()
         return self.index
 
+    def answer_by(self, index: Index) -> None:
+        """Take an index that was made elsewhere, of all that is stored."""
+        if len(self):
+            self.index, self.choice, self._lazy = index, BackendChoice("custom", "asked for"), False
+
     def learnt(self) -> Learnt | None:
         """What the index learnt, or what it will be built from."""
         return self._saved if self.index is None else self.index.learnt()

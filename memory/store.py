@@ -17,7 +17,7 @@ from memory.backends import Backends, IndexFactory, check_index
 from memory.checks import check_pairs
 from memory.content import Content
 from memory.folder import Folder
-from memory.index import Learnt
+from memory.index import Index, Learnt
 from memory.indexed import IndexedLayer
 from memory.layer import LayerMemory
 from memory.tokens import DocumentNote, Source, TokenTable
@@ -205,6 +205,11 @@ class Memory:
         for layer in self._indexed.values():
             layer.ready()
 
+    def answer_by(self, indexes: Mapping[int, Index]) -> None:
+        """Let these indexes of the user's own, layer -> index of all that is stored, answer in place of the layers'."""
+        for number, index in indexes.items():
+            self._indexed[number].answer_by(index)
+
     def close(self) -> None:
         """Release the lock on the folder. Tokens that were not flushed are only in this object, which cannot grow."""
         if self._folder is not None:
@@ -380,8 +385,9 @@ class Memory:
         backends = self._backends if index is None else Backends(index, None)
         content = replace(self._content.kept(slots), index=backends.name, top_k=backends.top_k)
         copy = Memory._of(content, backends)
-        for layer in copy._indexed.values():
-            layer.put_off(None)
+        learnt = self._learnt()
+        for number, layer in copy._indexed.items():
+            layer.put_off(learnt[number].kept(slots) if number in learnt else None)
         return copy
 
     def nbytes(self) -> dict[str, int]:
