@@ -5,7 +5,7 @@ Run ``python benchmarks/memory_backends.py --sizes 16384,65536 --backends exact,
 
 Per backend and size, for one memory layer of 3 KV heads of size 64 with 3 query heads each:
     append   ms to store a window of 1,024 tokens, the mean over the whole memory, index builds included
-    ingest   ms of ``Memory[layer].attend`` for the queries of 1,024 tokens
+    ingest   ms of ``Memory[layer].attend`` for the queries of 1,024 tokens, the best of several
     decode   ms of the same for one token
     recall   share of the exact attention mass that ``search(k=128)`` finds; recall_of_best: as a share of what the
              exact top 128 carry
@@ -21,10 +21,10 @@ import argparse
 import json
 import os
 import platform
-import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime, timezone
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -58,15 +58,24 @@ def synthetic(num_keys: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     return keys, values, queries + torch.randn(queries.shape, generator=generator)
 
 
-def median_ms(call: Callable[[], object], seconds: float) -> float:
-    """Median time of a call in milliseconds, after a warm-up, over at least 3 calls and about ``seconds``."""
-    call()
-    times: list[float] = []
-    while len(times) < 3 or (sum(times) < seconds and len(times) < 100):
-        start = time.perf_counter()
+def best_ms(calls: dict[str, Callable[[], object]], seconds: float) -> dict[str, float]:
+    """Best time of each call in milliseconds, after a warm-up; they take turns, so that what disturbs one disturbs all.
+
+    At least 3 rounds, and about ``seconds`` for each call.
+    """
+    # With one thread, CPU time is what other programs disturb least.
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    for call in calls.values():
         call()
-        times.append(time.perf_counter() - start)
-    return 1e3 * statistics.median(times)
+    best, rounds, spent = dict.fromkeys(calls, float("inf")), 0, 0.0
+    while rounds < 3 or (spent < seconds * len(calls) and rounds < 100):
+        for name, call in calls.items():
+            start = clock()
+            call()
+            took = clock() - start
+            best[name], spent = min(best[name], 1e3 * took), spent + took
+        rounds += 1
+    return best
 
 
 def fill(memory: Memory, keys: Tensor, values: Tensor) -> float:
@@ -82,10 +91,10 @@ def fill(memory: Memory, keys: Tensor, values: Tensor) -> float:
 class Judge:
     """Exact answers to some of a window's queries, computed once for a size."""
 
-    def __init__(self, keys: Tensor, values: Tensor, queries: Tensor) -> None:
+    def __init__(self, keys: Tensor, values: Tensor, queries: Tensor, dtype: str) -> None:
         self.queries = queries[:, :: queries.shape[1] // 192]  # (G, 192, D)
         self.keys = keys
-        exact = Memory([LAYER], KV_HEADS, HEAD_DIM, index="exact", key_dtype="bfloat16", value_dtype="bfloat16")
+        exact = Memory([LAYER], KV_HEADS, HEAD_DIM, index="exact", key_dtype=dtype, value_dtype=dtype)
         fill(exact, keys, values)
         self.output = exact[LAYER].attend(self.queries, scale=SCALE)[0]
         self.best = self._recall(exact)
@@ -104,44 +113,41 @@ class Judge:
         return attention_mass_recall(self.queries, self.keys, hits, scale=SCALE).mean().item()
 
 
-def measure(
-    backend: str, keys: Tensor, values: Tensor, queries: Tensor, judge: Judge, seconds: float
-) -> dict[str, Any]:
-    """One row of the table. Queries are bfloat16, as in a model."""
-    memory = Memory([LAYER], KV_HEADS, HEAD_DIM, index=backend, key_dtype="bfloat16", value_dtype="bfloat16")
-    append = fill(memory, keys, values)
-    window, layer = queries.bfloat16(), memory[LAYER]
-    token = window[:, :QUERY_HEADS].contiguous()
-    return {
-        "backend": backend,
-        "in_use": layer.describe(),
-        "load": os.getloadavg()[0]
-        if hasattr(os, "getloadavg")
-        else None,  # above the number of threads: distrust the row
-        "keys": len(memory),
-        "append_ms": append,
-        "ingest_ms": median_ms(lambda: layer.attend(window, scale=SCALE), seconds),
-        "decode_ms": median_ms(lambda: layer.attend(token, scale=SCALE), seconds),
-        **judge(memory),
-        "vector_mib": (memory.nbytes()["keys"] + memory.nbytes()["values"]) / 2**20,
-        "index_mib": memory.nbytes()["index"] / 2**20,
-    }
-
-
 def compare(
-    sizes: Sequence[int], backends: Sequence[str], load: Callable[[int], tuple[Tensor, Tensor, Tensor]], seconds: float
+    sizes: Sequence[int],
+    backends: Sequence[str],
+    load: Callable[[int], tuple[Tensor, Tensor, Tensor]],
+    seconds: float,
+    dtype: str,
 ) -> Iterator[dict[str, Any]]:
-    """Rows for every size and backend, each with its times as multiples of ``exact``'s."""
+    """Rows for every size and backend, each with its times as multiples of ``exact``'s. Queries are of ``dtype``."""
+    kind = getattr(torch, dtype)
     for size in sizes:
         keys, values, queries = load(size)
-        keys = keys.bfloat16().float()  # what is stored, so that recall judges the index and not the dtype
-        judge = Judge(keys, values, queries)
-        exact: dict[str, Any] = {}
+        keys = keys.to(kind).float()  # what is stored, so that recall judges the index and not the dtype
+        judge, window = Judge(keys, values, queries, dtype), queries.to(kind)
+        token = window.unflatten(1, (QUERY_HEADS, -1))[:, :, 0].contiguous()
+        memories, appended = {}, {}
         for backend in backends:
-            row = measure(backend, keys, values, queries, judge, seconds)
-            exact = exact or row
-            for name in ("ingest", "decode"):
-                row[f"{name}_ratio"] = row[f"{name}_ms"] / exact[f"{name}_ms"]
+            memory = Memory([LAYER], KV_HEADS, HEAD_DIM, index=backend, key_dtype=dtype, value_dtype=dtype)
+            appended[backend], memories[backend] = fill(memory, keys, values), memory
+        times = {
+            name: best_ms({b: partial(m[LAYER].attend, asked, scale=SCALE) for b, m in memories.items()}, seconds)
+            for name, asked in (("ingest", window), ("decode", token))
+        }
+        for backend, memory in memories.items():
+            row: dict[str, Any] = {
+                "backend": backend,
+                "in_use": memory[LAYER].describe(),
+                "keys": len(memory),
+                "append_ms": appended[backend],
+                **judge(memory),
+                "vector_mib": (memory.nbytes()["keys"] + memory.nbytes()["values"]) / 2**20,
+                "index_mib": memory.nbytes()["index"] / 2**20,
+            }
+            for name, found in times.items():
+                row[f"{name}_ms"] = found[backend]
+                row[f"{name}_ratio"] = found[backend] / found["exact"]
             yield row
 
 
@@ -186,6 +192,7 @@ def main() -> None:
         help="exact first; separated by , or, if one holds a comma, by blanks",
     )
     parser.add_argument("--seconds", type=float, default=2.0, help="per timing, about")
+    parser.add_argument("--dtype", default="bfloat16", help="of vectors and queries")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--keys", type=Path, help="torch file with keys and queries; synthetic ones without")
     parser.add_argument("--json", type=Path)
@@ -204,12 +211,13 @@ def main() -> None:
         f"{'backend':<24}" + "".join(f"{name:>{spec.partition('.')[0].rstrip(',d')}}" for name, spec in COLUMNS.items())
     )
     rows = []
-    for row in compare([int(size) for size in arguments.sizes.split(",")], backends, load, arguments.seconds):
+    sizes = [int(size) for size in arguments.sizes.split(",")]
+    for row in compare(sizes, backends, load, arguments.seconds, arguments.dtype):
         rows.append(row)
         print(f"{row['in_use']!s:<24}" + "".join(f"{row[name]:>{spec}}" for name, spec in COLUMNS.items()), flush=True)
     if arguments.json:
         keys = str(arguments.keys.name) if arguments.keys else f"synthetic, seed {arguments.seed}"
-        report = {"environment": environment(), "data": keys, "rows": rows}
+        report = {"environment": environment(), "data": keys, "dtype": arguments.dtype, "rows": rows}
         arguments.json.write_text(json.dumps(report, indent=1) + "\n")
 
 

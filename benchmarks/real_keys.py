@@ -15,21 +15,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import fot
-from memory import ExactIndex, Memory, VectorBlocks
+from fot.evaluation.memory_check import Listening
+from memory import Memory, VectorBlocks
 
 QUERIES = "queries.safetensors"
-
-
-class Listening(ExactIndex):
-    """The exact backend, which notes what it is asked."""
-
-    def __init__(self, keys: VectorBlocks, values: VectorBlocks) -> None:
-        super().__init__(keys, values)
-        self.asked: list[Tensor] = []
-
-    def attend(self, queries: Tensor, *, scale: float) -> tuple[Tensor, Tensor]:
-        self.asked.append(queries.float())
-        return super().attend(queries, scale=scale)
 
 
 @torch.no_grad()

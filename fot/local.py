@@ -14,6 +14,7 @@ from fot.attention import local_weights, memory_attention, memory_discount, rais
 from fot.config import MemoryConfig
 from fot.recording import Recorder
 from fot.rotary import Rotary, rotary_of
+from fot.window_layer import WindowLayer
 from memory import Memory
 
 UNKNOWN_TOKEN = -1  # stored for inputs given as embeddings
@@ -58,6 +59,7 @@ class LocalCache(DynamicCache):
             recorder: takes note of what is attended to.
         """
         super().__init__()
+        self.layer_class_to_replicate = WindowLayer
         self.memories = memories
         self.config = config
         self.rotary = rotary
@@ -81,7 +83,7 @@ class LocalCache(DynamicCache):
         self.sinks = [0] * len(self.memories)
 
     def fork(self) -> "LocalCache":
-        """The same window, to go on differently. Tensors are shared: nothing here writes to one in place."""
+        """The same window, to go on differently. Tensors are shared: nothing that a window sees is written to again."""
         other = copy.copy(self)
         other.__dict__.update(copied(self))
         other.layers = [copy.copy(layer) for layer in self.layers]

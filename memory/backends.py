@@ -7,11 +7,13 @@ import torch
 from torch import Tensor
 
 from memory.clustered import LearntClusters
-from memory.index import CustomIndex, ExactIndex, Index, Learnt, LearntIndex
+from memory.index import CustomIndex, ExactIndex, Index, Learnt, LearntIndex, Starts
 from memory.vectors import VectorBlocks
 
-# On a CPU, an approximate index pays from here on (benchmarks/memory_backends.py measures the crossover).
-AUTO_EXACT_LIMIT = 262_144
+# On a CPU, clusters pay from here on, and an index that finds the top-k from there on (benchmarks/memory_backends.py
+# measures the crossovers; the second is later than for speed alone, since a top-k drops the tail).
+AUTO_EXACT_LIMIT = 32_768
+AUTO_TOP_K_LIMIT = 262_144
 
 IndexFactory = Callable[[VectorBlocks, VectorBlocks], CustomIndex]
 
@@ -24,12 +26,21 @@ class BackendChoice:
     reason: str
 
 
-def choose_backend(num_keys: int, device: torch.device) -> BackendChoice:
-    """What ``index="auto"`` uses for a memory of ``num_keys`` tokens whose vectors lie on ``device``."""
+def choose_backend(num_keys: int, device: torch.device, top_k: int | None = None) -> BackendChoice:
+    """What ``index="auto"`` uses for a memory of ``num_keys`` tokens whose vectors lie on ``device``.
+
+    Args:
+        num_keys: stored.
+        device: of the vectors.
+        top_k: pairs that a query attends to, if that was asked for: clusters know no such number.
+    """
     if device.type != "cpu":
         return BackendChoice("exact", f"on {device.type} dense attention outruns a search of the index")
-    if num_keys < AUTO_EXACT_LIMIT:
-        return BackendChoice("exact", f"{num_keys:,} keys are fewer than {AUTO_EXACT_LIMIT:,}: exact and fast enough")
+    limit = AUTO_EXACT_LIMIT if top_k is None else AUTO_TOP_K_LIMIT
+    if num_keys < limit:
+        return BackendChoice("exact", f"{num_keys:,} keys are fewer than {limit:,}: exact and fast enough")
+    if top_k is None:
+        return BackendChoice("clusters", f"{num_keys:,} keys on a CPU: a share of them and means of the others suffice")
     return BackendChoice(
         "IVF,Flat", f"{num_keys:,} keys on a CPU: searching an inverted file is faster than reading all"
     )
@@ -38,6 +49,11 @@ def choose_backend(num_keys: int, device: torch.device) -> BackendChoice:
 def is_clusters(index: str) -> bool:
     """Whether this names the backend of ``memory.clusters``, with parameters or without."""
     return index.replace(" ", "").split(";")[0] == "clusters"
+
+
+def drops_the_tail(index: str | IndexFactory, top_k: int | None) -> bool:
+    """Whether such an index attends to its hits alone, as far as its name tells."""
+    return top_k is not None or (isinstance(index, str) and index not in ("auto", "exact") and not is_clusters(index))
 
 
 def check_index(index: str | IndexFactory, head_dim: int | None = None) -> None:
@@ -84,10 +100,10 @@ class Backends:
     def choose(self, num_keys: int, device: torch.device) -> BackendChoice:
         """The backend for so many keys that lie there."""
         if self.index == "auto":
-            return choose_backend(num_keys, device)
+            return choose_backend(num_keys, device, self.top_k)
         return BackendChoice(self.index if isinstance(self.index, str) else "custom", "asked for")
 
-    def make(self, name: str, keys: VectorBlocks, values: VectorBlocks, learnt: Learnt | None) -> Index:
+    def make(self, name: str, keys: VectorBlocks, values: VectorBlocks, learnt: Learnt | None, starts: Starts) -> Index:
         """An index of all that is stored.
 
         Args:
@@ -95,6 +111,7 @@ class Backends:
             keys: stored.
             values: stored.
             learnt: what an index of these keys learnt before, if it is known.
+            starts: says where documents start.
         """
         if not isinstance(self.index, str):
             custom = self.index(keys, values)
@@ -106,7 +123,7 @@ class Backends:
         if is_clusters(name):
             from memory.clusters import ClusterIndex
 
-            clusters = ClusterIndex(name, keys, values)
+            clusters = ClusterIndex(name, keys, values, starts)
             clusters.fill(learnt if isinstance(learnt, LearntClusters) else None)
             return clusters
         from memory.faiss_index import FaissIndex

@@ -26,18 +26,23 @@ ROUNDS = 6  # of k-means
 # Of each stretch, attended to by every query: attention sinks have tiny keys and tiny values, and would make the
 # cluster that they are in stand in for far too much.
 FAR_KEYS, SMALL_KEYS = 16, 8
+MOST_STARTS = 256  # first tokens of documents
 MOST_DRIFT = 1.0  # the cap
 
 
-def cluster(keys: Tensor, values: Tensor, start: int) -> Clusters:
+def cluster(keys: Tensor, values: Tensor, start: int, always: Tensor) -> Clusters:
     """Cluster the keys of a stretch, the same way each time.
 
     Args:
         keys: (G, n, D) float32, n up to ``SEGMENT``.
         values: (G, n, D) float32.
         start: slot of the first.
+        always: (m,) int64, places of keys that are attended to by every query, whatever they are: the first tokens
+            of documents. Of more than ``MOST_STARTS``, so many evenly.
     """
-    heads = [_cluster_head(k, v) for k, v in zip(keys.cpu(), values.cpu(), strict=True)]
+    if len(always) > MOST_STARTS:
+        always = always[torch.arange(MOST_STARTS) * len(always) // MOST_STARTS]
+    heads = [_cluster_head(k, v, always) for k, v in zip(keys.cpu(), values.cpu(), strict=True)]
     order, counts, mean_keys, mean_values, spreads, covariance, slope = (
         torch.stack(parts) for parts in zip(*heads, strict=True)
     )
@@ -47,9 +52,9 @@ def cluster(keys: Tensor, values: Tensor, start: int) -> Clusters:
     return Clusters(stretches, *(tensor.to(keys.device) for tensor in found))
 
 
-def _cluster_head(keys: Tensor, values: Tensor) -> tuple[Tensor, ...]:
+def _cluster_head(keys: Tensor, values: Tensor, always: Tensor) -> tuple[Tensor, ...]:
     """What ``Clusters`` holds for one head and stretch, keys and values (n, D); covariance and slope are (D, D)."""
-    outlying = _outliers(keys)
+    outlying = _outliers(keys, always)
     others = torch.ones(len(keys), dtype=torch.bool).index_fill_(0, outlying, False).nonzero().flatten()
     k, v = keys[others], values[others]
     number = max(1, len(k) // CLUSTER)
@@ -64,11 +69,14 @@ def _cluster_head(keys: Tensor, values: Tensor) -> tuple[Tensor, ...]:
     return order, counts.int(), mean_keys, mean_values, spreads, k.T @ k, k.T @ v
 
 
-def _outliers(keys: Tensor) -> Tensor:
-    """Places of the keys that no cluster can stand in for, ascending; as many for each stretch of a length."""
-    far = (keys - keys.mean(0)).norm(dim=1).topk(min(FAR_KEYS, len(keys) // 4)).indices
-    norms = keys.norm(dim=1).index_fill(0, far, torch.inf)
-    return torch.cat([far, norms.topk(min(SMALL_KEYS, len(keys) // 4), largest=False).indices]).sort().values
+def _outliers(keys: Tensor, always: Tensor) -> Tensor:
+    """Places of the keys that no cluster can stand in for, ascending; as many for each KV head of a stretch."""
+    others = torch.ones(len(keys), dtype=torch.bool).index_fill_(0, always, False).nonzero().flatten()
+    rest = keys[others]
+    far = (rest - keys.mean(0)).norm(dim=1).topk(min(FAR_KEYS, len(rest) // 4)).indices
+    norms = rest.norm(dim=1).index_fill(0, far, torch.inf)
+    small = norms.topk(min(SMALL_KEYS, len(rest) // 4), largest=False).indices
+    return torch.cat([always, others[far], others[small]]).sort().values
 
 
 def assign(keys: Tensor, number: int) -> Tensor:

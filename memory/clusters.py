@@ -6,7 +6,7 @@ index tries shares on some of the first queries that it is asked, and again when
 
 Nothing is dropped: what is not attended to is estimated (``memory.clustering`` has the formulae), so that the error
 falls with the share, and 1 is exact. Clusters are made for stretches of 8,192 tokens, once each, and never again; the
-keys behind the last stretch, and the outliers of each, are attended to by every query.
+keys behind the last stretch, the outliers of each and the first tokens of documents are attended to by every query.
 """
 
 import re
@@ -18,7 +18,7 @@ from torch import Tensor
 from memory.cluster_table import ClusterTable
 from memory.clustered import SEGMENT, Clusters, LearntClusters
 from memory.clustering import assign, cluster
-from memory.index import ExactIndex, Index
+from memory.index import ExactIndex, Index, Starts
 from memory.vectors import VectorBlocks
 
 NAME = "clusters"
@@ -27,8 +27,8 @@ FEW = 4  # queries that attend to the same clusters: the query heads of a KV hea
 # Of more queries, those that are alike do, so many on the mean, and to a larger share: measured on a shipped model's
 # queries, their errors are then no larger than that of a query alone.
 ALIKE, ALIKE_SHARE = 16, 4
-# Dense attention is faster for as many queries as a window has if they attend to as much as this of each cluster.
-MANY, DENSE_SHARE = 512, 0.06
+# As many queries as a window has: more are alike. Dense attention is faster if they attend to as much as this.
+MANY, MANY_ALIKE, DENSE_SHARE = 512, 64, 0.16
 LADDER = (0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32)  # shares that are tried
 SAMPLED = 32  # queries that they are tried on
 UNTRIED_SHARE = 0.05  # before there are so many
@@ -70,16 +70,18 @@ class ClusterIndex(Index):
         name: as ``parse_clusters`` takes it.
         keys: the stored keys.
         values: the stored values.
+        starts: says where documents start.
 
     Raises:
         ValueError: as ``parse_clusters``.
     """
 
-    def __init__(self, name: str, keys: VectorBlocks, values: VectorBlocks) -> None:
+    def __init__(self, name: str, keys: VectorBlocks, values: VectorBlocks, starts: Starts) -> None:
         self._name = name
         self._plan = parse_clusters(name)
         self._keys = keys
         self._values = values
+        self._starts = starts
         self._exact = ExactIndex(keys, values)
         self._parts: list[Clusters] = []
         self._table: ClusterTable | None = None
@@ -184,12 +186,12 @@ class ClusterIndex(Index):
 
     def _cluster(self, start: int, stop: int) -> None:
         keys, values = (blocks.take_range(start, stop, torch.float32) for blocks in (self._keys, self._values))
-        self._parts.append(cluster(keys, values, start))
+        self._parts.append(cluster(keys, values, start, self._starts(start, stop) - start))
         self._table = None
 
     def _attend_alike(self, head: int, queries: Tensor, table: ClusterTable) -> tuple[Tensor, Tensor]:
         """As ``_attend_head``, of many queries (b, D): those that are alike at a time."""
-        order, sizes = alike(queries, ALIKE)
+        order, sizes = alike(queries, ALIKE if len(queries) < MANY else MANY_ALIKE)
         share = min(1.0, ALIKE_SHARE * self._shares[head])
         parts = [self._attend_head(head, some, table, share) for some in queries[order].split(sizes)]
         output, lse = (torch.empty_like(one) for one in (queries, queries[:, 0]))

@@ -10,6 +10,8 @@ from torch import Tensor
 from memory.tokens import DocumentNote, TokenTable
 from memory.vectors import VECTOR_DTYPES, VectorBlocks
 
+START_TOKENS = 4  # of a document: attention that finds nothing goes to them
+
 
 @dataclass
 class LayerContent:
@@ -78,6 +80,10 @@ class Content:
         """Stored tokens."""
         return len(self.tokens)
 
+    def document_starts(self, start: int, stop: int) -> Tensor:
+        """Slots of the first tokens of documents, of those in start..stop-1: (n,) int64 ascending."""
+        return torch.from_numpy(self.tokens.starts(start, stop, START_TOKENS))
+
     def empty_layer(self) -> LayerContent:
         """Blocks for the vectors of one more layer."""
         heads, dim = self.num_key_value_heads, self.head_dim
@@ -86,13 +92,13 @@ class Content:
             VectorBlocks(heads, dim, VECTOR_DTYPES[self.value_dtype]),
         )
 
-    def clone(self) -> "Content":
-        """The same, to grow on its own; of what is mapped from a folder, the mapping is shared."""
-        everything = torch.arange(len(self))
+    def kept(self, slots: Tensor) -> "Content":
+        """A copy of the tokens in these slots, (M,) int64 ascending; of what is mapped from a folder, the mapping is
+        shared."""
         return replace(
             self,
-            layers={number: layer.kept(everything) for number, layer in self.layers.items()},
-            tokens=self.tokens.clone(),
+            layers={number: layer.kept(slots) for number, layer in self.layers.items()},
+            tokens=TokenTable(self.tokens.rows[slots.numpy()], self.tokens.names),
             metadata=deepcopy(self.metadata),
             notes=dict(self.notes),
         )

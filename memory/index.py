@@ -5,6 +5,7 @@ keys are neither expanded nor stored twice. The model calls ``attend``; ``search
 what inspection and tests use.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
@@ -50,6 +51,9 @@ class LearntIndex:
 
 
 Learnt = LearntIndex | LearntClusters
+
+# (start, stop) -> slots of the first tokens of documents, of those in start..stop-1: (n,) int64 ascending.
+Starts = Callable[[int, int], Tensor]
 
 
 class CustomIndex(Protocol):

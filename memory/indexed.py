@@ -8,7 +8,7 @@ from torch import Tensor
 
 from memory.backends import BackendChoice, Backends
 from memory.content import LayerContent
-from memory.index import Index, Learnt
+from memory.index import Index, Learnt, Starts
 
 logger = logging.getLogger(__name__)
 
@@ -22,6 +22,7 @@ class IndexedLayer:
     Args:
         content: the vectors; this object alone changes them.
         backends: makes the index.
+        starts: says where documents start.
 
     Attributes:
         content: as given.
@@ -29,11 +30,12 @@ class IndexedLayer:
         choice: the backend in use and why; None while nothing is stored.
     """
 
-    def __init__(self, content: LayerContent, backends: Backends) -> None:
+    def __init__(self, content: LayerContent, backends: Backends, starts: Starts) -> None:
         self.content = content
         self.index: Index | None = None
         self.choice: BackendChoice | None = None
         self._backends = backends
+        self._starts = starts
         # A layer that was read from disk gets its index when it is first asked: opening stays quick.
         self._lazy = False
         self._saved: Learnt | None = None
@@ -48,6 +50,11 @@ class IndexedLayer:
                 if self._lazy:
                     self._build()
         return self.index
+
+    def answer_by(self, index: Index) -> None:
+        """Take an index that was made elsewhere, of all that is stored."""
+        if len(self):
+            self.index, self.choice, self._lazy = index, BackendChoice("custom", "asked for"), False
 
     def learnt(self) -> Learnt | None:
         """What the index learnt, or what it will be built from."""
@@ -107,7 +114,8 @@ class IndexedLayer:
         self.index = self.choice = None
         if len(self):
             choice = self._choose()
-            self.index = self._backends.make(choice.name, self.content.keys, self.content.values, self._saved)
+            keys, values = self.content.keys, self.content.values
+            self.index = self._backends.make(choice.name, keys, values, self._saved, self._starts)
             self.choice = choice
             logger.info("memory backend %s: %s", choice.name, choice.reason)
         self._lazy, self._saved = False, None

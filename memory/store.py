@@ -17,7 +17,7 @@ from memory.checks import check_pairs
 from memory.content import Content
 from memory.facts import MemoryFacts
 from memory.folder import Folder
-from memory.index import Learnt
+from memory.index import Index, Learnt
 from memory.indexed import IndexedLayer
 from memory.layer import LayerMemory
 from memory.tokens import TokenTable
@@ -69,7 +69,9 @@ class Memory(MemoryFacts):
         self._content = content
         self._backends = backends
         self._folder = folder  # what it was opened from
-        self._indexed = {number: IndexedLayer(layer, backends) for number, layer in content.layers.items()}
+        self._indexed = {
+            number: IndexedLayer(layer, backends, content.document_starts) for number, layer in content.layers.items()
+        }
         self._layers = {number: LayerMemory(layer) for number, layer in self._indexed.items()}
 
     @classmethod
@@ -147,6 +149,11 @@ class Memory(MemoryFacts):
         for layer in self._indexed.values():
             layer.ready()
 
+    def answer_by(self, indexes: Mapping[int, Index]) -> None:
+        """Let these indexes of the user's own, layer -> index of all that is stored, answer in place of the layers'."""
+        for number, index in indexes.items():
+            self._indexed[number].answer_by(index)
+
     def close(self) -> None:
         """Release the lock on the folder. Tokens that were not flushed are only in this object, which cannot grow."""
         if self._folder is not None:
@@ -183,16 +190,18 @@ class Memory(MemoryFacts):
         self._check_open()
         ids = np.asarray(token_ids.cpu() if isinstance(token_ids, Tensor) else token_ids, dtype=np.int32)
         check_pairs(self._content, keys, values, len(ids))
-        prepared = self._content.tokens.prepare(ids, document, spans)
+        tokens, before = self._content.tokens, len(self)
+        prepared = tokens.prepare(ids, document, spans)
         if not len(ids):  # nothing for an index to take in, and no document that would be listed
             return
         try:
+            tokens.commit(prepared)  # first: an index may ask where documents start
             for number, layer in self._indexed.items():
                 layer.append(self._place(keys[number]), self._place(values[number]))
-            self._content.tokens.commit(prepared)
         except BaseException:  # Ctrl-C or no memory left half-way: layers of different length would be garbage
+            tokens.truncate(before)
             for layer in self._indexed.values():
-                layer.truncate(len(self))
+                layer.truncate(before)
             raise
 
     def drop_document(self, name: str) -> int:
@@ -215,9 +224,9 @@ class Memory(MemoryFacts):
             saved = {number: one.kept(keep) for number, one in self._learnt().items()}
             disk.drop(self._folder, name, keep, saved)
         try:
+            self._content.tokens.keep(slots, name)
             for number, layer in self._indexed.items():
                 layer.keep(keep, saved.get(number))
-            self._content.tokens.keep(slots, name)
         except BaseException:
             self.close()  # what is on disk is right; half of this object must not be written there
             raise
@@ -259,9 +268,22 @@ class Memory(MemoryFacts):
 
     def clone(self) -> "Memory":
         """A copy in RAM that grows independently. It shares vectors that are mapped from a folder."""
-        copy = Memory._of(self._content.clone(), self._backends)
+        copy = self.kept(torch.arange(len(self)))
         for number, layer in self._indexed.items():
             copy._indexed[number].follow(layer)
+        return copy
+
+    def kept(self, slots: Tensor, *, index: str | IndexFactory | None = None) -> "Memory":
+        """A copy in RAM of the tokens in these slots, (M,) int64 ascending. It shares vectors mapped from a folder.
+
+        ``index`` is as for ``Memory``; None keeps what was asked for, with its ``top_k``.
+        """
+        backends = self._backends if index is None else Backends(index, None)
+        content = replace(self._content.kept(slots), index=backends.name, top_k=backends.top_k)
+        copy = Memory._of(content, backends)
+        learnt = self._learnt()
+        for number, layer in copy._indexed.items():
+            layer.put_off(learnt[number].kept(slots) if number in learnt else None)
         return copy
 
     def _place(self, vectors: Tensor) -> Tensor:

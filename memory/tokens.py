@@ -102,6 +102,14 @@ class TokenTable:
         names = [None if numbers[start] == NO_DOCUMENT else self._names[numbers[start]] for start in starts]
         return list(zip(names, starts, [*starts[1:], self._length], strict=False))
 
+    def starts(self, start: int, stop: int, count: int) -> np.ndarray:
+        """Slots of the first ``count`` tokens of each run of one document, of those in start..stop-1, ascending."""
+        low = max(0, start - count + 1)
+        before = int(self._columns[low - 1, 1]) if low else NO_DOCUMENT - 1
+        firsts = low + np.flatnonzero(np.diff(self._columns[low:stop, 1], prepend=before))
+        slots = np.unique(firsts[:, None] + np.arange(count))
+        return slots[(slots >= start) & (slots < stop)]
+
     def slots_outside(self, document: str) -> np.ndarray:
         if document not in self._names:
             raise KeyError(f"no document {document!r} in this memory; it holds {', '.join(self._names) or 'none'}")
@@ -118,9 +126,6 @@ class TokenTable:
         self._length = min(self._length, length)
         used = int(self._columns[: self._length, 1].max(initial=NO_DOCUMENT)) + 1
         self._names = self._names[:used]  # in the order of their first tokens
-
-    def clone(self) -> "TokenTable":
-        return TokenTable(self.rows.copy(), self._names)
 
     def nbytes(self) -> int:
         return self._columns.nbytes

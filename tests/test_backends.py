@@ -1,9 +1,10 @@
 """Which backend a memory gets, and what a backend of the user's own must do."""
 
+import pytest
 import torch
 from torch import Tensor
 
-from memory import ExactIndex, Index, Memory, VectorBlocks, choose_backend
+from memory import ExactIndex, Index, Memory, VectorBlocks, backends, choose_backend
 from memory.faiss_index import FaissIndex
 
 HEADS, DIM = 2, 8
@@ -47,12 +48,42 @@ def filled(**settings: object) -> Memory:
     return store
 
 
-def test_auto_is_exact_below_262144_keys() -> None:
+def test_auto_is_exact_below_32768_keys() -> None:
     """The crossover that docs/backends.md states, measured by benchmarks/memory_backends.py."""
     cpu = torch.device("cpu")
-    assert choose_backend(262_143, cpu).name == "exact"
-    assert choose_backend(262_144, cpu).name == "IVF,Flat"
-    assert choose_backend(262_144, torch.device("cuda")).name == "exact"
+    assert choose_backend(32_767, cpu).name == "exact"
+    assert choose_backend(32_768, cpu).name == "clusters"
+    assert choose_backend(1 << 24, torch.device("cuda")).name == "exact"
+
+
+def test_auto_with_a_top_k_is_exact_below_262144_keys() -> None:
+    cpu = torch.device("cpu")
+    assert choose_backend(262_143, cpu, 128).name == "exact"
+    assert choose_backend(262_144, cpu, 128).name == "IVF,Flat"
+    assert choose_backend(1 << 24, torch.device("cuda"), 128).name == "exact"
+
+
+@pytest.mark.parametrize("top_k", [None, 7])
+def test_an_auto_memory_passes_from_exact_to_another_backend(
+    top_k: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backends, "AUTO_EXACT_LIMIT", 8192)
+    monkeypatch.setattr(backends, "AUTO_TOP_K_LIMIT", 9000)
+    store = Memory([1], HEADS, DIM, top_k=top_k)
+    keys, values = torch.randn(2, HEADS, 9000, DIM)
+    names = []
+    for start in range(0, 9000, 1800):
+        part = slice(start, start + 1800)
+        store.append({1: keys[:, part]}, {1: values[:, part]}, range(1800))
+        assert store[1].backend is not None
+        names.append(store[1].backend.name)
+    assert names == ["exact"] * 4 + ["clusters" if top_k is None else "IVF,Flat"]
+    queries = torch.randn(HEADS, 3, DIM)
+    exact = Memory([1], HEADS, DIM, index="exact", top_k=top_k)
+    exact.append({1: keys}, {1: values}, range(9000))
+    if top_k is None:
+        found, wanted = (one[1].attend(queries, scale=0.1)[0] for one in (store, exact))
+        assert (found - wanted).norm() < 0.2 * wanted.norm()
 
 
 def test_an_index_of_five_methods_is_enough() -> None:

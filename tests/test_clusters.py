@@ -4,6 +4,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from disk_helpers import forge
@@ -128,9 +129,11 @@ def test_stretches_do_not_change_when_more_is_appended() -> None:
 def test_the_same_however_it_was_appended() -> None:
     keys, values = topics(1500)
     whole, asked = store("clusters", (keys, values)), queries(4)
-    pieces = zip(keys.split(217, dim=1), values.split(217, dim=1), strict=True)
+    pieces = store("clusters")
+    for some, others in zip(keys.split(217, dim=1), values.split(217, dim=1), strict=True):
+        pieces.append({LAYER: some}, {LAYER: others}, range(some.shape[1]), document="part 0")
     for found, wanted in zip(
-        store("clusters", *pieces)[LAYER].attend(asked, scale=SCALE),
+        pieces[LAYER].attend(asked, scale=SCALE),
         whole[LAYER].attend(asked, scale=SCALE),
         strict=True,
     ):
@@ -236,3 +239,60 @@ def test_names_that_are_not_understood(name: str) -> None:
 def test_top_k_is_refused() -> None:
     with pytest.raises(ValueError, match="leave top_k out"):
         Memory([LAYER], HEADS, DIM, index="clusters", top_k=5)
+
+
+def sunken(documents: int, tokens: int) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
+    """Documents that each begin with an attention sink of its own, and queries that find little else.
+
+    No sink is among the smallest or the farthest keys: it lies where other keys do, of other values.
+    """
+    generator = torch.Generator().manual_seed(3)
+    parts = []
+    for number in range(documents):
+        keys, values = topics(tokens, seed=number)
+        keys[:, 0] = keys[:, 1:9].mean(1) - 0.5
+        values[:, 0] = 20 * torch.randn(HEADS, DIM, generator=generator)
+        parts.append((keys, values))
+    firsts = torch.stack([keys[:, 0] for keys, _ in parts], dim=1)
+    return parts, 2 * firsts
+
+
+def test_the_first_tokens_of_documents_are_attended_to_exactly() -> None:
+    parts, asked = sunken(20, 51)
+    joined = [torch.cat(vectors, dim=1) for vectors in zip(*parts, strict=True)]
+    exact = store("exact", *parts)
+    known, unknown = store("clusters;share=0.001", *parts), store("clusters;share=0.001", (joined[0], joined[1]))
+    learnt = known._indexed[LAYER].learnt()
+    assert learnt is not None
+    assert learnt.clusters.end == 512
+    order, outliers = learnt.clusters.order[0], int(learnt.clusters.stretches[0, 2])
+    assert set(order[:outliers].tolist()) >= {51 * document + place for document in range(10) for place in range(4)}
+    assert error(known, exact, asked) < error(unknown, exact, asked) / 2
+
+
+@given(st.lists(st.integers(1, 300), min_size=1, max_size=12), st.booleans())
+@settings(max_examples=15, deadline=None)
+def test_documents_of_any_length_count_once(lengths: list[int], again: bool) -> None:
+    """Shorter than their first tokens, longer than a stretch, and clustered again after one was dropped."""
+    parts = [topics(length, seed) for seed, length in enumerate(lengths)]
+    memory = store("clusters;share=0.9999", *parts)
+    if again and len(parts) > 1:
+        memory.drop_document("part 0")
+        parts = parts[1:]
+    torch.testing.assert_close(
+        memory[LAYER].attend(queries(5), scale=SCALE), store("exact", *parts)[LAYER].attend(queries(5), scale=SCALE),
+        atol=1e-5, rtol=1e-5,
+    )  # fmt: skip
+
+
+def test_where_documents_start() -> None:
+    from memory.tokens import TokenTable
+
+    table = TokenTable()
+    for name, count in (("a", 3), (None, 9), ("b", 7), ("a", 6)):
+        table.commit(table.prepare(np.arange(count, dtype=np.int32), name, None))
+    starts = [0, 1, 2, 3, 4, 5, 6, 12, 13, 14, 15, 19, 20, 21, 22]
+    assert table.starts(0, 25, 4).tolist() == starts
+    for first in range(25):
+        for stop in range(first, 26):
+            assert table.starts(first, stop, 4).tolist() == [slot for slot in starts if first <= slot < stop]

@@ -162,3 +162,12 @@ def test_custom_index(run_here: Run, checkpoint: Path) -> None:
     for (low, wrong), (high, better), (all_, right) in zip(few, some, everything, strict=True):
         assert low < high < all_ == 100
         assert wrong > better > right == 0
+
+
+def test_sharded_memory(checkpoint: Path, place: Path) -> None:
+    build = ["memory", "build", str(place / "m"), str(place / "emma.txt"), "--model", str(checkpoint)]
+    assert main([*build, "--dtype", "float32", "--device", "cpu"]) == 0
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", EXAMPLES / "sharded_memory.py"]
+    shown = run(*command, place / "m", "Who is it?", "And where?", "--tokens", "4")
+    assert "exact, dense, on each of 2 ranks" in shown
+    assert shown.count("\n> ") == 2

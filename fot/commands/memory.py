@@ -5,13 +5,14 @@ import shlex
 import sys
 from typing import Any
 
+from fot.commands import memory_check
 from fot.commands.options import add_memory_options, check_writable, load, named_path, open_memory
 
 
 def add(commands: Any) -> None:
     parser = commands.add_parser(
         "memory",
-        help="create and maintain memories: build, append, info, drop, compact, verify",
+        help="create and maintain memories: build, append, info, drop, compact, check, verify",
         description="Create and maintain memories. A memory is a folder: read documents into it once, then ask "
         "about them with fot ask as often as you like.",
     )
@@ -45,6 +46,7 @@ def add(commands: Any) -> None:
     compact = kinds.add_parser("compact", help="free the space of dropped documents",
                                description="Write the memory anew, without the dropped documents.")  # fmt: skip
     compact.add_argument("memory", type=named_path, metavar="MEMORY")
+    memory_check.add(kinds)
     verify = kinds.add_parser(
         "verify",
         help="compare every byte with the checksums",

@@ -103,10 +103,23 @@ def open_memory(args: argparse.Namespace, mode: str = "r") -> tuple[Any, Any]:
             raise ValueError(f"{args.memory} was made with windows of {window} tokens: omit --local-context")
         model = load(args, saved=saved)
         model.check_memory(memory)
+        _warn_of_top_k(args, memory)
     except BaseException:
         memory.close()
         raise
     return memory, model
+
+
+def _warn_of_top_k(args: argparse.Namespace, memory: Any) -> None:
+    """Say that an index drops most of the attention, and how to find out how much."""
+    from memory.backends import drops_the_tail
+
+    if drops_the_tail(memory.index, memory.top_k):
+        asked = "".join(f" --{name} {value}" for name, value in (("index", args.index), ("top-k", args.top_k)) if value)
+        logging.getLogger("fot").warning(
+            "%s attends to %s of %s stored tokens and drops the rest: fot memory check %s%s measures what that loses",
+            memory.index, f"{memory.top_k or 128:,}", f"{len(memory):,}", args.memory, asked,
+        )  # fmt: skip
 
 
 def add_outcome_options(parser: argparse.ArgumentParser, *, seed: str, result: str) -> None:
