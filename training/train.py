@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object, set_seed
 from torch import Tensor
 
-from fot.machine import default_dtype, find_device, peak_memory_bytes
+from fot.machine import peak_memory_bytes
 from training.allocator import keep_freed_memory
 from training.batches import Batch
 from training.checkpoints import list_checkpoints, read_best, save_best, save_checkpoint, set_aside
@@ -87,7 +87,7 @@ def train(
     accelerator = Accelerator(
         cpu=cpu,
         gradient_accumulation_steps=1,
-        mixed_precision=_precision(recipe),
+        mixed_precision="bf16" if recipe.precision() == torch.bfloat16 else "no",
         log_with=list(recipe.trackers) or None,
         project_dir=out,
     )
@@ -207,7 +207,7 @@ def train(
                     raise Stopped(signum, f"stopped after step {step + 1}, which is saved: continue with --resume")
     except FloatingPointError as error:
         raise FloatingPointError(f"{error}; {_way_on(out / 'checkpoints', step, accelerator)}") from error
-    parameters = whole_parameters(model)
+    parameters = whole_parameters(model, None if recipe.trainable == "all" else trained)
     kept = read_best(out / "checkpoints") if recipe.result == "best" else None
     if kept is not None:
         line = line | {"best": kept.evaluation | {"step": kept.step}}
@@ -273,12 +273,6 @@ def _whole_tensors(trained: dict[str, Tensor], step: int) -> dict[str, Tensor]:
         if not torch.isfinite(tensor).all():
             raise FloatingPointError(f"{name} is not finite after step {step}")
     return tensors
-
-
-def _precision(recipe: Recipe) -> str:
-    if recipe.dtype == "auto":
-        return "bf16" if default_dtype(find_device(None)) == torch.bfloat16 else "no"
-    return "bf16" if recipe.dtype == "bfloat16" else "no"
 
 
 def _optimizer(recipe: Recipe, trained: dict[str, Tensor]) -> torch.optim.Optimizer:
