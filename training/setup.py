@@ -13,7 +13,7 @@ from fot.config import MemoryConfig
 from fot.families import attention_modules
 from fot.loading import load_config, load_model
 from fot.model import detach_memory
-from fot.quantized import is_quantised, nf4
+from fot.quantized import nf4
 from fot.tasks.dictionary import DictionaryTask
 from fot.tasks.task import Task
 from training.batches import DocumentLoader, TaskSource
