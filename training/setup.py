@@ -40,14 +40,14 @@ def build_model(recipe: Recipe) -> tuple[Any, MemoryConfig, Any]:
     ``model_type``, Llama without one.
     """
     if isinstance(recipe.model, dict):
-        config = _new_config(recipe.model)
+        config = new_config(recipe.model)
         with entry("model"):
             model = AutoModelForCausalLM.from_config(config)
-        return model, _resolve(recipe, config), None
+        return model, resolve_memory(recipe, config), None
     loaded: Any = load_model(recipe.model, **_loading_options(recipe))
     tokenizer = loaded.tokenizer
     model = detach_memory(loaded)
-    return model, _resolve(recipe, model.config), tokenizer
+    return model, resolve_memory(recipe, model.config), tokenizer
 
 
 def _loading_options(recipe: Recipe) -> dict[str, Any]:
@@ -66,7 +66,7 @@ def _loading_options(recipe: Recipe) -> dict[str, Any]:
     return options | {"quantization_config": nf4(recipe.precision(), spared)}
 
 
-def _new_config(settings: dict[str, Any]) -> Any:
+def new_config(settings: dict[str, Any]) -> Any:
     """The configuration of a new model.
 
     Raises:
@@ -284,6 +284,19 @@ def tokenised(settings: dict[str, Any], tokenizer: Any) -> Iterator[list[int]]:
             return
 
 
-def _resolve(recipe: Recipe, config: Any) -> MemoryConfig:
+def resolve_memory(recipe: Recipe, config: Any) -> MemoryConfig:
+    """The recipe's memory settings, filled in for a model's configuration."""
     with entry("memory"):
         return recipe.memory_config().resolve(config.num_hidden_layers, config.max_position_embeddings, "float32")
+
+
+def optimizer_for(recipe: Recipe, trained: dict[str, Tensor]) -> torch.optim.Optimizer:
+    """The recipe's optimiser of what is trained."""
+    groups = [
+        {"params": [p for p in trained.values() if p.ndim > 1], "weight_decay": recipe.weight_decay},
+        {"params": [p for p in trained.values() if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    if recipe.optimizer == "adafactor":
+        return torch.optim.Adafactor(groups, lr=recipe.learning_rate)
+    return torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=recipe.betas)

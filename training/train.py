@@ -33,6 +33,7 @@ from training.setup import (
     check_texts,
     choose_trainable,
     describe_data,
+    optimizer_for,
 )
 from training.sharding import check_sharding, whole, whole_optimizer_state, whole_parameters
 from training.shares import all_shares
@@ -117,7 +118,7 @@ def train(
     )
     check_texts(recipe, config, tokenizer)
     step_module = Step(model, crossbatch).train()  # loaded models are in eval mode, where nothing is checkpointed
-    optimizer = _optimizer(recipe, trained)
+    optimizer = optimizer_for(recipe, trained)
     step_module, optimizer = accelerator.prepare(step_module, optimizer)
     trained = {name: parameter for name, parameter in model.named_parameters() if name in trained}  # FSDP replaces them
     evaluate = build_evaluation(recipe, config, tokenizer, step_module, crossbatch, accelerator)
@@ -273,14 +274,3 @@ def _whole_tensors(trained: dict[str, Tensor], step: int) -> dict[str, Tensor]:
         if not torch.isfinite(tensor).all():
             raise FloatingPointError(f"{name} is not finite after step {step}")
     return tensors
-
-
-def _optimizer(recipe: Recipe, trained: dict[str, Tensor]) -> torch.optim.Optimizer:
-    groups = [
-        {"params": [p for p in trained.values() if p.ndim > 1], "weight_decay": recipe.weight_decay},
-        {"params": [p for p in trained.values() if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
-    if recipe.optimizer == "adafactor":
-        return torch.optim.Adafactor(groups, lr=recipe.learning_rate)
-    return torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=recipe.betas)
