@@ -26,6 +26,7 @@ from fot.loading import load_config
 from fot.loss import token_losses
 from fot.model import FoTForCausalLM, detach_memory
 from training.crossbatch import Contexts, Crossbatch, enable_crossbatch
+from training.frozen import forget_scratch
 from training.recipe import Recipe
 from training.setup import choose_trainable, new_config, optimizer_for, resolve_memory
 
@@ -147,6 +148,7 @@ def estimate(recipe: Recipe, processes: int = 1) -> Estimate:
         OSError: the model's configuration cannot be had.
     """
     live = LiveBytes()
+    forget_scratch()  # of real tensors, and afterwards of fake ones
     with torch.device("meta"):
         model, config = _shape(recipe)
         names = list(choose_trainable(model, recipe, config))
@@ -168,6 +170,7 @@ def estimate(recipe: Recipe, processes: int = 1) -> Estimate:
         gradients = sum(_bytes(parameter.grad) for parameter in trained.values())
         optimizer.step()
         state = sum(_bytes(leaf) for leaf in tree_leaves(dict(optimizer.state)) if isinstance(leaf, Tensor))
+    forget_scratch()
     saved = _saved_by_nf4(model) if recipe.quantization else 0
     number = sum(parameter.numel() for parameter in trained.values())
     return Estimate(
