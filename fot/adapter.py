@@ -2,7 +2,8 @@
 
 A folder with ``fot_adapter.json`` (the base model's name, memory settings, and how the adapter was made), and either
 ``adapter.safetensors`` (tensors under the base model's own names, which replace its own) or what ``peft`` saves, which
-is added to the base model's.
+is added to the base model's. A folder that peft alone wrote is an adapter, too; the memory settings are then the base
+model's.
 """
 
 import json
@@ -11,16 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fot.config import MemoryConfig
-from fot.names import ADAPTER_DESCRIPTION, aliases, shipped_models
+from fot.names import ADAPTER_DESCRIPTION, PEFT_CONFIG, aliases, shipped_models
+from fot.quantized import is_quantised
 from fot.weights import kept_tensor
 from memory.atomic import write_json
 
 TENSORS = "adapter.safetensors"
-PEFT_CONFIG = "adapter_config.json"
 FORMAT = 1
 
 
@@ -31,12 +33,12 @@ class AdapterDescription:
     Attributes:
         base: name or absolute path of the base model. A relative path is searched for from the working folder, and from
             the folders above the adapter.
-        memory: memory settings of the training.
+        memory: memory settings of the training; None for those of the base model.
         made_by: recipe, seed and figures, for people to read.
     """
 
     base: str
-    memory: MemoryConfig
+    memory: MemoryConfig | None
     made_by: dict[str, Any]
 
 
@@ -55,7 +57,7 @@ def write_description(folder: Path, description: AdapterDescription) -> None:
     content = {
         "format": FORMAT,
         "base": description.base,
-        "memory": description.memory.to_dict(),
+        "memory": None if description.memory is None else description.memory.to_dict(),
         "made_by": description.made_by,
     }
     write_json(folder / ADAPTER_DESCRIPTION, content)
@@ -68,6 +70,8 @@ def read_description(folder: Path) -> AdapterDescription:
         ValueError: it is damaged, or of a newer format.
     """
     path = folder / ADAPTER_DESCRIPTION
+    if not path.is_file():
+        return _description_of_peft(folder / PEFT_CONFIG)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if content["format"] > FORMAT:
@@ -75,9 +79,28 @@ def read_description(folder: Path) -> AdapterDescription:
                 f"{path} is of format {content['format']}, but this version of fot reads formats up to "
                 f"{FORMAT}: upgrade fot"
             )
-        return AdapterDescription(content["base"], MemoryConfig.from_dict(content["memory"]), content["made_by"])
+        settings = None if content["memory"] is None else MemoryConfig.from_dict(content["memory"])
+        return AdapterDescription(content["base"], settings, content["made_by"])
     except (KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is damaged ({error}): get the adapter again") from error
+
+
+def _description_of_peft(path: Path) -> AdapterDescription:
+    try:
+        base = json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (AttributeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is damaged ({error}): get the adapter again") from error
+    if not base:
+        raise ValueError(f"{path} names no base model: write its name or folder there, as base_model_name_or_path")
+    return AdapterDescription(base, None, {})
+
+
+def replaced_modules(folder: Path) -> list[str]:
+    """Modules whose weights an adapter replaces, so that they cannot be packed; none for what peft adds."""
+    if not (folder / TENSORS).is_file():
+        return []
+    with safe_open(folder / TENSORS, "pt") as tensors:
+        return sorted({name.rpartition(".")[0] for name in tensors.keys()})  # noqa: SIM118  it is no dict
 
 
 def find_base(folder: Path) -> str:
@@ -94,13 +117,22 @@ def find_base(folder: Path) -> str:
     if found is None and Path(base).is_absolute():
         raise FileNotFoundError(
             f"the adapter in {folder} belongs to the base model at {base}, but nothing is there: put the model back, "
-            f'or correct "base" in {folder / ADAPTER_DESCRIPTION}'
+            f'or correct {_place_of_base(folder)}'
         )
     return base if found is None else str(found)
 
 
+def _place_of_base(folder: Path) -> str:
+    if (folder / ADAPTER_DESCRIPTION).is_file():
+        return f'"base" in {folder / ADAPTER_DESCRIPTION}'
+    return f'"base_model_name_or_path" in {folder / PEFT_CONFIG}'
+
+
 def apply_adapter(model: Any, folder: Path) -> None:
     """Put an adapter's tensors into a loaded base model, in place.
+
+    What peft made is merged with the weights, except in a quantised model: there it stays beside them, since packed
+    weights would lose most of it.
 
     Raises:
         ValueError: tensors that the model does not have, or of another shape: an adapter of another base model; or
@@ -108,18 +140,23 @@ def apply_adapter(model: Any, folder: Path) -> None:
         ImportError: it was made by peft, which is not installed.
     """
     if (folder / PEFT_CONFIG).is_file():
-        _merge_peft(model, folder)
+        _add_peft(model, folder)
     else:
         _replace(model, folder)
 
 
-def _merge_peft(model: Any, folder: Path) -> None:
+def _add_peft(model: Any, folder: Path) -> None:
     try:
         from peft import PeftModel
     except ImportError as error:
         raise ImportError(f"the adapter in {folder} takes peft: pip install 'fot[train]'") from error
+    before = sorted(getattr(model, "peft_config", {}))
     try:
-        PeftModel.from_pretrained(model, folder).merge_and_unload()
+        around = PeftModel.from_pretrained(model, folder, adapter_name=f"adapter{len(before)}")
+        if not is_quantised(model):
+            around.merge_and_unload()
+        elif before:
+            around.base_model.set_adapter([*before, f"adapter{len(before)}"])
     except (RuntimeError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"the adapter in {folder} does not fit its base model: {reason}") from error

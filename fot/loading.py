@@ -9,12 +9,13 @@ from transformers import AutoConfig
 
 import fot.longllama  # noqa: F401  registers the Auto classes
 from fot import pretrained
-from fot.adapter import apply_adapter, read_description
+from fot.adapter import apply_adapter, read_description, replaced_modules
 from fot.auto import load_plain
 from fot.checkpoint import Checkpoint, gguf_options
 from fot.config import CONFIG_KEY, MemoryConfig, merged
 from fot.model import FoTForCausalLM, attach_memory
 from fot.names import lasting_name
+from fot.quantized import spare
 
 logger = logging.getLogger(__name__)
 
@@ -27,13 +28,19 @@ def load_model(name_or_path: str | Path, *args: Any, **kwargs: Any) -> FoTForCau
     """What ``FoTForCausalLM.from_pretrained`` does; see there."""
     settings = {name: kwargs.pop(name) for name in SETTINGS if name in kwargs}
     hub = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
-    checkpoint = pretrained.resolve(name_or_path, subfolder=kwargs.get("subfolder", ""))
+    checkpoint = pretrained.find(name_or_path, **hub)
+    if checkpoint.adapter is not None:  # a revision and a subfolder are the adapter's, not its base model's
+        hub = {name: value for name, value in hub.items() if name not in ("revision", "subfolder")}
+        kwargs = {name: value for name, value in kwargs.items() if name not in ("revision", "subfolder")}
+    adapters = [folder for folder in (*checkpoint.under, checkpoint.adapter) if folder is not None]
     options = {"trust_remote_code": False} | gguf_options(checkpoint) | kwargs
+    if options.get("quantization_config") is not None:
+        replaced = [module for folder in adapters for module in replaced_modules(folder)]
+        options["quantization_config"] = spare(options["quantization_config"], replaced)
     with pretrained.hub_errors(checkpoint):
         plain = load_plain(checkpoint.path, *args, **options)
-    for folder in (*checkpoint.under, checkpoint.adapter):
-        if folder is not None:
-            apply_adapter(plain, folder)
+    for folder in adapters:
+        apply_adapter(plain, folder)
     model: Any = attach_memory(plain, _merge(plain.config, checkpoint, settings))
     model.eval()
     model.tokenizer = _tokenizer_or_none(checkpoint, hub)
@@ -49,7 +56,7 @@ def load_config(name_or_path: str | Path, dtype: str, **settings: Any) -> tuple[
         dtype: in which the model would be loaded (``bfloat16``).
         settings: settings of ``MemoryConfig`` that override the checkpoint's.
     """
-    checkpoint = pretrained.resolve(name_or_path)
+    checkpoint = pretrained.find(name_or_path)
     options = {} if checkpoint.gguf_file is None else {"gguf_file": checkpoint.gguf_file}
     with pretrained.hub_errors(checkpoint):
         config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False, **options)
@@ -59,8 +66,10 @@ def load_config(name_or_path: str | Path, dtype: str, **settings: Any) -> tuple[
 
 def _merge(config: Any, checkpoint: Checkpoint, settings: dict[str, Any]) -> MemoryConfig:
     """Settings asked for, over those of an adapter or the checkpoint's config.json, over those known for its alias."""
-    if checkpoint.adapter is not None:
-        saved = read_description(checkpoint.adapter).memory
+    adapters = [folder for folder in (*checkpoint.under, checkpoint.adapter) if folder is not None]
+    described = [memory for folder in adapters if (memory := read_description(folder).memory) is not None]
+    if described:
+        saved = described[-1]
     elif config.model_type == "longllama":
         saved = config.memory_config()
     else:

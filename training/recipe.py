@@ -7,9 +7,11 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import torch
 from pydantic import BaseModel, Field, ValidationError
 
 from fot.config import MemoryConfig
+from fot.machine import default_dtype, find_device
 from training.schedule import ContextSchedule, schedule_from
 from training.schema import (
     AboveZeroShare,
@@ -51,6 +53,8 @@ class Recipe:
         contexts: settings of ``ContextSchedule``.
         trainable: what is trained: ``all`` parameters, the attention of the ``memory`` layers, or ``lora`` adapters.
         lora: settings of ``peft.LoraConfig`` for ``lora``.
+        quantization: ``nf4`` holds the frozen weights in 4 bits (QLoRA, arXiv 2305.14314); it needs bitsandbytes. None
+            holds them in 16 bits if ``dtype`` is ``bfloat16`` or the checkpoint has 16 bits, else in float32.
         strength: how far the weights of the result lie on the way from the initial to the trained weights (Wortsman et
             al., arXiv 2109.01903). A number a little below 1 keeps more of the model's abilities and most of what it
             learned. The figures in the log are those of the trained weights.
@@ -68,7 +72,8 @@ class Recipe:
         clip: largest norm of the gradient; 0 turns clipping off.
         accumulation: number of batches in a step (gradient accumulation).
         steps: number of optimiser steps.
-        dtype: ``float32``, ``bfloat16`` (with master weights in float32), or ``auto``, which takes the faster one.
+        dtype: ``float32``, ``bfloat16`` (with masters in float32 of what is trained), or ``auto``, which takes the
+            faster one.
         checkpointing: whether to use gradient checkpointing, memory layers included.
         seed: seed for data, contexts and new weights.
         log_every: number of steps between lines of the log.
@@ -91,6 +96,7 @@ class Recipe:
     contexts: Contexts = field(default_factory=dict)
     trainable: Literal["all", "memory", "lora"] = "all"
     lora: Lora = field(default_factory=dict)
+    quantization: Literal["nf4"] | None = None
     strength: AboveZeroShare = 1.0
     result: Literal["last", "best"] = "last"
     best_by: str | None = None
@@ -149,6 +155,11 @@ class Recipe:
             )
         if self.lora and self.trainable != "lora":
             raise ValueError(f"recipe: lora is {self.lora}, but trainable is {self.trainable!r}: set trainable: lora")
+        if self.quantization and self.trainable == "all":
+            raise ValueError(
+                f"recipe: quantization is {self.quantization!r}, but trainable is 'all', and weights in 4 bits cannot be "
+                "trained: set trainable: lora or memory"
+            )
         if self.warmup_steps + self.decay_steps > self.steps:
             name = "warmup_steps" if self.warmup_steps > self.steps else "decay_steps"
             raise ValueError(
@@ -179,6 +190,12 @@ class Recipe:
     def memory_config(self) -> MemoryConfig:
         """``memory``, checked."""
         return MemoryConfig.from_dict(self.memory)
+
+    def precision(self) -> torch.dtype:
+        """What the model computes in on this machine: float32 or bfloat16."""
+        if self.dtype == "auto":  # torch's autocast would want float16 scaled, so that is no choice here
+            return torch.bfloat16 if default_dtype(find_device(None)) == torch.bfloat16 else torch.float32
+        return torch.bfloat16 if self.dtype == "bfloat16" else torch.float32
 
     def to_dict(self) -> dict[str, Any]:
         """For a recipe file."""

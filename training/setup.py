@@ -1,6 +1,5 @@
 """From a recipe to what the loop needs: model, trained parameters, data."""
 
-import re
 import sysconfig
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,12 +10,15 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from fot.config import MemoryConfig
-from fot.loading import load_model
+from fot.families import attention_modules
+from fot.loading import load_config, load_model
 from fot.model import detach_memory
+from fot.quantized import nf4
 from fot.tasks.dictionary import DictionaryTask
 from fot.tasks.task import Task
 from training.batches import DocumentLoader, TaskSource
 from training.data import DataSource, describe, find_files, read_documents
+from training.frozen import compute_in_float32, train_in_float32
 from training.recipe import Recipe
 from training.shares import LaneLoader
 from training.tasks import SyntheticRetrieval, filler_from
@@ -29,23 +31,42 @@ PEFT_WRAPPER = "_peft_wrapper"
 
 
 def build_model(recipe: Recipe) -> tuple[Any, MemoryConfig, Any]:
-    """The plain model to train, in float32 masters; its resolved memory settings; its tokenizer or None.
+    """The plain model to train; its resolved memory settings; its tokenizer or None.
+
+    If all of it is trained, it is in float32. Otherwise it is in the dtype in which frozen weights are held, and
+    ``choose_trainable`` makes masters in float32 of what is trained.
 
     A recipe whose ``model`` is a dictionary starts a new model of these settings from random weights: of the family
     ``model_type``, Llama without one.
     """
     if isinstance(recipe.model, dict):
-        config = _new_config(recipe.model)
+        config = new_config(recipe.model)
         with entry("model"):
             model = AutoModelForCausalLM.from_config(config)
-        return model, _resolve(recipe, config), None
-    loaded: Any = load_model(recipe.model, dtype=torch.float32)
+        return model, resolve_memory(recipe, config), None
+    loaded: Any = load_model(recipe.model, **_loading_options(recipe))
     tokenizer = loaded.tokenizer
     model = detach_memory(loaded)
-    return model, _resolve(recipe, model.config), tokenizer
+    return model, resolve_memory(recipe, model.config), tokenizer
 
 
-def _new_config(settings: dict[str, Any]) -> Any:
+def _loading_options(recipe: Recipe) -> dict[str, Any]:
+    """In which dtype the weights of the recipe's checkpoint are loaded, and quantised or not."""
+    assert isinstance(recipe.model, str)
+    if recipe.trainable == "all":
+        return {"dtype": torch.float32}
+    # A checkpoint in 16 bits is held so in a run in float32, too; see training.frozen.
+    options: dict[str, Any] = {"dtype": torch.bfloat16 if recipe.precision() == torch.bfloat16 else "auto"}
+    if recipe.quantization is None:
+        return options
+    spared: list[str] = []
+    if recipe.trainable == "memory":  # what is trained cannot be in 4 bits
+        _, resolved = load_config(recipe.model, "float32", **recipe.memory)
+        spared = [rf".*\.layers\.{layer}\.(self_attn|attention)" for layer in resolved.layers]
+    return options | {"quantization_config": nf4(recipe.precision(), spared)}
+
+
+def new_config(settings: dict[str, Any]) -> Any:
     """The configuration of a new model.
 
     Raises:
@@ -85,7 +106,7 @@ class PlacedError(ValueError):
 
 
 def choose_trainable(model: Any, recipe: Recipe, config: MemoryConfig) -> dict[str, Tensor]:
-    """Freeze what is not trained; the rest by name."""
+    """Freeze what is not trained; the rest by name, in float32."""
     if recipe.trainable == "lora":
         from peft import LoraConfig, get_peft_model
 
@@ -98,9 +119,12 @@ def choose_trainable(model: Any, recipe: Recipe, config: MemoryConfig) -> dict[s
         with entry("lora"):
             model.__dict__[PEFT_WRAPPER] = get_peft_model(model, LoraConfig(**settings))
     elif recipe.trainable == "memory":
-        pattern = re.compile(r"model\.layers\.(" + "|".join(map(str, config.layers)) + r")\.self_attn\.")
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(bool(pattern.match(name)))
+        model.requires_grad_(False)
+        for number, attention in enumerate(attention_modules(model)):
+            attention.requires_grad_(number in config.layers)
+    train_in_float32(model)
+    if recipe.trainable != "all" and recipe.precision() == torch.float32:
+        compute_in_float32(model)
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
@@ -260,6 +284,19 @@ def tokenised(settings: dict[str, Any], tokenizer: Any) -> Iterator[list[int]]:
             return
 
 
-def _resolve(recipe: Recipe, config: Any) -> MemoryConfig:
+def resolve_memory(recipe: Recipe, config: Any) -> MemoryConfig:
+    """The recipe's memory settings, filled in for a model's configuration."""
     with entry("memory"):
         return recipe.memory_config().resolve(config.num_hidden_layers, config.max_position_embeddings, "float32")
+
+
+def optimizer_for(recipe: Recipe, trained: dict[str, Tensor]) -> torch.optim.Optimizer:
+    """The recipe's optimiser of what is trained."""
+    groups = [
+        {"params": [p for p in trained.values() if p.ndim > 1], "weight_decay": recipe.weight_decay},
+        {"params": [p for p in trained.values() if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    if recipe.optimizer == "adafactor":
+        return torch.optim.Adafactor(groups, lr=recipe.learning_rate)
+    return torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=recipe.betas)

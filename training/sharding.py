@@ -5,6 +5,7 @@ tensors of a run without FSDP, and leaves them alone. What gathers has to be cal
 """
 
 import os
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -44,12 +45,18 @@ def spread_like(tensor: Tensor, parameter: Tensor) -> Tensor:
     return distribute_tensor(tensor.to(parameter.device), parameter.device_mesh, parameter.placements)
 
 
-def whole_parameters(module: nn.Module) -> dict[str, Tensor]:
-    """All parameters by name, whole, on the CPU; tied ones are one tensor under each of their names."""
+def whole_parameters(module: nn.Module, names: Collection[str] | None = None) -> dict[str, Tensor]:
+    """Parameters by name, whole, on the CPU: all, or those of these names. Tied ones are one tensor under each name."""
     found: dict[int, Tensor] = {}
-    for parameter in module.parameters():
-        found[id(parameter)] = whole(parameter.detach()).cpu()
-    return {name: found[id(parameter)] for name, parameter in module.named_parameters(remove_duplicate=False)}
+    wanted = {
+        name: parameter
+        for name, parameter in module.named_parameters(remove_duplicate=False)
+        if names is None or name in names
+    }
+    for parameter in wanted.values():
+        if id(parameter) not in found:
+            found[id(parameter)] = whole(parameter.detach()).cpu()
+    return {name: found[id(parameter)] for name, parameter in wanted.items()}
 
 
 def whole_optimizer_state(optimizer: Any) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object, set_seed
 from torch import Tensor
 
-from fot.machine import default_dtype, find_device, peak_memory_bytes
+from fot.machine import peak_memory_bytes
 from training.allocator import keep_freed_memory
 from training.batches import Batch
 from training.checkpoints import list_checkpoints, read_best, save_best, save_checkpoint, set_aside
@@ -33,6 +33,7 @@ from training.setup import (
     check_texts,
     choose_trainable,
     describe_data,
+    optimizer_for,
 )
 from training.sharding import check_sharding, whole, whole_optimizer_state, whole_parameters
 from training.shares import all_shares
@@ -87,7 +88,7 @@ def train(
     accelerator = Accelerator(
         cpu=cpu,
         gradient_accumulation_steps=1,
-        mixed_precision=_precision(recipe),
+        mixed_precision="bf16" if recipe.precision() == torch.bfloat16 else "no",
         log_with=list(recipe.trackers) or None,
         project_dir=out,
     )
@@ -116,8 +117,8 @@ def train(
         recipe, config, tokenizer, shares=shares, process=accelerator.process_index, processes=processes
     )
     check_texts(recipe, config, tokenizer)
-    step_module = Step(model, crossbatch)
-    optimizer = _optimizer(recipe, trained)
+    step_module = Step(model, crossbatch).train()  # loaded models are in eval mode, where nothing is checkpointed
+    optimizer = optimizer_for(recipe, trained)
     step_module, optimizer = accelerator.prepare(step_module, optimizer)
     trained = {name: parameter for name, parameter in model.named_parameters() if name in trained}  # FSDP replaces them
     evaluate = build_evaluation(recipe, config, tokenizer, step_module, crossbatch, accelerator)
@@ -207,7 +208,7 @@ def train(
                     raise Stopped(signum, f"stopped after step {step + 1}, which is saved: continue with --resume")
     except FloatingPointError as error:
         raise FloatingPointError(f"{error}; {_way_on(out / 'checkpoints', step, accelerator)}") from error
-    parameters = whole_parameters(model)
+    parameters = whole_parameters(model, None if recipe.trainable == "all" else trained)
     kept = read_best(out / "checkpoints") if recipe.result == "best" else None
     if kept is not None:
         line = line | {"best": kept.evaluation | {"step": kept.step}}
@@ -273,20 +274,3 @@ def _whole_tensors(trained: dict[str, Tensor], step: int) -> dict[str, Tensor]:
         if not torch.isfinite(tensor).all():
             raise FloatingPointError(f"{name} is not finite after step {step}")
     return tensors
-
-
-def _precision(recipe: Recipe) -> str:
-    if recipe.dtype == "auto":
-        return "bf16" if default_dtype(find_device(None)) == torch.bfloat16 else "no"
-    return "bf16" if recipe.dtype == "bfloat16" else "no"
-
-
-def _optimizer(recipe: Recipe, trained: dict[str, Tensor]) -> torch.optim.Optimizer:
-    groups = [
-        {"params": [p for p in trained.values() if p.ndim > 1], "weight_decay": recipe.weight_decay},
-        {"params": [p for p in trained.values() if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
-    if recipe.optimizer == "adafactor":
-        return torch.optim.Adafactor(groups, lr=recipe.learning_rate)
-    return torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=recipe.betas)

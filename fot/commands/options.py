@@ -47,6 +47,8 @@ def add_memory_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto",
                         help="dtype of the model; auto is the fastest on this device (default: auto)")  # fmt: skip
+    parser.add_argument("--quantization", choices=["nf4"],
+                        help="hold the weights in 4 bits; needs bitsandbytes (default: as the model has them)")  # fmt: skip
     parser.add_argument(
         "--device", metavar="NAME", help="device: cpu, cuda, cuda:1, ... (default: a GPU if there is one)"
     )
@@ -61,11 +63,13 @@ def load(args: argparse.Namespace, *, tokenizer: bool = True, saved: Mapping[str
     quiet()
     from fot import FoTForCausalLM
     from fot.config import merged
+    from fot.quantized import nf4
 
     device = find_device(args)
     settings = merged(saved or {}, memory_settings(args))
+    packed = {"quantization_config": nf4(find_dtype(args))} if args.quantization else {}
     with readable(args.model):
-        model: Any = FoTForCausalLM.from_pretrained(args.model, dtype=find_dtype(args), **settings)
+        model: Any = FoTForCausalLM.from_pretrained(args.model, dtype=find_dtype(args), **packed, **settings)
     if tokenizer and model.tokenizer is None:
         raise ValueError(f"{args.model} has no tokenizer beside its weights: put its tokenizer files into the folder")
     logging.getLogger("fot").info(
@@ -90,8 +94,10 @@ def readable(name: str) -> Iterator[None]:
 def open_memory(args: argparse.Namespace, mode: str = "r") -> tuple[Any, Any]:
     """The memory in the folder ``args.memory``, and the model that made it (or ``args.model``), set up as then."""
     from fot import MemoryConfig
+    from fot.hub import memory_folder
     from memory import Memory
 
+    args.memory = memory_folder(args.memory)
     memory = Memory.open(args.memory, mode, index=args.index, top_k=args.top_k)
     try:
         args.model = args.model or memory.metadata.get("model")

@@ -6,7 +6,7 @@ import os
 import sys
 from typing import Any
 
-from fot.commands.options import above_zero, named_path, quiet
+from fot.commands.options import above_zero, named_path, positive, quiet
 
 
 def add(commands: Any) -> None:
@@ -22,7 +22,13 @@ def add(commands: Any) -> None:
         "overrides", nargs="*", metavar="KEY=VALUE", help="entries of the recipe to change, such as steps=100"
     )
     parser.add_argument(
-        "--out", type=named_path, required=True, help="folder for the checkpoints, the log and the result"
+        "--out", type=named_path, help="folder for the checkpoints, the log and the result"
+    )
+    parser.add_argument(
+        "--estimate", action="store_true", help="print what the run takes of memory and where it fits; train nothing"
+    )
+    parser.add_argument(
+        "--processes", type=positive, default=1, metavar="N", help="for --estimate: number of processes (default: 1)"
     )
     parser.add_argument("--resume", action="store_true", help="continue from the last complete checkpoint in --out")
     parser.add_argument(
@@ -47,6 +53,14 @@ def _train(args: argparse.Namespace) -> int:
         raise ImportError(f"training needs more packages ({error}): pip install 'fot[train]'") from error
 
     recipe = load_recipe(args.recipe, args.overrides)
+    if args.estimate:
+        from training.estimate import estimate, estimate_text
+
+        quiet()
+        print(estimate_text(recipe, estimate(recipe, args.processes)))
+        return 0
+    if args.out is None:
+        raise ValueError("fot train writes to a folder: give --out FOLDER")
     changed = {override.partition("=")[0].partition(".")[0] for override in args.overrides}
     quiet()
     speaks = os.environ.get("RANK", "0") == "0"  # of several processes, one
