@@ -8,21 +8,32 @@ print(answer.passages[0].text, answer.passages[0].share)
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from transformers import TextStreamer
+from transformers import LogitsProcessor, LogitsProcessorList, TextStreamer
 
 from fot.cache import Checkpoint, FoTCache
-from fot.chat import PLAIN_STOP, PLAIN_TURN, Message, first_turn_ids, has_template, lasting, prompt_ids, starts_with
+from fot.chat import (
+    PLAIN_STOP,
+    PLAIN_TURN,
+    Message,
+    first_turn_ids,
+    has_template,
+    lasting,
+    plain_ids,
+    prompt_ids,
+    starts_with,
+)
 from fot.compat import CACHE
 from fot.greedy import end_tokens, one_greedy_answer, without_repetition
 from fot.retrieval.find import WAYS, Finder
 from fot.retrieval.passages import SHORTEST
 from fot.retrieval.prompt import with_passages
+from fot.sampling import GREEDY, Sampling, Scorer
 from fot.trace import Passage, record
 from memory import Memory
 
@@ -46,6 +57,7 @@ class Answer:
             were found by the same ranking. Otherwise the passages that received most attention during the answer.
         read_again: how many of ``passages`` stood in front of the question.
         prompt_tokens: number of tokens in this turn's prompt.
+        known_tokens: tokens of the conversation before those, which were not read again.
         answer_tokens: number of tokens generated.
         first_token_seconds: time from the question to the first token.
         seconds: time from the question to the last token.
@@ -55,6 +67,7 @@ class Answer:
     passages: list[Passage]
     read_again: int
     prompt_tokens: int
+    known_tokens: int
     answer_tokens: int
     first_token_seconds: float
     seconds: float
@@ -110,12 +123,20 @@ class Conversation:
         memory: is read and never changed; None for a conversation without one.
         use_chat_template: False asks questions as you would ask a base model. None uses the chat template if the
             tokenizer has one.
+        title: what to call a document, in front of its passages and in answers.
 
     Attributes:
         messages: the turns so far, with the answers as the model wrote them.
     """
 
-    def __init__(self, model: Any, memory: Memory | None, *, use_chat_template: bool | None = None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        memory: Memory | None,
+        *,
+        use_chat_template: bool | None = None,
+        title: Callable[[str], str] = str,
+    ) -> None:
         if model.tokenizer is None:
             raise ValueError("a conversation needs a tokenizer: load the model with FoTForCausalLM.from_pretrained")
         if memory is not None:
@@ -131,12 +152,23 @@ class Conversation:
         self._told: list[int] = []  # without a template: what later prompts begin with, without passages read again
         self._finder = None if memory is None else Finder(model, memory, self._first_turn_ids)
         self._earlier: list[_State] = []  # before the last answer, as far as a template may change it
+        self._title = title
 
     def anew(self) -> "Conversation":
         """A conversation that has not begun, with the same model and memory; what is known of that is shared."""
-        other = Conversation(self.model, self.memory, use_chat_template=self._templated)
+        other = Conversation(self.model, self.memory, use_chat_template=self._templated, title=self._title)
         other._finder = self._finder
         return other
+
+    def go_back_to(self, messages: Sequence[Message]) -> None:
+        """Make these the turns so far. What the model has read of them already is not read again.
+
+        Args:
+            messages: with ``role`` (system, user or assistant) and ``content``; the next turn is the user's.
+        """
+        self.messages = [dict(message) for message in messages]
+        if not self._templated:
+            self._told = plain_ids(self.model.tokenizer, self.messages)
 
     @torch.no_grad()
     def say(
@@ -148,6 +180,8 @@ class Conversation:
         reread: str = "auto",
         on_text: OnText | None = None,
         stop: Callable[[], bool] = lambda: False,
+        sampling: Sampling = GREEDY,
+        scorer: Scorer | None = None,
     ) -> Answer:
         """Answer the next turn. If an exception ends the turn, the conversation is as it was before.
 
@@ -160,6 +194,8 @@ class Conversation:
                 takes both, if a passage, question and answer fit the window together.
             on_text: called with each piece of the answer as soon as it is generated.
             stop: called after each token; the answer ends if it returns True. The conversation can continue.
+            sampling: how tokens are drawn; greedily by default.
+            scorer: takes note of their probabilities.
 
         Raises:
             ValueError: The turn is empty or longer than the window, or ``reread`` is none of ``REREAD``.
@@ -176,9 +212,9 @@ class Conversation:
             self._rewind(ids)
             read = self._cache.seen
             states = self._read_ahead(ids, messages)
-            streamer = _Streamer(self.model.tokenizer, on_text, lambda: states.append(self._state(ids)))
-            with record(self.model) if found is None else nullcontext() as recorder:
-                output = self._generate(ids, max_new_tokens, streamer, stop)
+            streamer = _Streamer(self.model.tokenizer, on_text, lambda: states.append(self._state(ids)), scorer)
+            with record(self.model) if found is None else nullcontext() as recorder, sampling.seeded():
+                output = self._generate(ids, max_new_tokens, streamer, stop, sampling)
             if found is not None:
                 passages = found[0]
             else:
@@ -199,9 +235,10 @@ class Conversation:
         done = time.perf_counter()
         return Answer(
             answer.strip(),
-            passages,
+            [replace(passage, document=self._title(passage.document)) for passage in passages],
             found[1] if found else 0,
             len(ids) - read,
+            read,
             len(answered),
             (streamer.first_token or done) - start,
             done - start,
@@ -219,7 +256,8 @@ class Conversation:
             ValueError: another way, or the question is empty or longer than the window.
         """
         self._check_length(question)
-        return [] if self._finder is None else self._finder.find(question, count, by)
+        found = [] if self._finder is None else self._finder.find(question, count, by)
+        return [replace(passage, document=self._title(passage.document)) for passage in found]
 
     def _find(
         self, text: str, count: int, max_new_tokens: int, reread: str
@@ -240,7 +278,7 @@ class Conversation:
                 )
             return None, text
         passages = self._finder.find(text, max(count, MOST_READ), BEST_WAY if reread == "auto" else reread)
-        sources = [(passage.document, self._finder.text(passage)) for passage in passages[:MOST_READ]]
+        sources = [(self._title(passage.document), self._finder.text(passage)) for passage in passages[:MOST_READ]]
         for number in range(len(sources), 0, -1):
             content = with_passages(text, sources[:number])
             if len(self._turn_ids(content)) + room <= window:
@@ -288,13 +326,22 @@ class Conversation:
         return [self._state(ids)]
 
     def _generate(
-        self, ids: list[int], max_new_tokens: int, streamer: "_Streamer", stop: Callable[[], bool]
+        self,
+        ids: list[int],
+        max_new_tokens: int,
+        streamer: "_Streamer",
+        stop: Callable[[], bool],
+        sampling: Sampling,
     ) -> list[int]:
-        """The same ids and the answer's, greedily."""
+        """The same ids and the answer's."""
         model, prompt = self.model, torch.tensor([ids], device=self.model.device)
         stops = model.generation_config.stop_strings or []
         stops = [stops] if isinstance(stops, str) else list(stops)
         stops += [] if self._templated else [PLAIN_STOP]
+        processors: list[LogitsProcessor] = (
+            [] if streamer.scorer is None else [streamer.scorer]
+        )  # first: it notes what the model says
+        processors += without_repetition(model, len(ids))
         output = model.generate(
             prompt,
             attention_mask=torch.ones_like(prompt),
@@ -303,8 +350,8 @@ class Conversation:
             stopping_criteria=[lambda ids, scores, **_: torch.full(ids.shape[:1], stop(), device=ids.device)],
             eos_token_id=end_tokens(model) or None,
             stop_strings=stops or None,
-            **one_greedy_answer(model),
-            **without_repetition(model, len(ids)),
+            logits_processor=LogitsProcessorList(processors),
+            **(one_greedy_answer(model) | sampling.options()),
             **{CACHE: self._cache},
         )
         return output[0].tolist()
@@ -332,17 +379,22 @@ class Conversation:
 class _Streamer(TextStreamer):
     """Hands on text as it becomes final, and notes when the first token came."""
 
-    def __init__(self, tokenizer: Any, on_text: OnText | None, on_first_token: Callable[[], None]) -> None:
+    def __init__(
+        self, tokenizer: Any, on_text: OnText | None, on_first_token: Callable[[], None], scorer: Scorer | None
+    ) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self._on_text = on_text
         self._on_first_token = on_first_token
         self._prompt_seen = False
+        self.scorer = scorer
         self.first_token: float | None = None
 
     def put(self, value: Any) -> None:
         if self._prompt_seen and self.first_token is None:
             self.first_token = time.perf_counter()
             self._on_first_token()
+        if self._prompt_seen and self.scorer is not None:
+            self.scorer.chosen(int(value))
         self._prompt_seen = True
         super().put(value)
 
