@@ -59,6 +59,7 @@ class Answer:
         prompt_tokens: number of tokens in this turn's prompt.
         known_tokens: tokens of the conversation before those, which were not read again.
         answer_tokens: number of tokens generated.
+        ended: whether the answer was ended by the model or by the caller's ``stop``, not by ``max_new_tokens``.
         first_token_seconds: time from the question to the first token.
         seconds: time from the question to the last token.
     """
@@ -69,6 +70,7 @@ class Answer:
     prompt_tokens: int
     known_tokens: int
     answer_tokens: int
+    ended: bool
     first_token_seconds: float
     seconds: float
 
@@ -127,6 +129,7 @@ class Conversation:
 
     Attributes:
         messages: the turns so far, with the answers as the model wrote them.
+        title: as given.
     """
 
     def __init__(
@@ -152,11 +155,11 @@ class Conversation:
         self._told: list[int] = []  # without a template: what later prompts begin with, without passages read again
         self._finder = None if memory is None else Finder(model, memory, self._first_turn_ids)
         self._earlier: list[_State] = []  # before the last answer, as far as a template may change it
-        self._title = title
+        self.title = title
 
     def anew(self) -> "Conversation":
         """A conversation that has not begun, with the same model and memory; what is known of that is shared."""
-        other = Conversation(self.model, self.memory, use_chat_template=self._templated, title=self._title)
+        other = Conversation(self.model, self.memory, use_chat_template=self._templated, title=self.title)
         other._finder = self._finder
         return other
 
@@ -235,11 +238,12 @@ class Conversation:
         done = time.perf_counter()
         return Answer(
             answer.strip(),
-            [replace(passage, document=self._title(passage.document)) for passage in passages],
+            [replace(passage, document=self.title(passage.document)) for passage in passages],
             found[1] if found else 0,
             len(ids) - read,
             read,
             len(answered),
+            len(answered) < max_new_tokens or answered[-1] in end_tokens(self.model),
             (streamer.first_token or done) - start,
             done - start,
         )
@@ -257,7 +261,7 @@ class Conversation:
         """
         self._check_length(question)
         found = [] if self._finder is None else self._finder.find(question, count, by)
-        return [replace(passage, document=self._title(passage.document)) for passage in found]
+        return [replace(passage, document=self.title(passage.document)) for passage in found]
 
     def _find(
         self, text: str, count: int, max_new_tokens: int, reread: str
@@ -278,7 +282,7 @@ class Conversation:
                 )
             return None, text
         passages = self._finder.find(text, max(count, MOST_READ), BEST_WAY if reread == "auto" else reread)
-        sources = [(self._title(passage.document), self._finder.text(passage)) for passage in passages[:MOST_READ]]
+        sources = [(self.title(passage.document), self._finder.text(passage)) for passage in passages[:MOST_READ]]
         for number in range(len(sources), 0, -1):
             content = with_passages(text, sources[:number])
             if len(self._turn_ids(content)) + room <= window:

@@ -37,7 +37,13 @@ class Added:
     same: int
 
 
-def add_documents(model: Any, memory: Memory, found: Documents, name: Callable[[Path], str] = Path.as_posix) -> Added:
+def add_documents(
+    model: Any,
+    memory: Memory,
+    found: Documents,
+    name: Callable[[Path], str] = Path.as_posix,
+    bar: Callable[..., tqdm] | None = None,
+) -> Added:
     """Read documents into a memory that was opened to grow, under one progress bar; see ``add_document``.
 
     A file that can be read no longer is left out and noted in ``found``. A text that the memory holds is not stored
@@ -48,25 +54,27 @@ def add_documents(model: Any, memory: Memory, found: Documents, name: Callable[[
         memory: opened with ``mode="a"``.
         found: the documents; the state of each file is noted in the memory.
         name: of the document that a file is.
+        bar: makes the progress bar; None: one on the terminal.
     """
     after, read, same = sum(found.characters), 0, 0
     held = {note.sha256: known for known, note in memory.notes.items() if note.complete and note.sha256}
-    with tqdm(total=after // CHARACTERS_PER_TOKEN, unit="tok", desc="documents", disable=None) as bar:
+    make_bar = bar or tqdm
+    with make_bar(total=after // CHARACTERS_PER_TOKEN, unit="tok", desc="documents", disable=None) as shown:
         for path, characters, text in ahead(_texts(found), 1):
             after -= characters
-            bar.set_postfix_str(one_line(path.name))
+            shown.set_postfix_str(one_line(path.name))
             if isinstance(text, Exception):
                 found.leave_out(path, text)
                 continue
             digest = text_digest(text)
             new = 0
             if held.get(digest, name(path)) == name(path):
-                new = add_document(model, memory, name(path), text, progress=bar, characters_after=after)
+                new = add_document(model, memory, name(path), text, progress=shown, characters_after=after)
                 held[digest] = name(path)
             note_file(memory, name(path), found.states[path], digest)
             read, same = read + new, same + (new == 0)
         memory.flush()
-        bar.total = bar.n
+        shown.total = shown.n
     return Added(read, same)
 
 

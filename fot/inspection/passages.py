@@ -88,7 +88,8 @@ def make_passage(
         high += 1
     texts = token_texts(tokenizer, memory.token_ids(slice(low, high)).tolist(), special=False)
     if own:  # a conversation's own memory holds the marks of its chat template, which are no text
-        texts = ["" if mark else text for text, mark in zip(texts, _marks(memory, low, high, tokenizer), strict=True)]
+        # Turns stay apart.
+        texts = ["\n" if mark else text for text, mark in zip(texts, _marks(memory, low, high, tokenizer), strict=True)]
     text, marked = _line(texts, start - low, stop - low)
     same = first.document == last.document and first.span is not None and last.span is not None
     span = (first.span[0], last.span[1]) if same and first.span and last.span else None
