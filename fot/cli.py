@@ -12,6 +12,8 @@ from fot import __version__
 from fot.commands import ask, evaluate, info, inspect, memory, passkey, serve, train
 from fot.files import check_unicode, shown
 
+LONGEST_MESSAGE = 1000  # characters of an error
+
 Command = Callable[[argparse.Namespace], int]
 
 # What a user can mend; anything else is a defect of ours and keeps its traceback.
@@ -78,11 +80,14 @@ def _in_a_group() -> bool:
 
 
 def _refuse(error: Exception) -> int:
-    """Say in one line what is wrong."""
+    """Say in one line what is wrong; what others wrote may be long, and then its middle is left out."""
     from fot.inspection.texts import one_line
 
-    message = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
-    print(f"fot: {one_line(message)}", file=sys.stderr)
+    message = one_line(str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error))
+    if len(message) > LONGEST_MESSAGE:
+        half = LONGEST_MESSAGE // 2
+        message = f"{message[:half]} ... {message[-half:]}"
+    print(f"fot: {message}", file=sys.stderr)
     return 2
 
 

@@ -323,7 +323,7 @@ def _print(described: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from fot.inspection.texts import printable
+    from fot.inspection.texts import one_line
 
     table = Table(box=box.SIMPLE_HEAD, show_header=False)
     rows = {
@@ -338,13 +338,13 @@ def _print(described: dict[str, Any]) -> None:
         "written": f"{described['changed']} by {described['written_by']}",
     }
     for name, value in rows.items():
-        table.add_row(name, value)
+        table.add_row(name, one_line(value))
     documents = Table(box=box.SIMPLE_HEAD)
     documents.add_column("document", overflow="fold")
     documents.add_column("tokens", justify="right")
     for document in described["documents"]:
         documents.add_row(
-            printable(document["name"]), f"{document['tokens']:,}" + ("" if document["complete"] else ", incomplete")
+            one_line(document["name"]), f"{document['tokens']:,}" + ("" if document["complete"] else ", incomplete")
         )
     console = Console()
     console.print(table, markup=False)
