@@ -152,6 +152,7 @@ class Conversation:
         self._templated = has_template(model.tokenizer) if use_chat_template is None else use_chat_template
         self._cache = self._new_cache()
         self._ids: list[int] = []
+        self._told_before: list[int] = []
         self._told: list[int] = []  # without a template: what later prompts begin with, without passages read again
         self._finder = None if memory is None else Finder(model, memory, self._first_turn_ids)
         self._earlier: list[_State] = []  # before the last answer, as far as a template may change it
@@ -162,6 +163,11 @@ class Conversation:
         other = Conversation(self.model, self.memory, use_chat_template=self._templated, title=self.title)
         other._finder = self._finder
         return other
+
+    def take_back(self) -> None:
+        """Forget the last turn and its answer, so that it can be answered once more."""
+        del self.messages[-2:]
+        self._told = self._told_before
 
     def go_back_to(self, messages: Sequence[Message]) -> None:
         """Make these the turns so far. What the model has read of them already is not read again.
@@ -226,6 +232,7 @@ class Conversation:
             answered = output[len(ids) :]
             answer = self.model.tokenizer.decode(answered, skip_special_tokens=True)
             self._ids, self._earlier = output, states[:1] if self._templated or found else []
+            self._told_before = told[1]
             if not self._templated:
                 self._told = [*self._told, *self._turn_ids(text), *answered]
             self.messages += [messages[-1], {"role": "assistant", "content": answer}]

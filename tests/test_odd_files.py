@@ -188,3 +188,20 @@ def test_pdf_and_html_are_parsed_once(folder: Path, monkeypatch: pytest.MonkeyPa
     assert texts.pop("a.pdf") == "Mr. Elton"
     assert texts.pop("sub/page.html") == "Emma\n\nMr. Weston"
     assert all(text.startswith("read ") for text in texts.values())
+
+
+def test_parsing_may_wait_until_a_text_is_needed(folder: Path) -> None:
+    """Then what cannot be read, or is an archive, is told then; something that can be read is found at once."""
+    make_pdf(folder / "a.pdf", "Mr. Elton")
+    make_pdf(folder / "b.pdf", "")
+    found = find_documents([folder], later=True)
+    assert folder / "b.pdf" in found.paths
+    assert found.text(folder / "a.pdf").strip() == "Mr. Elton"
+    with pytest.raises(ValueError, match=r"b\.pdf has no text"):
+        found.text(folder / "b.pdf")
+    alone = folder / "alone"
+    alone.mkdir()
+    make_pdf(alone / "a.pdf", "")
+    make_pdf(alone / "b.pdf", "")
+    with pytest.raises(ValueError, match="no file with text in"):
+        find_documents([alone], later=True)

@@ -114,7 +114,7 @@ def _build(args: argparse.Namespace) -> int:
     if args.memory.exists() and not args.memory.is_dir():
         raise ValueError(f"{args.memory} is a file; a memory is a folder: choose another name")
     check_writable(args.memory / "manifest.json" if args.memory.exists() else args.memory)
-    found = find_documents(args.files, args.include, args.exclude, _options(args))
+    found = find_documents(args.files, args.include, args.exclude, _options(args), later=True)
     if args.dry_run:
         return _list_documents(found, load_tokenizer(args.model))
     model = load(args)
@@ -130,7 +130,7 @@ def _build(args: argparse.Namespace) -> int:
 def _append(args: argparse.Namespace) -> int:
     from fot.documents import find_documents
 
-    found = find_documents(args.files, args.include, args.exclude, _options(args))
+    found = find_documents(args.files, args.include, args.exclude, _options(args), later=True)
     if args.dry_run:
         from memory import Memory
 
@@ -147,13 +147,18 @@ def _list_documents(found: Any, tokenizer: Any) -> int:
     from fot.ingest import text_pieces
     from fot.inspection.texts import one_line
 
-    total = 0
+    total = listed = 0
     for path in found.paths:
-        text = found.text(path)
+        try:
+            text = found.text(path)
+        except (ValueError, OSError, ImportError) as error:
+            found.leave_out(path, error)
+            continue
+        listed += 1
         tokens = sum(len(piece.ids) for piece in text_pieces(StringIO(text, newline=""), len(text), tokenizer))
         total += tokens
         print(f"{tokens:>11,}  {one_line(path.as_posix())}")
-    print(f"{total:>11,}  tokens in {len(found.paths):,} documents; nothing was read into a memory")
+    print(f"{total:>11,}  tokens in {listed:,} documents; nothing was read into a memory")
     _say_left_out(found)
     return 0
 

@@ -83,7 +83,7 @@ def _texts(found: Documents) -> Iterator[tuple[Path, int, str | Exception]]:
     for path, characters in zip(found.paths, found.characters, strict=True):
         try:
             yield path, characters, found.text(path)
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, ImportError) as error:
             yield path, characters, error
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import IO
 
 from fot.documents.options import DEFAULT, Options
-from fot.documents.read import Read, read, read_document, reader
+from fot.documents.read import Read, read, read_document, takes_time
 from fot.documents.record import State
 from fot.documents.rules import Ignored, has_private_key, is_generated, is_generated_folder, is_secret, looks_generated
 from fot.files import UnreadableFileError, check_regular, shown
@@ -25,6 +25,8 @@ NAMED = ("unreadable", "archives", "secrets", "links out of the folder")
 
 # Texts that took time to parse are kept from finding them to adding them: this many bytes in RAM, more on disk.
 KEPT_BYTES = 1 << 26
+
+BYTES_PER_CHARACTER = 10  # of files that are parsed, a guess for the progress bar
 
 # A manifest of a memory begins so, damaged further on or not.
 OF_A_MEMORY = re.compile(rb'"format"\s*:\s*"' + re.escape(FORMAT.encode()) + b'"')
@@ -53,6 +55,7 @@ class Documents:
     detected: dict[Path, str] = field(default_factory=dict)
     states: dict[Path, State] = field(default_factory=dict)
     unchanged: list[Path] = field(default_factory=list)
+    _later: set[Path] = field(default_factory=set, repr=False)
     _kept: "_Kept" = field(default_factory=lambda: _Kept(), repr=False)
 
     def add(self, path: Path, done: Read, state: State) -> None:
@@ -62,13 +65,23 @@ class Documents:
         self.states[path] = state
         if done.detected is not None:
             self.detected[path] = done.detected
-        if reader(path):
+        if takes_time(path):
             self._kept.put(path, done.text)
+
+    def put_off(self, path: Path, state: State) -> None:
+        """One more file, which is read when its text is asked for."""
+        self.paths.append(path)
+        self.characters.append(state.size // BYTES_PER_CHARACTER)
+        self.states[path] = state
+        self._later.add(path)
 
     def text(self, path: Path) -> str:
         """The text of one of them; see ``read_document``. What took time to parse is not parsed again."""
         kept = self._kept.get(path)
-        return read_document(path, self.options) if kept is None else kept
+        text = read_document(path, self.options) if kept is None else kept
+        if path in self._later:
+            _check_text(path, text, self.options)
+        return text
 
     def leave_out(self, path: Path, error: Exception) -> None:
         """Note that a file is not read, and why."""
@@ -110,6 +123,8 @@ def find_documents(
     exclude: Sequence[str] = (),
     options: Options = DEFAULT,
     known: Callable[[Path, State], bool] = lambda path, state: False,
+    *,
+    later: bool = False,
 ) -> Documents:
     """The documents among files and folders.
 
@@ -124,6 +139,8 @@ def find_documents(
         exclude: globs; those that fit are left out, and folders that fit are not entered.
         options: how they are read.
         known: whether a file in this state need not be read; it is noted as unchanged.
+        later: parse files of folders (PDF, EPUB, ...) when their text is asked for, all but the first; only then is
+            known which of them cannot be read.
 
     Raises:
         ValueError: a named file that has no text or cannot be read, a named memory, or nothing found at all.
@@ -145,6 +162,9 @@ def find_documents(
                 state = State.of(file)
                 if known(file, state):
                     found.unchanged.append(file)
+                    continue
+                if later and inside and found.paths and takes_time(file):
+                    found.put_off(file, state)
                     continue
                 done = read(file, options)
                 if inside:

@@ -96,6 +96,11 @@ def reader(path: Path) -> Callable[[Path, Options], str] | None:
     return None
 
 
+def takes_time(path: Path) -> bool:
+    """Whether a file has to be parsed, which takes longer than to read it."""
+    return reader(path) not in (None, _refuse_archive)
+
+
 def _head(path: Path) -> bytes:
     with open(path, "rb") as file:
         return file.read(HEAD)

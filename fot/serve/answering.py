@@ -62,7 +62,7 @@ class Conversations:
                 if known == key or known[:-2] == key:
                     conversation = self._known.pop(known)
                     if known != key:
-                        conversation.go_back_to(history)
+                        conversation.take_back()
                     return conversation
         conversation = entry.blank.anew()
         conversation.go_back_to(history)
@@ -113,7 +113,7 @@ def chat(
     replies: list[Reply] = []
     for number, sampling in enumerate(samplings):
         if replies:
-            conversation.go_back_to(history)
+            conversation.take_back()
         scorer = None if top_logprobs is None else Scorer(top_logprobs)
         hand_on = _Numbered(number, scorer, on_text)
         text = StopText(stops, hand_on, strip=True)

@@ -103,13 +103,19 @@ class ChatMessage(BaseModel):
             ApiError: another role, or a part that is no text.
         """
         if self.role not in ROLES:
-            raise ApiError(400, f"the role {self.role!r} is not supported: use {', '.join(ROLES)}", param="messages")
+            raise ApiError(
+                400, f"messages: the role {self.role!r} is not supported: use {', '.join(ROLES)}", param="messages"
+            )
         if (self.model_extra or {}).get("tool_calls"):
-            raise ApiError(400, "tool_calls are not supported", param="messages", code="unsupported_parameter")
+            raise ApiError(
+                400, "messages: tool_calls are not supported", param="messages", code="unsupported_parameter"
+            )
         parts = [TextPart(type="text", text=self.content)] if isinstance(self.content, str) else self.content or []
         for part in parts:
             if part.type != "text":
-                raise ApiError(400, f"content of type {part.type!r} is not supported: send text", param="messages")
+                raise ApiError(
+                    400, f"messages: content of type {part.type!r} is not supported: send text", param="messages"
+                )
         return {"role": ROLES[self.role], "content": "\n".join(part.text or "" for part in parts)}
 
 
@@ -127,7 +133,7 @@ class ChatRequest(Common):
         """
         turns = [message.turn() for message in self.messages]
         if turns[-1]["role"] != "user":
-            raise ApiError(400, "the last message must be the user's", param="messages")
+            raise ApiError(400, "messages: the last must be the user's", param="messages")
         return turns
 
 
