@@ -8,21 +8,32 @@ print(answer.passages[0].text, answer.passages[0].share)
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from transformers import TextStreamer
+from transformers import LogitsProcessor, LogitsProcessorList, TextStreamer
 
 from fot.cache import Checkpoint, FoTCache
-from fot.chat import PLAIN_STOP, PLAIN_TURN, Message, first_turn_ids, has_template, lasting, prompt_ids, starts_with
+from fot.chat import (
+    PLAIN_STOP,
+    PLAIN_TURN,
+    Message,
+    first_turn_ids,
+    has_template,
+    lasting,
+    plain_ids,
+    prompt_ids,
+    starts_with,
+)
 from fot.compat import CACHE
 from fot.greedy import end_tokens, one_greedy_answer, without_repetition
 from fot.retrieval.find import WAYS, Finder
 from fot.retrieval.passages import SHORTEST
 from fot.retrieval.prompt import with_passages
+from fot.sampling import GREEDY, Sampling, Scorer
 from fot.trace import Passage, record
 from memory import Memory
 
@@ -46,7 +57,9 @@ class Answer:
             were found by the same ranking. Otherwise the passages that received most attention during the answer.
         read_again: how many of ``passages`` stood in front of the question.
         prompt_tokens: number of tokens in this turn's prompt.
+        known_tokens: tokens of the conversation before those, which were not read again.
         answer_tokens: number of tokens generated.
+        ended: whether the answer was ended by the model or by the caller's ``stop``, not by ``max_new_tokens``.
         first_token_seconds: time from the question to the first token.
         seconds: time from the question to the last token.
     """
@@ -55,7 +68,9 @@ class Answer:
     passages: list[Passage]
     read_again: int
     prompt_tokens: int
+    known_tokens: int
     answer_tokens: int
+    ended: bool
     first_token_seconds: float
     seconds: float
 
@@ -111,12 +126,21 @@ class Conversation:
         memory: is read and never changed; None for a conversation without one.
         use_chat_template: False asks questions as you would ask a base model. None uses the chat template if the
             tokenizer has one.
+        title: what to call a document, in front of its passages and in answers.
 
     Attributes:
         messages: the turns so far, with the answers as the model wrote them.
+        title: as given.
     """
 
-    def __init__(self, model: Any, memory: Memory | None, *, use_chat_template: bool | None = None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        memory: Memory | None,
+        *,
+        use_chat_template: bool | None = None,
+        title: Callable[[str], str] = str,
+    ) -> None:
         if model.tokenizer is None:
             raise ValueError("a conversation needs a tokenizer: load the model with FoTForCausalLM.from_pretrained")
         if memory is not None:
@@ -129,15 +153,32 @@ class Conversation:
         self._templated = has_template(model.tokenizer) if use_chat_template is None else use_chat_template
         self._cache = self._new_cache()
         self._ids: list[int] = []
+        self._told_before: list[int] = []
         self._told: list[int] = []  # without a template: what later prompts begin with, without passages read again
         self._finder = None if memory is None else Finder(model, memory, self._first_turn_ids)
         self._earlier: list[_State] = []  # before the last answer, as far as a template may change it
+        self.title = title
 
     def anew(self) -> "Conversation":
         """A conversation that has not begun, with the same model and memory; what is known of that is shared."""
-        other = Conversation(self.model, self.memory, use_chat_template=self._templated)
+        other = Conversation(self.model, self.memory, use_chat_template=self._templated, title=self.title)
         other._finder = self._finder
         return other
+
+    def take_back(self) -> None:
+        """Forget the last turn and its answer, so that it can be answered once more."""
+        del self.messages[-2:]
+        self._told = self._told_before
+
+    def go_back_to(self, messages: Sequence[Message]) -> None:
+        """Make these the turns so far. What the model has read of them already is not read again.
+
+        Args:
+            messages: with ``role`` (system, user or assistant) and ``content``; the next turn is the user's.
+        """
+        self.messages = [dict(message) for message in messages]
+        if not self._templated:
+            self._told = plain_ids(self.model.tokenizer, self.messages)
 
     @torch.no_grad()
     def say(
@@ -149,6 +190,8 @@ class Conversation:
         reread: str = "auto",
         on_text: OnText | None = None,
         stop: Callable[[], bool] = lambda: False,
+        sampling: Sampling = GREEDY,
+        scorer: Scorer | None = None,
     ) -> Answer:
         """Answer the next turn. If an exception ends the turn, the conversation is as it was before.
 
@@ -161,6 +204,8 @@ class Conversation:
                 takes both, if a passage, question and answer fit the window together.
             on_text: called with each piece of the answer as soon as it is generated.
             stop: called after each token; the answer ends if it returns True. The conversation can continue.
+            sampling: how tokens are drawn; greedily by default.
+            scorer: takes note of their probabilities.
 
         Raises:
             ValueError: The turn is empty or longer than the window, or ``reread`` is none of ``REREAD``.
@@ -177,9 +222,9 @@ class Conversation:
             self._rewind(ids)
             read = self._cache.seen
             states = self._read_ahead(ids, messages)
-            streamer = _Streamer(self.model.tokenizer, on_text, lambda: states.append(self._state(ids)))
-            with record(self.model) if found is None else nullcontext() as recorder:
-                output = self._generate(ids, max_new_tokens, streamer, stop)
+            streamer = _Streamer(self.model.tokenizer, on_text, lambda: states.append(self._state(ids)), scorer)
+            with record(self.model) if found is None else nullcontext() as recorder, sampling.seeded():
+                output = self._generate(ids, max_new_tokens, streamer, stop, sampling)
             if found is not None:
                 passages = found[0]
             else:
@@ -188,6 +233,7 @@ class Conversation:
             answered = output[len(ids) :]
             answer = self.model.tokenizer.decode(answered, skip_special_tokens=True)
             self._ids, self._earlier = output, states[:1] if self._templated or found else []
+            self._told_before = told[1]
             if not self._templated:
                 self._told = [*self._told, *self._turn_ids(text), *answered]
             self.messages += [messages[-1], {"role": "assistant", "content": answer}]
@@ -200,10 +246,12 @@ class Conversation:
         done = time.perf_counter()
         return Answer(
             answer.strip(),
-            passages,
+            [replace(passage, document=self.title(passage.document)) for passage in passages],
             found[1] if found else 0,
             len(ids) - read,
+            read,
             len(answered),
+            len(answered) < max_new_tokens or answered[-1] in end_tokens(self.model),
             (streamer.first_token or done) - start,
             done - start,
         )
@@ -220,7 +268,8 @@ class Conversation:
             ValueError: another way, or the question is empty or longer than the window.
         """
         self._check_length(question)
-        return [] if self._finder is None else self._finder.find(question, count, by)
+        found = [] if self._finder is None else self._finder.find(question, count, by)
+        return [replace(passage, document=self.title(passage.document)) for passage in found]
 
     def _find(
         self, text: str, count: int, max_new_tokens: int, reread: str
@@ -242,7 +291,7 @@ class Conversation:
             return None, text
         way = BEST_WAY if reread == "auto" else reread
         passages = self._finder.find(self._searched(text), max(count, MOST_READ), way)
-        sources = [(passage.document, self._finder.text(passage)) for passage in passages[:MOST_READ]]
+        sources = [(self.title(passage.document), self._finder.text(passage)) for passage in passages[:MOST_READ]]
         for number in range(len(sources), 0, -1):
             content = with_passages(text, sources[:number])
             if len(self._turn_ids(content)) + room <= window:
@@ -298,13 +347,22 @@ class Conversation:
         return [self._state(ids)]
 
     def _generate(
-        self, ids: list[int], max_new_tokens: int, streamer: "_Streamer", stop: Callable[[], bool]
+        self,
+        ids: list[int],
+        max_new_tokens: int,
+        streamer: "_Streamer",
+        stop: Callable[[], bool],
+        sampling: Sampling,
     ) -> list[int]:
-        """The same ids and the answer's, greedily."""
+        """The same ids and the answer's."""
         model, prompt = self.model, torch.tensor([ids], device=self.model.device)
         stops = model.generation_config.stop_strings or []
         stops = [stops] if isinstance(stops, str) else list(stops)
         stops += [] if self._templated else [PLAIN_STOP]
+        processors: list[LogitsProcessor] = (
+            [] if streamer.scorer is None else [streamer.scorer]
+        )  # first: it notes what the model says
+        processors += without_repetition(model, len(ids))
         output = model.generate(
             prompt,
             attention_mask=torch.ones_like(prompt),
@@ -313,8 +371,8 @@ class Conversation:
             stopping_criteria=[lambda ids, scores, **_: torch.full(ids.shape[:1], stop(), device=ids.device)],
             eos_token_id=end_tokens(model) or None,
             stop_strings=stops or None,
-            **one_greedy_answer(model),
-            **without_repetition(model, len(ids)),
+            logits_processor=LogitsProcessorList(processors),
+            **(one_greedy_answer(model) | sampling.options()),
             **{CACHE: self._cache},
         )
         return output[0].tolist()
@@ -342,17 +400,22 @@ class Conversation:
 class _Streamer(TextStreamer):
     """Hands on text as it becomes final, and notes when the first token came."""
 
-    def __init__(self, tokenizer: Any, on_text: OnText | None, on_first_token: Callable[[], None]) -> None:
+    def __init__(
+        self, tokenizer: Any, on_text: OnText | None, on_first_token: Callable[[], None], scorer: Scorer | None
+    ) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self._on_text = on_text
         self._on_first_token = on_first_token
         self._prompt_seen = False
+        self.scorer = scorer
         self.first_token: float | None = None
 
     def put(self, value: Any) -> None:
         if self._prompt_seen and self.first_token is None:
             self.first_token = time.perf_counter()
             self._on_first_token()
+        if self._prompt_seen and self.scorer is not None:
+            self.scorer.chosen(int(value))
         self._prompt_seen = True
         super().put(value)
 

@@ -9,8 +9,10 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from fot import __version__
-from fot.commands import ask, evaluate, info, inspect, memory, merge, passkey, train
+from fot.commands import ask, evaluate, info, inspect, memory, merge, passkey, serve, train
 from fot.files import check_unicode, shown
+
+LONGEST_MESSAGE = 1000  # characters of an error
 
 Command = Callable[[argparse.Namespace], int]
 
@@ -78,11 +80,14 @@ def _in_a_group() -> bool:
 
 
 def _refuse(error: Exception) -> int:
-    """Say in one line what is wrong."""
+    """Say in one line what is wrong; what others wrote may be long, and then its middle is left out."""
     from fot.inspection.texts import one_line
 
-    message = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
-    print(f"fot: {one_line(message)}", file=sys.stderr)
+    message = one_line(str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error))
+    if len(message) > LONGEST_MESSAGE:
+        half = LONGEST_MESSAGE // 2
+        message = f"{message[:half]} ... {message[-half:]}"
+    print(f"fot: {message}", file=sys.stderr)
     return 2
 
 
@@ -90,7 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="fot", description="External kNN memory for Llama-family models.")
     parser.add_argument("--version", action="version", version=f"fot {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for module in (passkey, info, memory, ask, inspect, train, merge, evaluate):
+    for module in (passkey, info, memory, ask, serve, inspect, train, merge, evaluate):
         module.add(commands)
     return parser
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor
+from transformers import LogitsProcessor, RepetitionPenaltyLogitsProcessor
 
 # Logits of tokens that an answer has already are divided by this (multiplied, if negative; CTRL, arXiv 1909.05858).
 REPETITION_PENALTY = 1.1
@@ -41,8 +41,8 @@ def one_greedy_answer(model: Any) -> dict[str, Any]:
     return settings | {"tokenizer": model.tokenizer}  # stop strings need it
 
 
-def without_repetition(model: Any, prompt_length: int) -> dict[str, Any]:
-    """Further arguments of ``generate`` that hold off loops; none if the checkpoint has settings of its own for that.
+def without_repetition(model: Any, prompt_length: int) -> list[LogitsProcessor]:
+    """What holds off loops in ``generate``; nothing if the checkpoint has settings of its own for that.
 
     Only the answer's own tokens count: what the prompt says may be said once more, for it may hold the answer.
 
@@ -52,9 +52,8 @@ def without_repetition(model: Any, prompt_length: int) -> dict[str, Any]:
     """
     known = model.generation_config
     if known.repetition_penalty not in (None, 1.0) or known.no_repeat_ngram_size:
-        return {}
-    penalty = RepetitionPenaltyLogitsProcessor(REPETITION_PENALTY, prompt_ignore_length=prompt_length)
-    return {"logits_processor": LogitsProcessorList([penalty])}
+        return []
+    return [RepetitionPenaltyLogitsProcessor(REPETITION_PENALTY, prompt_ignore_length=prompt_length)]
 
 
 def end_tokens(model: Any) -> list[int]:

@@ -5,6 +5,7 @@ memory: until that moment the folder holds the old memory, from then on the new 
 written again, so those who read keep what they opened.
 """
 
+from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -143,6 +144,18 @@ def drop(folder: Folder, name: str, keep: Tensor, learnt: dict[int, Learnt]) -> 
             _write_learnt(folder.path, manifest, short)
             commit(folder.path, manifest)
     folder.manifest, folder.stored = manifest, stored
+
+
+def rename(folder: Folder, names: Mapping[str, str]) -> None:
+    """Give documents other names in the manifest, as far as they are there, all at once."""
+    manifest = deepcopy(folder.manifest)
+    for document in manifest.documents:
+        if not document.dropped:
+            document.name = names.get(document.name, document.name)
+    if manifest != folder.manifest:
+        with changing(folder.path):
+            commit(folder.path, manifest)
+        folder.manifest = manifest
 
 
 def compact(content: Content, folder: Folder, learnt: dict[int, Learnt]) -> None:

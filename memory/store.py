@@ -233,6 +233,30 @@ class Memory(MemoryFacts):
         self.notes.pop(name, None)
         return dropped
 
+    def rename_documents(self, names: Mapping[str, str]) -> None:
+        """Give documents other names, all at once, so that two may swap theirs. In a folder they have them at once.
+
+        Args:
+            names: old name -> new name.
+
+        Raises:
+            KeyError: No stored token belongs to a document of an old name.
+            ValueError: Two documents would have the same name, or the memory was opened read-only.
+        """
+        self._check_open()
+        known = self._content.tokens.names
+        for name in names:
+            if name not in known:
+                raise KeyError(f"no document {name!r} in this memory; it holds {', '.join(known) or 'none'}")
+        after = [names.get(name, name) for name in known]
+        if len(set(after)) < len(after):
+            twice = next(name for name in after if after.count(name) > 1)
+            raise ValueError(f"two documents would be named {twice!r}: choose another name, or drop one first")
+        if self._folder is not None:
+            disk.rename(self._folder, names)
+        self._content.tokens.rename(names)
+        self._content.notes = {names.get(name, name): note for name, note in self.notes.items()}
+
     def truncate(self, length: int) -> None:
         """Remove the tokens from slot ``length`` on, as if they had never been appended.
 

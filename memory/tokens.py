@@ -1,6 +1,6 @@
 """What is known of each stored token: its id, and where it came from."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -121,6 +121,9 @@ class TokenTable:
         number = self._names.index(dropped)
         self._names.pop(number)
         self._columns[:, 1] -= self._columns[:, 1] > number
+
+    def rename(self, names: Mapping[str, str]) -> None:
+        self._names = [names.get(name, name) for name in self._names]
 
     def truncate(self, length: int) -> None:
         self._length = min(self._length, length)

@@ -1,5 +1,6 @@
 """Documents, good and odd."""
 
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -72,3 +73,52 @@ def pdf_with_surrogate(path: Path) -> None:
     table.set_data(b"1 begincodespacerange <00> <FF> endcodespacerange\n1 beginbfchar <41> <D800> endbfchar")
     writer.pages[0]["/Resources"]["/Font"]["/F1"][NameObject("/ToUnicode")] = writer._add_object(table)
     writer.write(path)
+
+
+def make_zip(path: Path, files: dict[str, str]) -> None:
+    with zipfile.ZipFile(path, "w") as file:
+        for name, content in files.items():
+            file.writestr(name, content)
+
+
+def make_epub(path: Path, chapters: dict[str, str], **more: str) -> None:
+    """An EPUB with these pages, the reading order that of the names backwards, and a table of contents."""
+    names = sorted(chapters)
+    items = [f'<item id="i{n}" href="{name}" media-type="application/xhtml+xml"/>' for n, name in enumerate(names)]
+    items.append('<item id="nav" href="nav.xhtml" media-type="application/xhtml+xml" properties="nav"/>')
+    spine = ['<itemref idref="nav"/>', *(f'<itemref idref="i{n}"/>' for n in reversed(range(len(names))))]
+    package = (
+        '<package xmlns="http://www.idpf.org/2007/opf" version="3.0">'
+        f"<manifest>{''.join(items)}</manifest><spine>{''.join(spine)}</spine></package>"
+    )
+    container = (
+        '<container xmlns="urn:oasis:names:tc:opendocument:xmlns:container"><rootfiles>'
+        '<rootfile full-path="OEBPS/a.opf"/></rootfiles></container>'
+    )
+    pages = {
+        f"OEBPS/{name.replace('%20', ' ')}": f"<html><head><title>Book</title></head><body>{text}</body></html>"
+        for name, text in chapters.items()
+    }
+    nav = {"OEBPS/nav.xhtml": "<html><body>Contents</body></html>"}
+    make_zip(path, {"META-INF/container.xml": container, "OEBPS/a.opf": package} | nav | pages | more)
+
+
+def make_docx(path: Path, body: str) -> None:
+    """A DOCX file with this body in WordprocessingML."""
+    word = 'xmlns:w="http://schemas.openxmlformats.org/wordprocessingml/2006/main"'
+    kind = "application/vnd.openxmlformats-officedocument.wordprocessingml.document.main+xml"
+    relation = "http://schemas.openxmlformats.org/officeDocument/2006/relationships/officeDocument"
+    make_zip(
+        path,
+        {
+            "[Content_Types].xml": '<Types xmlns="http://schemas.openxmlformats.org/package/2006/content-types">'
+            f'<Override PartName="/word/document.xml" ContentType="{kind}"/></Types>',
+            "_rels/.rels": '<Relationships xmlns="http://schemas.openxmlformats.org/package/2006/relationships">'
+            f'<Relationship Id="r1" Type="{relation}" Target="word/document.xml"/></Relationships>',
+            "word/document.xml": f"<w:document {word}><w:body>{body}</w:body></w:document>",
+        },
+    )
+
+
+def paragraph(text: str) -> str:
+    return f"<w:p><w:r><w:t>{text}</w:t></w:r></w:p>"

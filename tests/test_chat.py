@@ -15,7 +15,10 @@ from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, Pr
 
 import fot
 from fot.ask import Conversation, ask
+from fot.chat import prompt_ids
 from fot.compat import given_cache
+from fot.inspection.passages import make_passage
+from memory import Memory
 
 QUESTIONS = ("Who is it?", "  And now? ", "i")
 ANSWERS = {
@@ -357,3 +360,21 @@ def test_passages_are_text(tokenizer: PreTrainedTokenizerFast) -> None:
     assert answer.passages
     assert all("<|im" not in passage.text for passage in answer.passages)
     assert any("king" in passage.text for passage in answer.passages)
+
+
+@pytest.mark.parametrize("name", ["chatml", "gemma", "llama 3", "mistral"])
+def test_passages_have_no_marks_of_the_template(name: str, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Not even half of one, where a passage begins or ends within it; nor the names of roles."""
+    made = make_tokenizer(tokenizer, name)
+    turns = [("user", "What is said here?"), ("assistant", "Nothing of note."), ("user", "And there?")]
+    ids = prompt_ids(made, [{"role": role, "content": text} for role, text in turns])
+    memory = Memory([0], 1, 2, index="exact")
+    vectors = {0: torch.zeros(1, len(ids), 2)}
+    memory.append(vectors, vectors, ids)
+    inside = {word for _, text in turns for word in text.split()}
+    for start in range(0, len(ids) - 20, 3):
+        passage = make_passage(memory, start, start + 20, 0.0, made, own=True, context=4)
+        whole = [word for word in passage.text.replace("?", "? ").split()[1:-1] if word]
+        assert set(whole) <= inside, passage.text
+    of_a_document = make_passage(memory, 0, len(ids), 0.0, made, own=False, context=0).text
+    assert ("user" in of_a_document) == (name != "mistral")  # whose marks are special tokens alone

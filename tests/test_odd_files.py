@@ -179,12 +179,29 @@ def test_the_byte_that_is_not_utf8_is_named_behind_a_block(tmp_path: Path) -> No
 
 
 def test_pdf_and_html_are_parsed_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However much they hold: what is too much for RAM waits on disk."""
     make_pdf(folder / "a.pdf", "Mr. Elton")
+    monkeypatch.setattr(find_module, "KEPT_BYTES", 12)
     found = find_documents([folder])
-    assert set(found.texts) == {folder / "a.pdf", folder / "sub" / "page.html"}
-    monkeypatch.setattr(find_module, "read_document", lambda path: f"read {path.name}")
-    assert [found.text(path).strip() for path in found.paths][:3] == ["read a.md", "Mr. Elton", "read b.py"]
-    assert not found.texts
-    monkeypatch.undo()
-    monkeypatch.setattr(find_module, "KEPT_CHARACTERS", 12)
-    assert set(find_documents([folder]).texts) == {folder / "a.pdf"}
+    monkeypatch.setattr(find_module, "read_document", lambda path, options: f"read {path.name}")
+    texts = {path.relative_to(folder).as_posix(): found.text(path).strip() for path in found.paths}
+    assert texts.pop("a.pdf") == "Mr. Elton"
+    assert texts.pop("sub/page.html") == "Emma\n\nMr. Weston"
+    assert all(text.startswith("read ") for text in texts.values())
+
+
+def test_parsing_may_wait_until_a_text_is_needed(folder: Path) -> None:
+    """Then what cannot be read, or is an archive, is told then; something that can be read is found at once."""
+    make_pdf(folder / "a.pdf", "Mr. Elton")
+    make_pdf(folder / "b.pdf", "")
+    found = find_documents([folder], later=True)
+    assert folder / "b.pdf" in found.paths
+    assert found.text(folder / "a.pdf").strip() == "Mr. Elton"
+    with pytest.raises(ValueError, match=r"b\.pdf has no text"):
+        found.text(folder / "b.pdf")
+    alone = folder / "alone"
+    alone.mkdir()
+    make_pdf(alone / "a.pdf", "")
+    make_pdf(alone / "b.pdf", "")
+    with pytest.raises(ValueError, match="no file with text in"):
+        find_documents([alone], later=True)

@@ -78,6 +78,21 @@ def load(args: argparse.Namespace, *, tokenizer: bool = True, saved: Mapping[str
     return model.to(device)
 
 
+def load_tokenizer(name: str | None) -> Any:
+    """The tokenizer of a model, without its weights.
+
+    Raises:
+        ValueError: no model is named, or it has no tokenizer.
+    """
+    if name is None:
+        raise ValueError("the memory does not record which model made it: add --model")
+    quiet()
+    from fot import pretrained
+
+    with readable(name):
+        return pretrained.load_tokenizer(pretrained.resolve(name))
+
+
 @contextmanager
 def readable(name: str) -> Iterator[None]:
     """Within, files of a model that are cut short or damaged raise ValueError."""
@@ -93,27 +108,34 @@ def readable(name: str) -> Iterator[None]:
 
 def open_memory(args: argparse.Namespace, mode: str = "r") -> tuple[Any, Any]:
     """The memory in the folder ``args.memory``, and the model that made it (or ``args.model``), set up as then."""
-    from fot import MemoryConfig
     from fot.hub import memory_folder
     from memory import Memory
 
     args.memory = memory_folder(args.memory)
     memory = Memory.open(args.memory, mode, index=args.index, top_k=args.top_k)
     try:
-        args.model = args.model or memory.metadata.get("model")
-        if args.model is None:
-            raise ValueError(f"{args.memory} does not record which model made it: add --model")
-        saved = memory.metadata.get("memory", {})
-        window = MemoryConfig.from_dict(saved).local_context  # names a setting that this version does not know
-        if None not in (window, args.local_context) and window != args.local_context:
-            raise ValueError(f"{args.memory} was made with windows of {window} tokens: omit --local-context")
-        model = load(args, saved=saved)
-        model.check_memory(memory)
+        model = load_for(args, memory)
         _warn_of_top_k(args, memory)
+        return memory, model
     except BaseException:
         memory.close()
         raise
-    return memory, model
+
+
+def load_for(args: argparse.Namespace, memory: Any) -> Any:
+    """The model that made an open memory (or ``args.model``), set up as then."""
+    from fot import MemoryConfig
+
+    args.model = args.model or memory.metadata.get("model")
+    if args.model is None:
+        raise ValueError(f"{args.memory} does not record which model made it: add --model")
+    saved = memory.metadata.get("memory", {})
+    window = MemoryConfig.from_dict(saved).local_context  # names a setting that this version does not know
+    if None not in (window, args.local_context) and window != args.local_context:
+        raise ValueError(f"{args.memory} was made with windows of {window} tokens: omit --local-context")
+    model = load(args, saved=saved)
+    model.check_memory(memory)
+    return model
 
 
 def _warn_of_top_k(args: argparse.Namespace, memory: Any) -> None:

@@ -2,15 +2,20 @@
 
 import hashlib
 import io
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from fot.documents.ahead import ahead
 from fot.documents.find import Documents
+from fot.documents.record import note_file
 from fot.files import check_unicode
 from fot.ingest import Piece, ingest_pieces, text_pieces
+from fot.inspection.texts import one_line
 from memory import DocumentNote, Memory
 
 # A long document is written to disk each time that so many tokens have been read.
@@ -19,28 +24,72 @@ FLUSH_TOKENS = 65_536
 CHARACTERS_PER_TOKEN = 4  # a first guess for the progress bar
 
 
-def add_documents(model: Any, memory: Memory, found: Documents) -> tuple[int, int]:
+@dataclass(frozen=True)
+class Added:
+    """What came of adding documents.
+
+    Attributes:
+        tokens: read.
+        same: documents that were there already, under their name or another.
+    """
+
+    tokens: int
+    same: int
+
+
+def add_documents(
+    model: Any,
+    memory: Memory,
+    found: Documents,
+    name: Callable[[Path], str] = Path.as_posix,
+    bar: Callable[..., tqdm] | None = None,
+) -> Added:
     """Read documents into a memory that was opened to grow, under one progress bar; see ``add_document``.
 
-    A file that can be read no longer is left out and noted in ``found``.
+    A file that can be read no longer is left out and noted in ``found``. A text that the memory holds is not stored
+    again under another name. The next file is read while the one before goes through the model.
 
-    Returns:
-        tokens read, and how many documents were there already.
+    Args:
+        model: that made the memory, with its tokenizer.
+        memory: opened with ``mode="a"``.
+        found: the documents; the state of each file is noted in the memory.
+        name: of the document that a file is.
+        bar: makes the progress bar; None: one on the terminal.
     """
     after, read, same = sum(found.characters), 0, 0
-    with tqdm(total=after // CHARACTERS_PER_TOKEN, unit="tok", desc="documents", disable=None) as bar:
-        for path, characters in zip(found.paths, found.characters, strict=True):
+    held = {note.sha256: known for known, note in memory.notes.items() if note.complete and note.sha256}
+    make_bar = bar or tqdm
+    with make_bar(total=after // CHARACTERS_PER_TOKEN, unit="tok", desc="documents", disable=None) as shown:
+        for path, characters, text in ahead(_texts(found), 1):
             after -= characters
-            bar.set_postfix_str(path.name)
-            try:
-                text = found.text(path)
-            except (ValueError, OSError) as error:
-                found.leave_out(path, error)
+            shown.set_postfix_str(one_line(path.name))
+            if isinstance(text, Exception):
+                found.leave_out(path, text)
                 continue
-            new = add_document(model, memory, path.as_posix(), text, progress=bar, characters_after=after)
+            digest = text_digest(text)
+            new = 0
+            if held.get(digest, name(path)) == name(path):
+                new = add_document(model, memory, name(path), text, progress=shown, characters_after=after)
+                held[digest] = name(path)
+            note_file(memory, name(path), found.states[path], digest)
             read, same = read + new, same + (new == 0)
-        bar.total = bar.n
-    return read, same
+        memory.flush()
+        shown.total = shown.n
+    return Added(read, same)
+
+
+def _texts(found: Documents) -> Iterator[tuple[Path, int, str | Exception]]:
+    """Path, characters when it was found, and text of each document; what is wrong, where it can be read no longer."""
+    for path, characters in zip(found.paths, found.characters, strict=True):
+        try:
+            yield path, characters, found.text(path)
+        except (ValueError, OSError, ImportError) as error:
+            yield path, characters, error
+
+
+def text_digest(text: str) -> str:
+    """The SHA-256 by which a document's text is known."""
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def add_document(
@@ -69,17 +118,19 @@ def add_document(
     """
     check_unicode(name, "the name of a document")
     check_unicode(text, name)
-    digest, stored = hashlib.sha256(text.encode()).hexdigest(), memory.documents().get(name, 0)
+    digest, stored = text_digest(text), memory.documents().get(name, 0)
     note = memory.notes.get(name, DocumentNote(complete=False))
     if stored and note.sha256 != digest:
-        raise ValueError(f"{name} has changed since it was read into this memory: drop it first (fot memory drop), "
-                         "then add it again")  # fmt: skip
+        raise ValueError(f"{name} has changed since it was read into this memory: bring the memory up to date with "
+                         "fot memory sync, or drop it first (fot memory drop), then add it again")  # fmt: skip
     if stored and note.complete:
         return 0
     memory.notes[name] = DocumentNote(digest, complete=False)
     bar = progress if progress is not None else tqdm(disable=True)
     context = min(stored, model.memory_config.overlap)  # read once more, not stored again
-    pieces = _rest(text_pieces(io.StringIO(text, newline=""), len(text.encode()), model.tokenizer), stored - context)
+    # The next piece becomes tokens while the one before goes through the model.
+    pieces = ahead(text_pieces(io.StringIO(text, newline=""), len(text.encode()), model.tokenizer), 2)
+    pieces = _rest(pieces, stored - context)
     first, read = next(pieces, None), 0
     try:
         if first is not None:  # otherwise it was killed just before it could be called complete

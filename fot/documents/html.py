@@ -48,18 +48,22 @@ CLOSED_BY_OTHERS = {
 }
 
 
-def html_text(content: bytes) -> str:
+def html_text(content: bytes, *, title: bool = True) -> str:
     """The text of a page, in its encoding.
 
     Cells of a table's row stand on one line, with tabs between them, unless a cell has lines of its own.
+
+    Args:
+        content: of the page.
+        title: whether the title in the page's head is part of its text.
 
     Raises:
         ImportError: selectolax is missing.
     """
     from selectolax.lexbor import LexborHTMLParser
 
-    page = _Page()
-    for node, inside in _walk(LexborHTMLParser(_shallow(decode(content))).root):
+    page, dropped = _Page(), DROPPED if title else DROPPED | {"title"}
+    for node, inside in _walk(LexborHTMLParser(_shallow(decode(content))).root, dropped):
         if node.is_text_node:
             page.write(node.text_content or "")
         elif inside:
@@ -105,7 +109,7 @@ def _shallow(page: str) -> str:
     return "".join([*parts, page[done:]])
 
 
-def _walk(root: Any) -> Iterator[tuple[Any, bool]]:
+def _walk(root: Any, dropped: set[str]) -> Iterator[tuple[Any, bool]]:
     """Texts and elements, before (True) and after (False) what is in them; texts come once.
 
     Without recursion: damaged pages nest thousands deep.
@@ -113,14 +117,14 @@ def _walk(root: Any) -> Iterator[tuple[Any, bool]]:
     node, depth = root, 0
     while node is not None:
         child = None
-        if node.tag not in DROPPED:
+        if node.tag not in dropped:
             yield node, True
             child = node.first_child
         if child is not None:
             node, depth = child, depth + 1
             continue
         while True:
-            if node.is_element_node and node.tag not in DROPPED:
+            if node.is_element_node and node.tag not in dropped:
                 yield node, False
             if depth == 0:
                 return

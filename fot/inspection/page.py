@@ -2,6 +2,7 @@
 
 import html
 import json
+from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
 from string import Template
@@ -27,7 +28,9 @@ CONTEXT = 8
 DOCUMENTS = 200
 
 
-def write_page(path: Path, trace: Trace, *, title: str = "Inspection", model: str = "") -> None:
+def write_page(
+    path: Path, trace: Trace, *, title: str = "Inspection", model: str = "", name: Callable[[str], str] = str
+) -> None:
     """Write a page that shows a trace: tokens, what each looked at, the whole memory, its documents.
 
     Args:
@@ -35,12 +38,13 @@ def write_page(path: Path, trace: Trace, *, title: str = "Inspection", model: st
         trace: what to show.
         title: heading of the page.
         model: name of the model, shown below the heading.
+        name: what to call a document.
 
     Raises:
         OSError: the file cannot be written.
     """
     for limit in HIT_LIMITS:
-        data = _embeddable(page_data(trace, limit) | {"title": title, "model": model})
+        data = _embeddable(_renamed(page_data(trace, limit), name) | {"title": title, "model": model})
         if len(data) <= DATA_BYTES:
             break
     parts = files("fot.inspection")
@@ -86,6 +90,17 @@ def page_data(trace: Trace, limit: int) -> dict[str, Any]:
         "memories": [_strip(trace, number, memory) for number, memory in enumerate(trace.memories) if len(memory)],
         "documents": _documents(trace),
     }
+
+
+def _renamed(data: dict[str, Any], name: Callable[[str], str]) -> dict[str, Any]:
+    """The same with other names of documents."""
+    for region in data["regions"]:
+        region["document"] = name(region["document"])
+    for memory in data["memories"]:
+        memory["boundaries"] = [[name(document), start] for document, start in memory["boundaries"]]
+    for document in data["documents"]:
+        document["name"] = name(document["name"])
+    return data
 
 
 def _ranks(trace: Trace, limit: int) -> np.ndarray:

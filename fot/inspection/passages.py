@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from fot.chat import are_marks, template_marks
 from fot.inspection.texts import one_line, token_texts
 from memory import Memory
 
@@ -85,8 +86,10 @@ def make_passage(
         low -= 1
     while high < len(memory) and high - stop < context and memory.source(high).document == last.document:
         high += 1
-    # A conversation's own memory holds the marks of its chat template, which are no text.
     texts = token_texts(tokenizer, memory.token_ids(slice(low, high)).tolist(), special=False)
+    if own:  # a conversation's own memory holds the marks of its chat template, which are no text
+        # Turns stay apart.
+        texts = ["\n" if mark else text for text, mark in zip(texts, _marks(memory, low, high, tokenizer), strict=True)]
     text, marked = _line(texts, start - low, stop - low)
     same = first.document == last.document and first.span is not None and last.span is not None
     span = (first.span[0], last.span[1]) if same and first.span and last.span else None
@@ -110,6 +113,15 @@ def _grow(slots: list[int], documents: list[int], taken: list[bool], seed: int) 
             low -= 1
         else:
             high += 1
+
+
+def _marks(memory: Memory, low: int, high: int, tokenizer: Any) -> list[bool]:
+    """Which of the slots low..high-1 hold marks of a chat template; some reach over the ends."""
+    marks = template_marks(tokenizer)
+    longest = max(map(len, marks), default=0)
+    first = max(0, low - longest)
+    found = are_marks(memory.token_ids(slice(first, high + longest)).tolist(), marks)
+    return found[low - first : high - first]
 
 
 def _line(texts: Sequence[str], start: int, stop: int) -> tuple[str, tuple[int, int]]:

@@ -3,9 +3,13 @@
 from collections.abc import Sequence
 from typing import Any
 
-# What commands a terminal, such as the escape character, and surrogates, which no terminal can show.
+# What commands a terminal, such as the escape character and the carriage return; surrogates, which no terminal can
+# show; and what turns the order of characters on a line around, so that a name is read as another.
+_TURNING = (0x202D, 0x202E, *range(0x2066, 0x206A))
 UNPRINTABLE = {
-    code: "\ufffd" for code in (*range(32), *range(127, 160), *range(0xD800, 0xE000)) if not chr(code).isspace()
+    code: "\ufffd"
+    for code in (*range(32), *range(127, 160), *range(0xD800, 0xE000), *_TURNING)
+    if chr(code) not in "\t\n"
 }
 
 
@@ -35,12 +39,12 @@ def token_texts(tokenizer: Any, ids: Sequence[int], *, special: bool = True) -> 
 
 def one_line(text: str) -> str:
     """The same on one line, printable: each run of white space becomes a space."""
-    return " ".join(printable(text).split())
+    return printable(" ".join(text.split()))
 
 
 def printable(text: str) -> str:
     """The same as it may go to a terminal: a text or a file name of others must not steer it."""
-    return text.translate(UNPRINTABLE)
+    return text.replace("\r\n", "\n").translate(UNPRINTABLE)
 
 
 def _decode(tokenizer: Any, ids: Sequence[int], special: bool) -> str:

@@ -1,0 +1,95 @@
+"""The MCP server: assistants ask memories, and find passages in them."""
+
+import threading
+from typing import Any
+from urllib.parse import quote
+
+from mcp.server.mcpserver import MCPServer
+
+from fot import __version__
+from fot.sampling import GREEDY
+from fot.serve.answering import Conversations, chat
+from fot.serve.library import Entry, Library
+from fot.trace import Passage
+
+MOST_PASSAGES = 20
+MOST_TOKENS = 2048
+
+INSTRUCTIONS = (
+    "Each memory holds documents that a language model has read. 'ask' answers a question from them, and names the "
+    "passages that the answer was read from. 'passages' finds passages without an answer: prefer it where you want to "
+    "read for yourself. The answering model is small: check its answers against the passages."
+)
+
+
+def create_server(library: Library) -> MCPServer:
+    """A server of what is in the library.
+
+    Tools ``ask`` and ``passages``; each memory is a resource, ``memory://NAME``, that lists its documents.
+    """
+    entries = [entry for entry in library.entries() if entry.memory is not None]
+    server, turn = MCPServer("fot", instructions=INSTRUCTIONS, version=__version__), threading.Lock()
+
+    def chosen(memory: str | None) -> Entry:
+        if memory is None and len(entries) == 1:
+            return entries[0]
+        named = [entry for entry in entries if entry.name == memory]
+        if not named:
+            known = ", ".join(entry.name for entry in entries) or "none"
+            raise ValueError(f"choose a memory: there are {known}")
+        return named[0]
+
+    @server.tool()
+    def ask(question: str, memory: str | None = None, max_tokens: int = 256) -> dict[str, Any]:
+        """Answer a question from the documents of a memory.
+
+        Args:
+            question: what to find out; shorter than a page.
+            memory: which one; may be left out if there is only one.
+            max_tokens: most tokens in the answer.
+        """
+        entry = chosen(memory)
+        with turn:
+            (reply,) = chat(
+                entry,
+                Conversations(0),
+                [{"role": "user", "content": question}],
+                max_tokens=max(1, min(max_tokens, MOST_TOKENS)),
+                stops=[],
+                samplings=[GREEDY],
+                top_logprobs=None,
+                on_text=lambda *_: None,
+                stopped=lambda: False,
+            )
+        return {"memory": entry.name, "answer": reply.text, "passages": [_shown(one) for one in reply.passages]}
+
+    @server.tool()
+    def passages(question: str, memory: str | None = None, count: int = 5) -> dict[str, Any]:
+        """Find the passages of a memory that a question is about; the best come first.
+
+        Args:
+            question: what the passages are to be about.
+            memory: which one; may be left out if there is only one.
+            count: how many, 20 at most.
+        """
+        entry = chosen(memory)
+        with turn:
+            found = entry.blank.find(question, max(1, min(count, MOST_PASSAGES)))
+        return {"memory": entry.name, "passages": [_shown(one) for one in found]}
+
+    for entry in entries:
+        _add_resource(server, entry)
+    return server
+
+
+def _add_resource(server: MCPServer, entry: Entry) -> None:
+    """The memory's documents, as a resource."""
+    about = f"{entry.tokens:,} tokens in {len(entry.documents()):,} documents"
+
+    @server.resource(f"memory://{quote(entry.name)}", name=entry.name, description=about, mime_type="application/json")
+    def documents() -> dict[str, Any]:
+        return {"memory": entry.name, "tokens": entry.tokens, "documents": entry.documents()}
+
+
+def _shown(passage: Passage) -> dict[str, Any]:
+    return {"document": passage.document, "text": passage.text, "characters": passage.span}

@@ -1,0 +1,157 @@
+"""Memories made from files that a client sends, with progress."""
+
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+from fastapi import APIRouter, File, Request, UploadFile
+from fastapi.responses import Response
+from tqdm import tqdm
+
+from fot.documents import Documents, add_documents
+from fot.documents.read import read
+from fot.documents.record import State
+from fot.serve import wire
+from fot.serve.app import Server, server_of
+from fot.serve.errors import ApiError, without_paths
+from fot.serve.line import Stopped
+from fot.serve.stream import Send, events
+from memory import Memory
+
+router = APIRouter()
+
+NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,63}")
+ODD = re.compile(r"[\x00-\x1f\x7f/\\:]")
+MOST_BYTES = 1 << 28  # of all files of an upload
+
+
+class Left(Exception):  # noqa: N818  nothing is wrong
+    """The client has left."""
+
+
+@router.post("/api/memories/{name}")
+async def make_memory(
+    request: Request, name: str, uploads: Annotated[list[UploadFile], File(alias="files")]
+) -> Response:
+    """Make a memory of the files, and serve it. The events tell how far it is, and what could not be read."""
+    server = server_of(request)
+    target = _target(server, name)
+    if sum(upload.size or 0 for upload in uploads) > MOST_BYTES:
+        raise ApiError(413, f"the files have more than {MOST_BYTES >> 20} MiB: send fewer at a time", param="files")
+    folder = Path(tempfile.mkdtemp(prefix="fot-upload-"))
+    try:
+        for number, upload in enumerate(uploads):
+            place = folder / str(number) / _file_name(upload.filename)
+            place.parent.mkdir()
+            with open(place, "wb") as file:
+                shutil.copyfileobj(upload.file, file)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+    def work(send: Send, stopped: Stopped) -> dict[str, Any]:
+        try:
+            return _make(server, name, target, folder, send, stopped)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def last(result: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        yield result
+
+    return await events(request, work, last, end=None)
+
+
+def _target(server: Server, name: str) -> Path:
+    """The folder of a new memory.
+
+    Raises:
+        ApiError: none can be made, or not under this name.
+    """
+    if server.settings.new_memories is None:
+        raise ApiError(403, "this server makes no memories: start it with --new FOLDER")
+    if not NAME.fullmatch(name):
+        raise ApiError(400, "a name has letters, digits, dots, dashes and underscores, 64 at most", param="name")
+    target = server.settings.new_memories / f"{name}.memory"
+    if name in server.library or target.exists():
+        raise ApiError(409, f"there is a memory {name!r} already: choose another name", param="name")
+    return target
+
+
+def _file_name(name: str | None) -> str:
+    """The name of a file that a client sent, without folders."""
+    return ODD.sub("_", re.split(r"[/\\]", name or "")[-1]).strip(". ")[-200:] or "file"
+
+
+def _make(server: Server, name: str, target: Path, folder: Path, send: Send, stopped: Stopped) -> dict[str, Any]:
+    """Read the files into a new memory; without any text, or if the client leaves, there is none."""
+    model = server.library.entries()[0].model
+    found, wrong = Documents(), []
+    for path in sorted(folder.glob("*/*"), key=lambda path: int(path.parent.name)):
+        try:
+            found.add(path, read(path), State.of(path))
+        except (ValueError, OSError, ImportError) as error:
+            wrong.append(without_paths(str(error).removesuffix("; nothing was stored"), [f"{path.parent}/"]))
+    if not found.paths:
+        raise ApiError(400, f"no file with text: {'; '.join(wrong)}", param="files")
+    names = _names(found.paths)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        model.new_memory().save(target)
+        with Memory.open(target, "a") as memory:
+            add_documents(model, memory, found, names.__getitem__, lambda **options: _Bar(send, stopped, **options))
+            memory.prepare()
+            memory.flush()
+    except BaseException:
+        shutil.rmtree(target, ignore_errors=True)
+        raise
+    return {"done": wire.model_card(server.library.add(name, model, Memory.open(target))), "left_out": wrong}
+
+
+def _names(paths: list[Path]) -> dict[Path, str]:
+    """The names of documents: those of the files, with numbers where several have one."""
+    names: dict[Path, str] = {}
+    for path in paths:
+        name, number = path.name, 1
+        while name in names.values():
+            number += 1
+            name = f"{path.stem} ({number}){path.suffix}"
+        names[path] = name
+    return names
+
+
+class _Bar(tqdm):
+    """A progress bar that a client sees; it ends the work when the client has left."""
+
+    def __init__(self, send: Send, stopped: Stopped, **options: Any) -> None:
+        super().__init__(**options | {"disable": True})
+        self._send_event, self._stopped = send, stopped
+        self._file, self._start = "", time.monotonic()
+
+    def set_postfix_str(self, s: str = "", refresh: bool = True) -> None:
+        """The file that is read now."""
+        self._file = s
+
+    def update(self, n: float | None = 1) -> None:
+        """So many tokens more.
+
+        Raises:
+            Left: the client has left.
+        """
+        if self._stopped():
+            raise Left
+        self.n += n or 0
+        seconds = max(time.monotonic() - self._start, 1e-9)
+        left = max(0.0, (self.total or self.n) - self.n) * seconds / max(self.n, 1)
+        self._send_event(
+            {
+                "file": self._file,
+                "tokens": int(self.n),
+                "total": int(max(self.total or 0, self.n)),
+                "tokens_per_second": round(self.n / seconds, 1),
+                "seconds_left": round(left, 1),
+            }
+        )

@@ -1,0 +1,89 @@
+"""``fot mcp``, by the client of the same package."""
+
+import asyncio
+import json
+import os
+import sys
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ModelMaker
+from mcp import Client, StdioServerParameters, stdio_client
+from serve_helpers import make_library, make_model
+from transformers import PreTrainedTokenizerFast
+
+from fot.cli import main
+from fot.serve.library import Library
+from fot.serve.mcp import create_server
+
+
+@pytest.fixture(scope="module")
+def library(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> Library:
+    return make_library(make_model(tokenizer), tmp_path_factory.mktemp("memories"))
+
+
+def with_client(server: Any, use: Callable[[Client], Awaitable[Any]]) -> Any:
+    async def run() -> Any:
+        async with Client(server) as client:
+            return await use(client)
+
+    return asyncio.run(run())
+
+
+def content(result: Any) -> dict[str, Any]:
+    return result.structured_content or json.loads(result.content[0].text)
+
+
+def test_tools_and_resources(library: Library) -> None:
+    entry = library["emma"]
+
+    async def use(client: Client) -> None:
+        assert {tool.name for tool in (await client.list_tools()).tools} == {"ask", "passages"}
+        listed = {str(one.uri): one for one in (await client.list_resources()).resources}
+        assert set(listed) == {"memory://emma", "memory://empty"}
+        assert f"{entry.tokens:,} tokens in 2 documents" in listed["memory://emma"].description
+        read = json.loads((await client.read_resource("memory://emma")).contents[0].text)
+        assert set(read["documents"]) == {"emma.txt", "other.txt"}
+        assert sum(read["documents"].values()) == entry.tokens
+        found = content(
+            await client.call_tool("passages", {"question": "Who is the vicar?", "memory": "emma", "count": 2})
+        )
+        assert found["passages"][0]["document"] == "emma.txt"
+        assert len(found["passages"]) == 2
+        asked = content(await client.call_tool("ask", {"question": "Who is it?", "memory": "emma", "max_tokens": 5}))
+        wanted = entry.blank.anew().say("Who is it?", max_new_tokens=5)
+        assert asked["answer"] == wanted.text
+        assert [one["text"] for one in asked["passages"]] == [passage.text for passage in wanted.passages]
+        wrong = await client.call_tool("ask", {"question": "Who?"})
+        assert wrong.is_error
+        assert "choose a memory: there are emma, empty" in wrong.content[0].text
+        assert "/home/somebody" not in json.dumps([asked, found, read])
+
+    with_client(create_server(library), use)
+
+
+def test_the_command_speaks_over_pipes(
+    make_plain: ModelMaker, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """What is printed elsewhere must not get between."""
+    make_plain().save_pretrained(tmp_path / "tiny")
+    tokenizer.save_pretrained(tmp_path / "tiny")
+    (tmp_path / "a.txt").write_text("Tea is at five.\n" * 30)
+    options = ["--mem-layers", "1,3", "--local-context", "64", "--dtype", "float32", "--device", "cpu"]
+    build = ["memory", "build", str(tmp_path / "a.memory"), str(tmp_path / "a.txt"), "--model", str(tmp_path / "tiny")]
+    assert main([*build, *options]) == 0
+    root = str(Path(__file__).parent.parent)
+    command = StdioServerParameters(
+        command=sys.executable,
+        args=["-m", "fot", "mcp", str(tmp_path / "a.memory"), "--dtype", "float32"],
+        env=dict(os.environ) | {"PYTHONPATH": root},
+        cwd=str(tmp_path),
+    )
+
+    async def use(client: Client) -> None:
+        found = content(await client.call_tool("passages", {"question": "When is tea?"}))
+        assert "Tea is at five." in found["passages"][0]["text"]
+
+    with_client(stdio_client(command), use)
