@@ -37,13 +37,14 @@ class ByToken(ClusterIndex):
         return output, lse
 
 
-def part(source: Memory, start: int, stop: int, index: Any, dtype: str) -> Memory:
+def part(source: Memory, start: int, stop: int, index: Any, dtype: str, top_k: int | None = None) -> Memory:
     """A memory of these slots of another, in vectors of a dtype, searched by such an index."""
     made = Memory(
         source.layers,
         source.num_key_value_heads,
         source.head_dim,
         index=index,
+        top_k=top_k,
         key_dtype=dtype,
         value_dtype=dtype,
         fingerprint=source.fingerprint,
