@@ -5,9 +5,9 @@
     python benchmarks/attention_error.py KEYS --shares 0.02 --backends clusters,top --rows 3
 
 A number is the mean over queries of ``|output - exact output| / |exact output|``. The shares are those of the keys that
-a query attends to: ``top`` is the exact top-k, ``IVF`` FAISS's inverted file with so many hits. ``--rows`` queries are
-asked at once, those of the query heads of a KV head at one token beside one another: 1 is a query alone, 3 a token
-of a model with 3 query heads a KV head, and more are those of a text read at once.
+a query attends to: ``top`` is the exact top-k, ``IVF`` FAISS's inverted file with so many hits, ``all`` everything.
+``--rows`` queries are asked at once, those of the query heads of a KV head at one token beside one another: 1 is one
+query alone, 3 a token of a model with 3 query heads a KV head, and more are those of a text read at once.
 """
 
 import argparse
@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
+from token_perplexity import part
 from torch import Tensor
 
 from fot.machine import describe_machine
@@ -28,6 +29,8 @@ def named(backend: str, share: float, num_keys: int) -> dict[str, str | int | No
     """Arguments of ``Memory.open``."""
     if backend == "clusters":
         return {"index": f"clusters;share={share}", "top_k": None}
+    if backend == "all":
+        return {"index": "exact", "top_k": None}
     return {"index": "exact" if backend == "top" else backend, "top_k": max(1, int(share * num_keys))}
 
 
@@ -56,6 +59,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=1, help="queries asked at once")
     parser.add_argument("--query-heads", type=int, default=3, help="query heads of a KV head")
     parser.add_argument("--queries", type=int, default=384, help="of each KV head, about")
+    parser.add_argument("--vectors", help="dtype to store keys and values in, such as int8 (default: as they are)")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
 
@@ -73,12 +77,20 @@ def main() -> None:
     for backend in args.backends.split(","):
         for share in map(float, args.shares.split(",")):
             memory = Memory.open(args.keys, **named(backend, share, len(exact_memory)))
+            if args.vectors:
+                memory = part(exact_memory, 0, len(exact_memory), memory.index, args.vectors, memory.top_k)
             found = [e for n in memory.layers for e in errors(memory, n, chosen[n], exact[n], args.rows, scale)]
             table.append({"backend": backend, "share": share, "errors": dict(zip(heads, found, strict=True))})
             cells = "".join(f"{e:>7.3f}" for e in found)
             print(f"{backend:<10}{share:>7.3f}{cells}{sum(found) / len(found):>8.3f}{max(found):>7.3f}", flush=True)
     if args.json:
-        report = {"machine": describe_machine(), "keys": args.keys.name, "rows": args.rows, "table": table}
+        report = {
+            "machine": describe_machine(),
+            "keys": args.keys.name,
+            "rows": args.rows,
+            "vectors": args.vectors,
+            "table": table,
+        }
         args.json.write_text(json.dumps(report, indent=1) + "\n")
 
 

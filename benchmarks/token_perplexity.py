@@ -4,7 +4,8 @@
     python benchmarks/token_perplexity.py OUT --sizes 8192,32768 --places 4 --backends exact,clusters
 
 At each place of the memory's text, one window is read with the tokens right before it in memory, and the perplexity of
-its tokens behind the first half is taken. Ratios are of one run, of the same windows.
+its tokens behind the first half is taken. Ratios are of one run, of the same windows. ``window:clusters`` asks with the
+whole window at once, as a text that is read.
 """
 
 import argparse
@@ -22,12 +23,19 @@ from fot.machine import describe_machine
 from memory import ExactIndex, Index, Memory, VectorBlocks
 from memory.clusters import ClusterIndex
 
+WINDOW = "window:"
+
+
+def text_start(start: int, stop: int) -> Tensor:
+    """Slots of the first tokens of the text, of those in start..stop-1."""
+    return torch.arange(4)[start:stop]
+
 
 class ByToken(ClusterIndex):
     """Clusters that answer the query heads of one token at a time, as while a model generates."""
 
     def __init__(self, name: str, keys: VectorBlocks, values: VectorBlocks, heads: int) -> None:
-        super().__init__(name, keys, values, lambda start, stop: torch.arange(4)[start:stop])
+        super().__init__(name, keys, values, text_start)
         self._query_heads = heads
 
     def attend(self, queries: Tensor, *, scale: float) -> tuple[Tensor, Tensor]:
@@ -37,13 +45,14 @@ class ByToken(ClusterIndex):
         return output, lse
 
 
-def part(source: Memory, start: int, stop: int, index: Any, dtype: str) -> Memory:
+def part(source: Memory, start: int, stop: int, index: Any, dtype: str, top_k: int | None = None) -> Memory:
     """A memory of these slots of another, in vectors of a dtype, searched by such an index."""
     made = Memory(
         source.layers,
         source.num_key_value_heads,
         source.head_dim,
         index=index,
+        top_k=top_k,
         key_dtype=dtype,
         value_dtype=dtype,
         fingerprint=source.fingerprint,
@@ -84,7 +93,11 @@ def main() -> None:
 
     def index(name: str) -> Any:
         def make(keys: VectorBlocks, values: VectorBlocks) -> Index:
-            return ExactIndex(keys, values) if name == "exact" else ByToken(name, keys, values, heads)
+            if name == "exact":
+                return ExactIndex(keys, values)
+            if name.startswith(WINDOW):
+                return ClusterIndex(name.removeprefix(WINDOW), keys, values, text_start)
+            return ByToken(name, keys, values, heads)
 
         return make
 

@@ -51,6 +51,8 @@ class WindowLayer(DynamicLayer):
     one of them sees is written to again: who comes second to the free slots moves to a room of its own.
     """
 
+    keys: Tensor  # (B, G, S, D)
+    values: Tensor
     _room: Room | None = None
 
     def update(

@@ -207,6 +207,29 @@ def test_what_was_appended_later_is_clustered_and_flushed(tmp_path: Path) -> Non
     assert found.known == 1536
 
 
+def test_int8_vectors_are_saved_restored_and_near(tmp_path: Path) -> None:
+    """At little more than half the bytes of bfloat16, scales and all."""
+    generator = torch.Generator().manual_seed(0)
+    keys, values = torch.randn(2, HEADS, 2048, 64, generator=generator)
+    sizes, memories = {}, {}
+    for dtype in ("bfloat16", "int8"):
+        memory = Memory([LAYER], HEADS, 64, index="clusters;share=0.1", key_dtype=dtype, value_dtype=dtype)
+        memory.append({LAYER: keys}, {LAYER: values}, range(2048), document="a")
+        sizes[dtype], memories[dtype] = memory.nbytes()["keys"] + memory.nbytes()["values"], memory
+    assert sizes["int8"] <= 0.55 * sizes["bfloat16"]
+    memories["int8"].save(tmp_path / "m")
+    opened, asked = Memory.open(tmp_path / "m"), torch.randn(HEADS, 4, 64, generator=generator)
+    assert opened.key_dtype == opened.value_dtype == "int8"
+    for found, wanted in zip(
+        opened[LAYER].attend(asked, scale=0.1), memories["int8"][LAYER].attend(asked, scale=0.1), strict=True
+    ):
+        torch.testing.assert_close(found, wanted)
+    exact = Memory([LAYER], HEADS, 64, index="exact")
+    exact.append({LAYER: keys}, {LAYER: values}, range(2048))
+    whole = Memory.open(tmp_path / "m", index="clusters;share=0.9999")
+    assert 0 < error(whole, exact, asked, 0.1) < 0.02
+
+
 def test_an_older_memory_opens_with_clusters(tmp_path: Path) -> None:
     data = topics(1100)
     store("exact", data).save(tmp_path / "m")
