@@ -165,9 +165,6 @@ def attend_local(
         output (B, H, T, D), log-sum-exp (B, H, T) float32.
     """
     T, S = queries.shape[2], keys.shape[2]  # noqa: N806
-    group = queries.shape[1] // keys.shape[1]
-    if group > 1:
-        keys, values = keys.repeat_interleave(group, dim=1), values.repeat_interleave(group, dim=1)
     if mask is None and (T == 1 or T == S):
         return attend(queries, keys, values, scale=scale, causal=T > 1)
     return attend(queries, keys, values, scale=scale, mask=_seen(T, S, mask, queries.device))
