@@ -170,13 +170,11 @@ def attend_local(
         output (B, H, T, D), log-sum-exp (B, H, T) float32.
     """
     T, S = queries.shape[2], keys.shape[2]  # noqa: N806
-    group = queries.shape[1] // keys.shape[1]
     if T == 1:  # all query heads of a KV head see the same: no copy of the window for each
+        group = queries.shape[1] // keys.shape[1]
         seen = None if mask is None else _seen(1, S, mask, queries.device)
         output, lse = attend(queries.unflatten(1, (-1, group)).squeeze(3), keys, values, scale=scale, mask=seen)
         return output.flatten(1, 2).unsqueeze(2), lse.flatten(1, 2).unsqueeze(2)
-    if group > 1:
-        keys, values = keys.repeat_interleave(group, dim=1), values.repeat_interleave(group, dim=1)
     if mask is None and T == S:
         return attend(queries, keys, values, scale=scale, causal=True)
     return attend(queries, keys, values, scale=scale, mask=_seen(T, S, mask, queries.device))

@@ -6,9 +6,11 @@ each part keeps the kernel that suits it, and how a memory of any length is atte
 """
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from memory import kernels
 
@@ -23,8 +25,8 @@ def attend(
 
     Args:
         queries: (B, H, T, D) float.
-        keys: (B, H, N, D), dtype and device of ``queries``.
-        values: (B, H, N, D), likewise.
+        keys: (B, G, N, D), each for H / G query heads in a row; dtype and device of ``queries``.
+        values: (B, G, N, D), likewise.
         scale: factor on inner products, normally ``head_dim**-0.5``.
         causal: query t sees keys 0..t; needs T == N and no ``mask``.
         mask: broadcastable to (B, H, T, N); bool, True where a query sees a key; or float, added to the scores.
@@ -34,11 +36,16 @@ def attend(
         output (B, H, T, D) in the dtype of ``queries``, log-sum-exp (B, H, T) float32. Differentiable in
         queries, keys and values where autograd is on.
     """
-    kernel = _fused_kernel(queries, keys, values, mask)
-    if kernel is not None:
-        bias = None if mask is None else _as_bias(mask, queries.dtype)
-        return kernels.run(kernel, queries, keys, values, scale=scale, causal=causal, bias=bias)
-    return _attend_naive(queries, keys, values, scale, causal, mask)
+    grad = torch.is_grad_enabled() and (queries.requires_grad or keys.requires_grad or values.requires_grad)
+    # The backward pass takes a column more; see _FusedAttention.
+    kernel = _fused_kernel(queries, queries.shape[-1] + grad, mask is not None, grad)
+    if kernel is None:
+        keys, values = kernels.repeated(queries, keys), kernels.repeated(queries, values)
+        return _attend_naive(queries, keys, values, scale, causal, mask)
+    bias = None if mask is None else _as_bias(mask, queries.dtype)
+    if grad:
+        return _FusedAttention.apply(queries, keys, values, bias, scale, causal, kernel)
+    return kernels.run(kernel, queries, keys, values, scale=scale, causal=causal, bias=bias)
 
 
 def merge(parts: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
@@ -65,9 +72,47 @@ def merge(parts: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     return output.to(dtype), lse
 
 
+class _FusedAttention(torch.autograd.Function):
+    """A fused kernel with gradients of its log-sum-exp, too, for which the kernels have no input.
+
+    With P the weights and g the gradient of the log-sum-exp, the scores' gradient is ``P (grad . v - delta + g)``,
+    where the kernels take delta as ``grad . output``. A column more, in which grad is g, values are 0 and output is -1,
+    makes ``delta - g`` of it.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        queries: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        bias: Tensor | None,
+        scale: float,
+        causal: bool,
+        kernel: str,
+    ) -> tuple[Tensor, Tensor]:
+        output, lse = kernels.run(kernel, queries, keys, values, scale=scale, causal=causal, bias=bias)
+        ctx.save_for_backward(queries, keys, values, bias, output, lse)
+        ctx.settings = {"scale": scale, "causal": causal}
+        ctx.kernel = kernel
+        return output, lse
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        queries, keys, values, bias, output, lse = ctx.saved_tensors
+        if ctx.needs_input_grad[3]:
+            raise NotImplementedError("attention has no gradient for a mask that is added to the scores")
+        size = queries.shape[-1]
+        grad = torch.cat([grads[0], grads[1].unsqueeze(-1).to(grads[0].dtype)], -1)
+        output = pad(output, (0, 1), value=-1.0)
+        wide = [pad(tensor, (0, 1)) for tensor in (queries, keys, values)]
+        found = kernels.backward(ctx.kernel, grad, *wide, output, lse, bias=bias, **ctx.settings)
+        return *(tensor[..., :size] for tensor in found), None, None, None, None
+
+
 def fused_backward_fits(queries: Tensor) -> bool:
-    """Whether ``fused_backward`` can be used for tensors like this one."""
-    return kernels.choose(queries.device.type, (0, 0), queries.dtype, queries.shape[-1], masked=False) == "cpu"
+    """Whether ``fused_backward`` can be used for tensors like this one, whatever the mask."""
+    return all(_fused_kernel(queries, queries.shape[-1], masked, True) for masked in (False, True))
 
 
 def fused_backward(
@@ -90,7 +135,7 @@ def fused_backward(
     Args:
         grad: (B, H, T, D), of the merged output.
         queries: (B, H, T, D).
-        keys: (B, H, N, D) of this part.
+        keys: (B, G, N, D) of this part, each for H / G query heads in a row.
         values: (B, H, N, D), likewise.
         output: (B, H, T, D), merged.
         lse: (B, H, T) float32, merged.
@@ -101,19 +146,16 @@ def fused_backward(
     Returns:
         gradients of queries, keys and values.
     """
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        grad, queries, keys, values, output, lse, 0.0, causal, attn_mask=bias, scale=scale
+    kernel = _fused_kernel(queries, queries.shape[-1], bias is not None, True)
+    assert kernel is not None, "fused_backward_fits() comes first"
+    return kernels.backward(
+        kernel, grad, queries, keys, values, output, lse, scale=scale, causal=causal, bias=bias
     )
 
 
-def _fused_kernel(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> str | None:
-    # The fused kernels have no derivative for the log-sum-exp, so a merge of their parts would get wrong gradients.
-    if torch.is_grad_enabled() and (queries.requires_grad or keys.requires_grad or values.requires_grad):
-        return None
+def _fused_kernel(queries: Tensor, head_dim: int, masked: bool, grad: bool) -> str | None:
     device = queries.device
-    return kernels.choose(
-        device.type, kernels.capability_of(device), queries.dtype, queries.shape[-1], masked=mask is not None
-    )
+    return kernels.choose(device.type, kernels.capability_of(device), queries.dtype, head_dim, masked, grad)
 
 
 def _attend_naive(

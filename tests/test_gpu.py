@@ -76,6 +76,24 @@ def test_attention_with_its_log_sum_exp(dtype: torch.dtype, head_dim: int, maske
         torch.testing.assert_close(lse.cpu(), expected_lse, atol=2e-2, rtol=2e-2)
 
 
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("head_dim", [5, 64, 100, 128, 250])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_gradients_of_attention_and_its_log_sum_exp(dtype: torch.dtype, head_dim: int, masked: bool) -> None:
+    """Against float64 on the CPU, with fewer KV heads than query heads."""
+    tensors = [torch.randn(2, heads, 67, head_dim).to(dtype) for heads in (4, 2, 2)]
+    mask = (torch.rand(2, 1, 67, 67) > 0.5) | torch.eye(67, dtype=torch.bool) if masked else None
+    gradients = []
+    for device, kind in (("cuda", dtype), ("cpu", torch.float64)):
+        given = [tensor.to(device, kind).requires_grad_() for tensor in tensors]
+        seen = None if mask is None else mask.to(device)
+        output, lse = attend(*given, scale=head_dim**-0.5, causal=not masked, mask=seen)
+        (output.double().square().sum() + lse.double().sum()).backward()
+        gradients.append([tensor.grad.cpu().double() for tensor in given])
+    for a, b in zip(*gradients, strict=True):
+        assert (a - b).norm() < (1e-3 if dtype == torch.float32 else 3e-2) * b.norm()
+
+
 def test_store_on_the_device() -> None:
     memory = Memory((0,), 2, 64, index="exact", device="cuda", key_dtype="bfloat16", value_dtype="int8")
     keys, values = torch.randn(2, 5000, 64), torch.randn(2, 5000, 64)

@@ -212,14 +212,12 @@ def context_mass(
         for each row, (M,) float32; the rest of 1 stayed in the own window, or went to the learnt sinks.
     """
     with torch.no_grad():
-        group = queries.shape[1] // keys.shape[1]
-        local = keys.repeat_interleave(group, dim=1)
-        _, local_lse = with_sinks(*attend(queries, local, local, scale=scale, causal=True), learnt_sinks)
+        _, local_lse = with_sinks(*attend(queries, keys, keys, scale=scale, causal=True), learnt_sinks)
         shares = []
         for row, chosen in enumerate(contexts.rows):
             lses = [local_lse[row]]
             for other in chosen:
-                one = context_keys[other].repeat_interleave(group, dim=0)[None]
+                one = context_keys[other][None]
                 lses.append(attend(queries[row : row + 1], one, one, scale=scale)[1][0])
             shares.append(torch.stack(lses).softmax(0)[1:].flatten(1).mean(1))
         return shares
@@ -293,13 +291,10 @@ class _FusedCrossbatch(torch.autograd.Function):
         scale = ctx.scale
         grad = grads[0].contiguous()
         heads = keys.shape[1]
-        group = queries.shape[1] // heads
-        wide_keys, wide_values = (tensor.repeat_interleave(group, dim=1) for tensor in (keys, values))
-        grad_q, wide_k, wide_v = fused_backward(
-            grad, queries, wide_keys, wide_values, output, lse, causal=True, bias=None, scale=scale
+        grad_q, grad_k, grad_v = fused_backward(
+            grad, queries, keys, values, output, lse, causal=True, bias=None, scale=scale
         )
         grad_q = grad_q.float()
-        grad_k, grad_v = (tensor.unflatten(1, (heads, group)).sum(2) for tensor in (wide_k, wide_v))
         # float32: many rows add to one candidate
         grad_ck, grad_cv = (torch.zeros_like(tensor, dtype=torch.float32) for tensor in (context_keys, context_values))
         for rows, chosen in _rows_by_count(ctx.contexts):
@@ -348,9 +343,7 @@ def _attend_in_parts(
 ) -> tuple[Tensor, Tensor]:
     """Output (R, H, T, D) and log-sum-exp (R, H, T) of the joint softmax."""
     heads = keys.shape[1]
-    group = queries.shape[1] // heads
-    wide_keys, wide_values = (tensor.repeat_interleave(group, dim=1) for tensor in (keys, values))
-    output, lse = with_sinks(*attend(queries, wide_keys, wide_values, scale=scale, causal=True), learnt_sinks)
+    output, lse = with_sinks(*attend(queries, keys, values, scale=scale, causal=True), learnt_sinks)
     for rows, chosen in _rows_by_count(contexts):
         picked = [_pick(tensor, chosen) for tensor in (context_keys, context_values)]
         bias = _bias(contexts, rows, chosen, queries)
