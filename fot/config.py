@@ -3,7 +3,8 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 from memory.backends import Backends, check_index, is_clusters
 from memory.vectors import VECTOR_DTYPES
@@ -200,13 +201,18 @@ class MemoryConfig:
         """The settings that ``to_dict`` gave.
 
         Raises:
-            ValueError: This version does not know one of the settings.
+            ValueError: This version does not know one of the settings, or one has a wrong type.
         """
-        known = {f.name for f in fields(cls)}
+        if not isinstance(settings, dict):
+            raise ValueError(f"the memory settings are {settings!r:.60}, and not an object of settings")
+        known = get_type_hints(cls)
         settings = {name: value for name, value in settings.items() if name not in FORMER}
-        unknown = sorted(set(settings) - known)
+        unknown = sorted(set(settings) - set(known))
         if unknown:
             raise ValueError(f"unknown memory setting {unknown[0]!r}; known: {', '.join(sorted(known))}")
+        for name, value in settings.items():
+            if not _is_of(value, known[name]):
+                raise ValueError(f"the memory setting {name} is {str(value)[:60]!r}, which has a wrong type")
         return cls(**settings)
 
 
@@ -218,6 +224,15 @@ def merged(saved: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]
     index = given.get("index")
     by_share = isinstance(index, str) and is_clusters(index)
     return {name: value for name, value in saved.items() if not (by_share and name == "top_k")} | dict(given)
+
+
+def _is_of(value: Any, hint: Any) -> bool:
+    """Whether a value from JSON, where tuples are lists, is of the type of a setting."""
+    if get_origin(hint) is UnionType:
+        return any(_is_of(value, one) for one in get_args(hint))
+    if get_origin(hint) is tuple:
+        return isinstance(value, list | tuple) and all(_is_of(one, get_args(hint)[0]) for one in value)
+    return isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
 
 
 def default_mem_layers(num_hidden_layers: int) -> tuple[int, ...]:

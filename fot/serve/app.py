@@ -104,7 +104,7 @@ class Guard:
 
         async def send_safely(message: Message) -> None:
             if message["type"] == "http.response.start":
-                message = message | {"headers": [*message.get("headers", []), *SAFE_HEADERS]}
+                message = {**message, "headers": [*message.get("headers", []), *SAFE_HEADERS]}
             await send(message)
 
         app = self._app if error is None else JSONResponse(error.body(), error.status)

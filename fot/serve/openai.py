@@ -1,6 +1,7 @@
 """The OpenAI interface: models, conversations and completions."""
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -42,17 +43,21 @@ async def chat_completions(request: Request, asked: ChatRequest) -> Response:
     if asked.top_logprobs is not None and not asked.logprobs:
         raise ApiError(400, "top_logprobs needs logprobs", param="top_logprobs")
     logprobs = bool(asked.logprobs)
-    options = {
-        "max_tokens": asked.max_completion_tokens or asked.max_tokens or server.settings.max_tokens,
-        "stops": asked.stops,
-        "samplings": [asked.sampling(choice) for choice in range(asked.choices)],
-        "top_logprobs": (asked.top_logprobs or 0) if logprobs else None,
-    }
+    reply_to = partial(
+        chat,
+        entry,
+        server.conversations,
+        turns,
+        max_tokens=asked.max_completion_tokens or asked.max_tokens or server.settings.max_tokens,
+        stops=asked.stops,
+        samplings=[asked.sampling(choice) for choice in range(asked.choices)],
+        top_logprobs=(asked.top_logprobs or 0) if logprobs else None,
+    )
     answer_id = wire.new_id("chatcmpl")
     if not asked.stream:
 
         def work(stopped: Stopped) -> list[Reply]:
-            return chat(entry, server.conversations, turns, on_text=lambda *_: None, stopped=stopped, **options)
+            return reply_to(on_text=lambda *_: None, stopped=stopped)
 
         replies = await answer(request, work)
         choices = [wire.chat_choice(entry, number, reply, logprobs) for number, reply in enumerate(replies)]
@@ -70,7 +75,7 @@ async def chat_completions(request: Request, asked: ChatRequest) -> Response:
             known = wire.chat_logprobs(entry, scored) if logprobs else None
             send(piece([wire.chat_delta(number, {"content": text}, None, known)]))
 
-        return chat(entry, server.conversations, turns, on_text=on_text, stopped=stopped, **options)
+        return reply_to(on_text=on_text, stopped=stopped)
 
     def last(replies: list[Reply]) -> Iterator[dict[str, Any]]:
         for number, reply in enumerate(replies):

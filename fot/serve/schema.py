@@ -148,5 +148,5 @@ class CompletionRequest(Common):
         if isinstance(self.prompt, str):
             return [self.prompt]
         if self.prompt and isinstance(self.prompt[0], int):
-            return [[int(token) for token in self.prompt]]  # type: ignore[arg-type]
+            return [[int(token) for token in self.prompt]]
         return list(self.prompt)  # type: ignore[arg-type]

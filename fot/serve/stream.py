@@ -61,8 +61,11 @@ async def events(
     loop = asyncio.get_running_loop()
     queue: asyncio.Queue[Any] = asyncio.Queue()
 
+    def send(item: Any) -> None:
+        loop.call_soon_threadsafe(queue.put_nowait, item)
+
     def run(stopped: Stopped) -> T:
-        return work(lambda item: loop.call_soon_threadsafe(queue.put_nowait, item) and None, stopped)
+        return work(send, stopped)
 
     task = asyncio.ensure_future(server.line.run(run))
     await asyncio.sleep(0)  # into the line, or not

@@ -17,7 +17,7 @@ from fot.documents.read import read
 from fot.documents.record import State
 from fot.serve import wire
 from fot.serve.app import Server, server_of
-from fot.serve.errors import ApiError, without_paths
+from fot.serve.errors import ApiError
 from fot.serve.line import Stopped
 from fot.serve.stream import Send, events
 from memory import Memory
@@ -94,7 +94,7 @@ def _make(server: Server, name: str, target: Path, folder: Path, send: Send, sto
         try:
             found.add(path, read(path), State.of(path))
         except (ValueError, OSError, ImportError) as error:
-            wrong.append(without_paths(str(error).removesuffix("; nothing was stored"), [f"{path.parent}/"]))
+            wrong.append(str(error).replace(f"{path.parent}/", "").removesuffix("; nothing was stored"))
     if not found.paths:
         raise ApiError(400, f"no file with text: {'; '.join(wrong)}", param="files")
     names = _names(found.paths)
