@@ -16,7 +16,7 @@ from fot.evaluation import questions
 from fot.evaluation.intervals import wilson
 from fot.evaluation.questions import CEILING, ROWS, WITHOUT, books, holds, is_right, load_questions, normalised
 
-MEASURED = ("persuasion", "pride_and_prejudice", "sense_and_sensibility")
+MEASURED = ("persuasion", "pride_and_prejudice", "sherlock_holmes")
 TUNED_ON = ("northanger_abbey",)
 WINDOW = 420
 

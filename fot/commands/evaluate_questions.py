@@ -24,7 +24,7 @@ def add(kinds: Any) -> None:
         type=_book,
         metavar="NAME=PATH",
         help="a book, and its UTF-8 text or the folder of its memory (give the option once for each book); names: "
-        "northanger_abbey, persuasion, pride_and_prejudice, sense_and_sensibility",
+        "northanger_abbey, persuasion, pride_and_prejudice, sherlock_holmes",
     )
     add_memory_options(parser)
     parser.add_argument("--rows", type=_rows, metavar="ROW,ROW,...",

@@ -1,8 +1,9 @@
 """Ordinary questions about novels: is the answer right, and does a listed passage hold it?
 
 The questions come with the package (``fot/evaluation/books``), each with answers to accept and quotes of the novel
-that hold the answer. The questions are in no training document; two of the novels are among the training texts of
-``smollm2-135m-fot`` (see docs/results.md).
+that hold the answer. Questions and the books to be measured are in no training document; only *Northanger Abbey*, on
+which settings are chosen, is among the training texts of ``smollm2-135m-fot``. docs/results.md says where the texts
+can be had.
 """
 
 import json
