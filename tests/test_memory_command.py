@@ -286,6 +286,5 @@ def test_vectors_of_another_dtype(place: Path, checkpoint: Path, capsys: pytest.
     assert main([*arguments, "--vectors", "int8"]) == 0
     with Memory.open(place / "m", "a") as memory:
         assert (memory.key_dtype, memory.value_dtype) == ("int8", "int8")
-    assert main(["ask", "m", "Line 3?", "--max-new-tokens", "2", "--dtype", "float32", "--device", "cpu"]) == 0
     assert main(["memory", "append", "m", "code", "--vectors", "float32"]) == 2
     assert "was made with vectors in int8: omit --vectors" in capsys.readouterr().err
