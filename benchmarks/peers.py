@@ -1,7 +1,8 @@
 """This memory beside what one would take instead: one random model's shape, one table, ratios of one run.
 
     python benchmarks/peers.py --lengths 4096,16384
-    pip install --target EXTRA --no-deps memorizing-transformers-pytorch einops einops-exts joblib optimum-quanto ninja
+    pip install --target EXTRA --no-deps memorizing-transformers-pytorch einops einops-exts joblib cloudpickle
+    pip install --target EXTRA --no-deps optimum-quanto ninja
     pip install --target OLD --no-deps transformers==4.33.3 tokenizers==0.13.3 huggingface_hub==0.17.3
     python benchmarks/peers.py --extra EXTRA --longllama CHECKOUT --longllama-packages OLD --json OUT.json
 

@@ -27,8 +27,9 @@ FEW = 4  # queries that attend to the same clusters: the query heads of a KV hea
 # Of more queries, those that are alike do, so many on the mean, and to a larger share: measured on a shipped model's
 # queries, their errors are then no larger than that of a query alone.
 ALIKE, ALIKE_SHARE = 16, 4
-# As many queries as a window has: more are alike. Dense attention is faster if they attend to as much as this.
-MANY, MANY_ALIKE, DENSE_SHARE = 512, 64, 0.16
+# As many queries as a window has: more are alike. If they attend to more than this, dense attention costs so little
+# more that they get it.
+MANY, MANY_ALIKE, DENSE_SHARE = 512, 64, 0.06
 LADDER = (0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32)  # shares that are tried
 SAMPLED = 32  # queries that they are tried on
 UNTRIED_SHARE = 0.05  # before there are so many

@@ -292,7 +292,7 @@ class Memory(MemoryFacts):
 
     def clone(self) -> "Memory":
         """A copy in RAM that grows independently. It shares vectors that are mapped from a folder."""
-        copy = self.kept(torch.arange(len(self)))
+        copy = Memory._of(self._content.kept(torch.arange(len(self))), self._backends)
         for number, layer in self._indexed.items():
             copy._indexed[number].follow(layer)
         return copy

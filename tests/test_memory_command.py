@@ -290,3 +290,12 @@ def test_one_bar_over_all_files(
     assert bar.n == bar.total == len(Memory.open(place / "m"))
     assert "tok/s" in shown
     assert "book.txt" in shown
+
+
+def test_vectors_of_another_dtype(place: Path, checkpoint: Path, capsys: pytest.CaptureFixture) -> None:
+    arguments = ["memory", "build", "m", "book.txt", "--model", str(checkpoint), *OPTIONS]
+    assert main([*arguments, "--vectors", "int8"]) == 0
+    with Memory.open(place / "m", "a") as memory:
+        assert (memory.key_dtype, memory.value_dtype) == ("int8", "int8")
+    assert main(["memory", "append", "m", "code", "--vectors", "float32"]) == 2
+    assert "was made with vectors in int8: omit --vectors" in capsys.readouterr().err

@@ -45,6 +45,8 @@ def add_memory_options(parser: argparse.ArgumentParser) -> None:
         metavar="K",
         help="pairs that a query retrieves (default: all with the exact index, 128 with FAISS)",
     )
+    parser.add_argument("--vectors", choices=["float32", "bfloat16", "float16", "int8"],
+                        help="dtype of a new memory's keys and values (default: that of the model)")  # fmt: skip
     parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto",
                         help="dtype of the model; auto is the fastest on this device (default: auto)")  # fmt: skip
     parser.add_argument("--quantization", choices=["nf4"],
@@ -133,6 +135,8 @@ def load_for(args: argparse.Namespace, memory: Any) -> Any:
     window = MemoryConfig.from_dict(saved).local_context  # names a setting that this version does not know
     if None not in (window, args.local_context) and window != args.local_context:
         raise ValueError(f"{args.memory} was made with windows of {window} tokens: omit --local-context")
+    if args.vectors not in (None, memory.key_dtype):
+        raise ValueError(f"{args.memory} was made with vectors in {memory.key_dtype}: omit --vectors")
     model = load(args, saved=saved)
     model.check_memory(memory)
     return model
@@ -159,7 +163,8 @@ def add_outcome_options(parser: argparse.ArgumentParser, *, seed: str, result: s
 def memory_settings(args: argparse.Namespace) -> dict[str, Any]:
     """Options that were given, as settings of ``MemoryConfig``."""
     names = ("mem_layers", "local_context", "window_overlap", "full_weight_tokens", "index", "top_k")
-    return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    settings = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    return settings | ({"key_dtype": args.vectors, "value_dtype": args.vectors} if args.vectors else {})
 
 
 def find_dtype(args: argparse.Namespace) -> Any:
