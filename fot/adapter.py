@@ -117,7 +117,7 @@ def find_base(folder: Path) -> str:
     if found is None and Path(base).is_absolute():
         raise FileNotFoundError(
             f"the adapter in {folder} belongs to the base model at {base}, but nothing is there: put the model back, "
-            f'or correct {_place_of_base(folder)}'
+            f"or correct {_place_of_base(folder)}"
         )
     return base if found is None else str(found)
 

@@ -14,6 +14,9 @@ large keys that few real ones do not have. The value is the mean under the same 
 import torch
 from torch import Tensor
 
+from memory.faiss_module import check_one_build
+
+check_one_build()
 try:
     import faiss
 except ImportError as error:

@@ -7,6 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from memory.faiss_module import check_one_build
+
+check_one_build()
 try:
     import faiss
 except ImportError as error:
@@ -164,7 +167,7 @@ def _check_gpu(plan: Plan) -> None:
         raise ValueError(f"index {plan.text!r}: HNSW runs only on a CPU; omit gpu: or use gpu:IVF,Flat")
     if not hasattr(faiss, "StandardGpuResources") or faiss.get_num_gpus() == 0:
         raise ValueError(
-            f"index {plan.text!r} needs a GPU that FAISS can use, and there is none: install fot[gpu] in place of "
+            f"index {plan.text!r} needs a GPU that FAISS can use, and there is none: install faiss-gpu-cu12 in place of "
             "faiss-cpu and use a machine with a CUDA device, or omit gpu:"
         )
 

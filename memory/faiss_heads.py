@@ -8,6 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from memory.faiss_module import check_one_build
+
+check_one_build()
 try:
     import faiss
 except ImportError as error:

@@ -148,9 +148,7 @@ def fused_backward(
     """
     kernel = _fused_kernel(queries, queries.shape[-1], bias is not None, True)
     assert kernel is not None, "fused_backward_fits() comes first"
-    return kernels.backward(
-        kernel, grad, queries, keys, values, output, lse, scale=scale, causal=causal, bias=bias
-    )
+    return kernels.backward(kernel, grad, queries, keys, values, output, lse, scale=scale, causal=causal, bias=bias)
 
 
 def _fused_kernel(queries: Tensor, head_dim: int, masked: bool, grad: bool) -> str | None:

@@ -15,7 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from training.batches import NO_DOCUMENT, DocumentLoader, Piece, TaskSource, take
-from training.data import DataSource, DocumentStream, tokenize
+from training.data import DocumentStream
+from training.reader import tokenize
+from training.sources import DataSource
 
 # Lanes
 

@@ -9,7 +9,9 @@ import pytest
 from data_helpers import loader_of, write_rows, write_texts
 from datasets import Dataset
 
-from training.data import DataSource, DocumentStream, read_documents, tokenize
+from training.data import DocumentStream, read_documents
+from training.reader import tokenize
+from training.sources import DataSource
 
 
 def test_every_kind_of_file_gives_the_same_documents(tmp_path: Path, tokenizer: Any) -> None:

@@ -101,7 +101,7 @@ def test_gradients_do_not_depend_on_how_frozen_weights_are_held(trainable: str, 
 def test_checkpointing_begins_with_the_first_step(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Models come in eval mode, in which transformers keeps all activations; so did a run up to its first evaluation."""
+    """Models come in eval mode, in which transformers keeps all activations."""
     modes = []
     plain = Step.forward
 

@@ -69,7 +69,6 @@ class Device:
         output, lse = reference(q, k, v, scale, causal, bias)
         return output, torch.nn.functional.pad(lse, (0, -lse.shape[2] % 32), value=torch.inf), None, None
 
-
     def flash_backward(
         self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cum_q: None, cum_k: None,
         max_q: int, max_k: int, dropout: float, causal: bool, seed: Tensor, offset: Tensor, *, scale: float,
@@ -153,7 +152,11 @@ def test_gradients_of_output_and_log_sum_exp_come_from_kernels(
         if dtype == torch.bfloat16 and capability < (8, 0):
             continue
         generator = torch.Generator().manual_seed(0)
-        shapes = [(2, 4, T, head_dim), (2, heads, N if masked else T, head_dim), (2, heads, N if masked else T, head_dim)]
+        shapes = [
+            (2, 4, T, head_dim),
+            (2, heads, N if masked else T, head_dim),
+            (2, heads, N if masked else T, head_dim),
+        ]
         tensors = [torch.randn(shape, generator=generator).to(dtype).requires_grad_() for shape in shapes]
         mask = (torch.rand(2, 1, 1, N, generator=generator) > 0.5) | (torch.arange(N) == 0) if masked else None
         output, lse = attend(*tensors, scale=head_dim**-0.5, causal=not masked, mask=mask)
@@ -205,7 +208,9 @@ def test_crossbatch_trains_by_kernels(capability: tuple[int, int], on_cuda: Any,
 def test_gradients_on_the_cpu(heads: int, dtype: torch.dtype) -> None:
     """By its kernel, and in float64, for which there is none."""
     generator = torch.Generator().manual_seed(0)
-    tensors = [torch.randn(2, count, T, 12, generator=generator).to(dtype).requires_grad_() for count in (4, heads, heads)]
+    tensors = [
+        torch.randn(2, count, T, 12, generator=generator).to(dtype).requires_grad_() for count in (4, heads, heads)
+    ]
     output, lse = attend(*tensors, scale=0.3, causal=True)
     assert ("FusedAttention" in type(output.grad_fn).__name__) == (dtype == torch.float32)
     found = torch.autograd.grad(output.square().sum() + (lse * torch.arange(T)).sum(), tensors)

@@ -15,9 +15,9 @@ from fot.config import MemoryConfig
 from training.batches import DocumentLoader, TaskSource
 from training.contexts import Rows, choose_all, rows_of
 from training.crossbatch import Contexts, enable_crossbatch
-from training.data import DataSource
 from training.recipe import SHIPPED, load_recipe
 from training.schedule import ContextSchedule
+from training.sources import DataSource
 from training.tasks import SyntheticRetrieval, filler_from
 
 WINDOW = 5

@@ -95,7 +95,10 @@ def test_two_lora_adapters_count_together_over_four_bits(folder: Path, make_plai
 def test_commands_take_adapters_over_four_bits(folder: Path, tmp_path: Path) -> None:
     memory, model = str(tmp_path / "memory"), str(folder / "lora/adapter")
     options = ["--quantization", "nf4", "--dtype", "float32"]
-    assert main(["memory", "build", memory, str(folder / "text.txt"), "--model", model, *options, "--local-context", "64"]) == 0
+    assert (
+        main(["memory", "build", memory, str(folder / "text.txt"), "--model", model, *options, "--local-context", "64"])
+        == 0
+    )
     assert main(["ask", memory, "a", "--plain", "--max-new-tokens", "2", *options]) == 0
 
 

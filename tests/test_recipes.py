@@ -8,9 +8,10 @@ import pytest
 import yaml
 from train_helpers import SMALL, losses, train, write_recipe
 
-from training.data import DataSource, read_documents
+from training.data import read_documents
 from training.rates import learning_rate_at
 from training.recipe import Recipe, load_recipe
+from training.sources import DataSource
 
 DICTIONARY = {"kind": "dictionary"}
 

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from training.batches import Batch, TaskSource, join_lanes, select_lanes
-from training.data import DataSource
 from training.shares import LaneLoader, all_shares, lanes_of_a_process
+from training.sources import DataSource
 
 SHARES, LANES = 2, 3
 

@@ -50,8 +50,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from fot.tasks.task import Task
-from training.data import DataSource, DocumentStream
+from training.data import DocumentStream
 from training.pieces import Piece, Span, framed, special_ids, take, task_span, whole_piece
+from training.sources import DataSource
 
 IGNORED = -100  # label of tokens without loss, as in transformers
 NO_DOCUMENT = -1  # document of a row that is all padding

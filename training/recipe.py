@@ -42,7 +42,7 @@ class Recipe:
     Attributes:
         model: name, folder or hub id of a model; or the settings of a new model with random weights.
         memory: settings of ``MemoryConfig``: ``mem_layers``, ``local_context``, ``mem_positionals``.
-        sources: texts to train on, entries of ``training.data.DataSource``.
+        sources: texts to train on, entries of ``training.sources.DataSource``.
         tasks: synthetic documents, entries of ``training.tasks``, each with ``kind``, ``weight`` and its settings.
         held_out: texts whose loss is measured, without a memory and with one; entries like those of ``sources``. They
             are never trained on.
@@ -157,8 +157,8 @@ class Recipe:
             raise ValueError(f"recipe: lora is {self.lora}, but trainable is {self.trainable!r}: set trainable: lora")
         if self.quantization and self.trainable == "all":
             raise ValueError(
-                f"recipe: quantization is {self.quantization!r}, but trainable is 'all', and weights in 4 bits cannot be "
-                "trained: set trainable: lora or memory"
+                f"recipe: quantization is {self.quantization!r}, but trainable is 'all', and weights in 4 bits cannot "
+                "be trained: set trainable: lora or memory"
             )
         if self.warmup_steps + self.decay_steps > self.steps:
             name = "warmup_steps" if self.warmup_steps > self.steps else "decay_steps"

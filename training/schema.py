@@ -18,8 +18,8 @@ from pydantic_core import CoreSchema, core_schema
 from typing_extensions import TypedDict
 
 from fot.config import MemoryConfig
-from training.data import DataSource
 from training.schedule import ContextSchedule
+from training.sources import DataSource
 
 # Infinity and NaN are never meant; a key that nobody reads is a mistake.
 CONFIG = ConfigDict(extra="forbid", allow_inf_nan=False, arbitrary_types_allowed=True)

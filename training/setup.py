@@ -17,10 +17,11 @@ from fot.quantized import nf4
 from fot.tasks.dictionary import DictionaryTask
 from fot.tasks.task import Task
 from training.batches import DocumentLoader, TaskSource
-from training.data import DataSource, describe, find_files, read_documents
+from training.data import read_documents
 from training.frozen import compute_in_float32, train_in_float32
 from training.recipe import Recipe
 from training.shares import LaneLoader
+from training.sources import DataSource, describe, find_files
 from training.tasks import SyntheticRetrieval, filler_from
 
 # Documents of a task's filler that are held in memory, tokenised.

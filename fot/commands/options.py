@@ -50,7 +50,7 @@ def add_memory_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto",
                         help="dtype of the model; auto is the fastest on this device (default: auto)")  # fmt: skip
     parser.add_argument("--quantization", choices=["nf4"],
-                        help="hold the weights in 4 bits; needs bitsandbytes (default: as the model has them)")  # fmt: skip
+                        help="hold the weights in 4 bits; needs bitsandbytes (default: 16 or 32 bits)")  # fmt: skip
     parser.add_argument(
         "--device", metavar="NAME", help="device: cpu, cuda, cuda:1, ... (default: a GPU if there is one)"
     )

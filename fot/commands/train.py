@@ -21,9 +21,7 @@ def add(commands: Any) -> None:
     parser.add_argument(
         "overrides", nargs="*", metavar="KEY=VALUE", help="entries of the recipe to change, such as steps=100"
     )
-    parser.add_argument(
-        "--out", type=named_path, help="folder for the checkpoints, the log and the result"
-    )
+    parser.add_argument("--out", type=named_path, help="folder for the checkpoints, the log and the result")
     parser.add_argument(
         "--estimate", action="store_true", help="print what the run takes of memory and where it fits; train nothing"
     )

@@ -1,0 +1,45 @@
+"""One build of FAISS, or a message that says how to get there."""
+
+import re
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError
+from pathlib import Path
+
+import pytest
+
+from memory import faiss_module
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_two_builds_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    here = ["faiss-cpu"]
+
+    def version(name: str) -> str:
+        if name not in here:
+            raise PackageNotFoundError(name)
+        return "1.14"
+
+    monkeypatch.setattr(faiss_module, "version", version)
+    faiss_module.check_one_build()
+    here.append("faiss-gpu-cu12")
+    words = "pip uninstall -y faiss-cpu faiss-gpu-cu12, and then pip install faiss-gpu-cu12"
+    with pytest.raises(ImportError, match=re.escape(words)):
+        faiss_module.check_one_build()
+
+
+@pytest.mark.parametrize("module", ["faiss_heads", "faiss_factory", "clustering"])
+def test_every_module_that_imports_faiss_looks_first(module: str) -> None:
+    code = (
+        "import memory.faiss_module as m; m.installed_builds = lambda: ['faiss-cpu', 'faiss-gpu-cu12']\n"
+        f"try:\n    import memory.{module}\nexcept ImportError as error:\n    print(error)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "pip uninstall -y faiss-cpu faiss-gpu-cu12" in done.stdout
+
+
+def test_no_extra_installs_a_second_build() -> None:
+    """faiss-cpu always comes with fot, so an extra with another build would break both."""
+    text = (ROOT / "pyproject.toml").read_text()
+    assert len(re.findall(r'"faiss-[a-z0-9-]+[>=]', text)) == 1
