@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from fot import __version__
-from fot.commands import ask, evaluate, info, inspect, memory, passkey, train
+from fot.commands import ask, compare, cost, evaluate, info, inspect, memory, passkey, train
 from fot.files import check_unicode, shown
 
 Command = Callable[[argparse.Namespace], int]
@@ -90,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="fot", description="External kNN memory for Llama-family models.")
     parser.add_argument("--version", action="version", version=f"fot {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for module in (passkey, info, memory, ask, inspect, train, evaluate):
+    for module in (passkey, info, memory, ask, inspect, train, evaluate, compare, cost):
         module.add(commands)
     return parser
 

@@ -1,17 +1,17 @@
 """Results as tables, plots and files."""
 
-import io
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from fot.config import MemoryConfig
-from memory.atomic import write_bytes
+from fot.evaluation.drawing import new_figure as _figure
+from fot.evaluation.drawing import render as _render
+from fot.evaluation.drawing import save_figure as _save
 
 # Bytes of one number.
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
@@ -376,27 +376,5 @@ def _note(result: dict[str, Any]) -> str:
     return "\ninterrupted: finished trials only" if result["interrupted"] else ""
 
 
-def _figure(width: int, height: int) -> Any:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("drawing needs matplotlib: pip install 'fot[plot]'") from error
-    return Figure(figsize=(width, height), layout="constrained")
-
-
-def _save(figure: Any, path: Path) -> None:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format=path.suffix.lstrip(".") or "png", dpi=120)
-    write_bytes(path, buffer.getvalue())
-
-
 def _number(value: float | None, form: str) -> str:
     return "-" if value is None else form.format(value)
-
-
-def _render(table: Table) -> str:
-    console = Console(file=io.StringIO(), width=120)
-    console.print(table)
-    file = console.file
-    assert isinstance(file, io.StringIO)
-    return file.getvalue().rstrip("\n")
