@@ -19,7 +19,7 @@ from fot.compare.tasks import TASK_FUNCTIONS, Material
 from fot.evaluation.intervals import wilson
 from fot.machine import peak_rss_bytes
 
-METHODS = "plain,streaming,yarn,dynamic-ntk,memory,bm25"
+METHODS = "plain,yarn,streaming,memory,bm25"
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def arguments(checkpoint: Path, text: Path, out: Path, *more: str) -> list[str]:
-    return ["compare", str(checkpoint), str(text), "--methods", METHODS, "--tasks", "passkey,perplexity,needles,fluency",
+    return ["compare", str(checkpoint), str(text), "--methods", METHODS, "--tasks", "passkey,perplexity,needles",
             "--lengths", "400,450", "--window", "20", "--local-context", "32", "--mem-layers", "1,3", "--out", str(out),
             "--whole-up-to", "420", "--dtype", "float32", "--device", "cpu", *more]  # fmt: skip
 
@@ -49,20 +49,20 @@ def test_compare(checkpoint: Path, text: Path, tmp_path: Path, capsys: pytest.Ca
     out = tmp_path / "out"
     assert main(arguments(checkpoint, text, out)) == 0
     shown = capsys.readouterr().out
-    for word in ("trained length", "cache B/token", "tok/s", "peak RSS MB", "95 %", "no, wants it", "up to 420 tokens"):
+    for word in ("trained", "B/token", "tok/s", "peak RSS", "95 %", "no, wants it", "up to 420 tokens"):
         assert word in shown
     trials = read_trials(out / "results.jsonl")
-    # At 400 six methods, four of them also the two tasks that bm25 cannot do; at 450 three that need not see all.
-    assert len(trials) == 2 * 6 + 2 * 5 + 2 * 3 + 2 * 2
+    # At 400 five methods, but bm25 knows no perplexity; at 450 the three of them that need not see all.
+    assert len(trials) == 2 * 5 + 4 + 2 * 3 + 2
     assert sorted(path.name for path in out.iterdir()) == [
-        "fluency.png", "needles.png", "passkey.png", "perplexity.png", "results.jsonl", "settings.json",
+        "needles.png", "passkey.png", "perplexity.png", "results.jsonl", "settings.json",
     ]  # fmt: skip
     assert (out / "passkey.png").read_bytes().startswith(b"\x89PNG")
     by_method = {row.method: row for row in rows(trials) if (row.task, row.length) == ("perplexity", 400)}
     whole = 5 * 2 * 2 * 8 * 4  # layers, keys and values, heads, size, bytes
     assert by_method["plain"].bytes_per_token == whole
     assert by_method["streaming"].bytes_per_token == pytest.approx(whole * 23 / 200)
-    assert by_method["memory"].bytes_per_token == 2 * 2 * 2 * 8 * 4 + 16
+    assert by_method["memory"].bytes_per_token >= 2 * 2 * 2 * 8 * 4 + 16
     assert all(row.low <= row.score <= row.high for row in rows(trials))
 
 
@@ -89,7 +89,7 @@ def test_resume(checkpoint: Path, text: Path, tmp_path: Path, capsys: pytest.Cap
 
 def test_damaged_results(tmp_path: Path) -> None:
     (tmp_path / "results.jsonl").write_text('{"a": 1}\nrubbish\n{"a": 2}\n')
-    with pytest.raises(ValueError, match="line 2 of .* is damaged"):
+    with pytest.raises(ValueError, match=r"line 2 of .* is damaged"):
         open_folder(tmp_path, {}, resume=True)
 
 
@@ -167,6 +167,18 @@ def test_perplexity_is_that_of_one_pass(model: object, material: Material) -> No
     assert figures["loss_squares"] == pytest.approx(float((losses**2).sum()), rel=1e-4)
 
 
+def test_fluency(model: object, material: Material, tmp_path: Path) -> None:
+    """What each method writes after the beginning of a text, and the model as it is judges."""
+    open_folder(tmp_path, {}, resume=False)
+    planned = plan(find_methods("plain,streaming,memory,bm25"), ["fluency"], [60], 1, 1000)
+    assert len(planned) == 3, "bm25 has nothing to read again"
+    trials = run(model, planned, Setting(60, window=20), material, tmp_path, [])["trials"]
+    for trial in trials:
+        assert trial["figures"].keys() == {"repeated_ngrams", "newline_runs", "unlikely_tokens", "right", "asked"}
+        assert trial["figures"]["asked"] == 60 - 30 - 3
+    assert [row.method for row in rows(trials)] == ["plain", "streaming", "memory"]
+
+
 def test_all_methods_get_the_same_texts(material: Material) -> None:
     from fot.evaluation.passkey import make_prompt
 
@@ -209,9 +221,10 @@ def test_costs_by_hand(model: object) -> None:
     """Kept bytes are those that readers hold, FLOPs those of each pair of a query and a key."""
     shape, setting = Shape.of(model), Setting(100, window=20)
     for name in ("plain", "window", "streaming", "memory", "cache-fp8"):
+        size = 1024 if name == "memory" else 100  # which it has room for at once
         with torch.no_grad(), opened(name, model, setting) as reader:
-            held = reader.held_bytes(reader.read(list(range(3, 103)), lambda tokens: None))
-        found = cost(find_methods(name)[0], shape, 100, setting)
+            held = reader.held_bytes(reader.read([3 + place % 200 for place in range(size)], lambda tokens: None))
+        found = cost(find_methods(name)[0], shape, size, setting)
         slack = 400 if name == "cache-fp8" else 0  # scales
         assert found.kept_bytes is not None
         assert held - slack <= found.kept_bytes <= held, name
@@ -235,8 +248,9 @@ def test_extrapolation() -> None:
 
 
 def test_cost(checkpoint: Path, capsys: pytest.CaptureFixture) -> None:
-    few = ["cost", str(checkpoint), "--length", "1000", "--methods", "plain,streaming,memory,bm25,cache-offloaded",
-           "--window", "20", "--sizes", "32,64", "--local-context", "32", "--dtype", "float32", "--device", "cpu"]  # fmt: skip
+    few = ["cost", str(checkpoint), "--length", "1000", "--window", "20",
+           "--methods", "plain,streaming,memory,bm25,cache-offloaded",
+           "--sizes", "32,64", "--local-context", "32", "--dtype", "float32", "--device", "cpu"]  # fmt: skip
     assert main(few) == 0
     shown = capsys.readouterr().out
     assert "a text of 1,000 tokens" in shown

@@ -1,4 +1,4 @@
-"""Frequencies of each method against numbers worked out from its source: d = 8, b = 10000, so f = 1, 0.1, 0.01, 0.001."""
+"""Frequencies of each method against numbers worked out from its source: d = 8, b = 10000, f = 1, 0.1, 0.01, 0.001."""
 
 import math
 
@@ -126,7 +126,7 @@ def test_longrope_takes_a_factor_for_each_frequency(make_plain: ModelMaker) -> N
 
 def test_stretched_models_are_refused(make_plain: ModelMaker) -> None:
     model = make_plain()
-    with rope.rotated(model, rope.yarn(model, 2.0)), pytest.raises(ValueError, match="stretched already .*'yarn'"):
+    with rope.rotated(model, rope.yarn(model, 2.0)), pytest.raises(ValueError, match=r"stretched already .*'yarn'"):
         rope.check_rotary(model)
 
 

@@ -30,7 +30,7 @@ def test_it_finds_better_ones(seed: int) -> None:
         tried.append(factors)
         return loss(factors)
 
-    found = search_factors(noted, FIRST, 4.0, seed=seed)
+    found = search_factors(noted, FIRST, 4.0, rounds=20, seed=seed)
     assert loss(found) < min(map(loss, FIRST)) / 2
     assert loss(found) == min(map(loss, tried))
     assert len(tried) == len(set(tried)), "nothing is measured twice"

@@ -20,7 +20,7 @@ def add(commands: Any) -> None:
     parser.add_argument("--length", type=positive, default=32768, metavar="N",
                         help="tokens of the text (default: 32768)")  # fmt: skip
     parser.add_argument("--methods", default=",".join(DEFAULT), metavar="NAME,NAME,...",
-                        help=f"all, or some of those that fot compare --list shows (default: {','.join(DEFAULT)})")  # fmt: skip
+                        help=f"all, or some of fot compare --list (default: {','.join(DEFAULT)})")  # fmt: skip
     parser.add_argument("--sizes", type=positive_list, default=[512, 1024, 2048], metavar="N,N,...",
                         help="tokens of the texts that are timed (default: 512,1024,2048)")  # fmt: skip
     parser.add_argument("--no-time", action="store_true", help="measure nothing")

@@ -1,7 +1,7 @@
 """What a long text costs by each method: attention FLOPs, bytes that are kept, and time, measured at small sizes."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 
 from fot.compare.catalogue import MEMORY, PASSAGES, WHOLE, WINDOW, Method
 from fot.compare.methods import SINKS, Setting, opened
-from fot.compare.readers import PASSAGE, greedy
+from fot.compare.readers import PASSAGE, Progress, greedy
 from fot.compare.readers import PASSAGES as COUNT
 from fot.evaluation.report import memory_bytes_per_token
 from fot.families import key_value_shape
@@ -114,8 +114,12 @@ def _cache_bytes(shape: Shape, tokens: int, number: float) -> float:
 
 @torch.no_grad()
 def measure(
-    method: Method, model: Any, sizes: Sequence[int], setting: Setting, written: int = 8,
-    progress: Callable[[int], None] = lambda tokens: None,
+    method: Method,
+    model: Any,
+    sizes: Sequence[int],
+    setting: Setting,
+    written: int = 8,
+    progress: Progress = lambda tokens: None,
 ) -> tuple[list[float], list[float]]:
     """Seconds to read random tokens of each size, and seconds a token that is written after them.
 

@@ -15,7 +15,7 @@ PARTS_NTK = (1.25, 0.75)  # between the NTK-aware base and interpolation
 PARTS_PLAIN = (16, 2)  # between plain frequencies and the former
 YARN_PLAIN = (32, 1)
 
-# Of Giraffe's truncated basis: the one frequency left of the low ones, and what is lower than all, as parts of 2 pi / L.
+# Of Giraffe's truncated basis, as parts of 2 pi / L: the one low frequency that is left, and below what there is none.
 TRUNCATED_KEPT = 16
 TRUNCATED_ZERO = 8
 

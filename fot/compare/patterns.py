@@ -1,4 +1,4 @@
-"""What methods make of positions that change with the text or with the distance: patterns for ``fot.compare.turned``."""
+"""Methods whose positions change with the text or with the distance: patterns for ``fot.compare.turned``."""
 
 import math
 from collections.abc import Callable, Sequence

@@ -27,10 +27,14 @@ PASSAGE = 128
 PASSAGES = 4
 
 
+# Told of tokens as they are read.
+Progress = Callable[[int], object]
+
+
 class Reader(Protocol):
     """One method on one model."""
 
-    def read(self, ids: Sequence[int], progress: Callable[[int], None]) -> Any:
+    def read(self, ids: Sequence[int], progress: Progress) -> Any:
         """Read a text, token ids, and return the state after it; ``progress`` is told of tokens as they are read."""
 
     def fork(self, state: Any) -> Any:
@@ -55,7 +59,7 @@ class CachedReader:
     model: Any
     new_cache: Callable[[], Any]
 
-    def read(self, ids: Sequence[int], progress: Callable[[int], None]) -> Any:
+    def read(self, ids: Sequence[int], progress: Progress) -> Any:
         cache = self.new_cache()
         for start in range(0, len(ids), CHUNK):
             chunk = ids[start : start + CHUNK]
@@ -97,7 +101,7 @@ class MemoryReader:
 
     model: Any
 
-    def read(self, ids: Sequence[int], progress: Callable[[int], None]) -> Remembered:
+    def read(self, ids: Sequence[int], progress: Progress) -> Remembered:
         memory = self.model.new_memory()
         if ids:
             self.model.ingest(list(ids), memory, progress=False)
@@ -141,7 +145,7 @@ class PassageReader:
     reader: CachedReader
     tokenizer: Any
 
-    def read(self, ids: Sequence[int], progress: Callable[[int], None]) -> Passages:
+    def read(self, ids: Sequence[int], progress: Progress) -> Passages:
         parts = [list(ids[start : start + PASSAGE]) for start in range(0, len(ids), PASSAGE)]
         texts = [self.tokenizer.decode(part, skip_special_tokens=True) for part in parts]
         progress(len(ids))
@@ -170,9 +174,7 @@ def greedy(reader: Reader, state: Any, ids: Sequence[int], count: int) -> list[i
     return list(itertools.islice(written(reader, state, ids), count))
 
 
-def written(
-    reader: Reader, state: Any, ids: Sequence[int], generator: torch.Generator | None = None
-) -> Iterator[int]:
+def written(reader: Reader, state: Any, ids: Sequence[int], generator: torch.Generator | None = None) -> Iterator[int]:
     """Tokens without end, after these ids; changes the state.
 
     Args:

@@ -10,7 +10,7 @@ import torch
 from fot.compare import rope
 from fot.compare.catalogue import WHOLE, Method
 from fot.compare.methods import Setting, opened
-from fot.compare.readers import CachedReader
+from fot.compare.readers import CachedReader, Progress
 from fot.compare.results import Trial, append, key_of
 from fot.compare.search import first_factors, search_factors
 from fot.compare.tasks import TASK_FUNCTIONS, Material, judge, perplexity
@@ -86,7 +86,7 @@ def run(
 
 def _trial(
     model: Any, method: Method, task: str, length: int, number: int, setting: Setting, material: Material,
-    move: Callable[[int], None],
+    move: Progress,
 ) -> Trial:  # fmt: skip
     reset_peak_rss()
     with opened(method.name, model, setting) as reader:

@@ -52,7 +52,8 @@ def search_factors(
     for _ in range(rounds):
         best = sorted(known, key=known.__getitem__)[: max(2, population // 4)]
         for number in range(population):
-            child = mutated(rng.choice(best), factor, rng) if number % 2 else crossed(*rng.choices(best, k=2), rng)
+            one, other = rng.choices(best, k=2)
+            child = mutated(one, factor, rng) if number % 2 else crossed(one, other, rng)
             if child not in known:
                 known[child] = loss(child)
     return min(known, key=known.__getitem__)

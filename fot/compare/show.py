@@ -42,7 +42,8 @@ def _table(task: str, rows: Sequence[Row], trained_length: int) -> str:
     table = Table(box=box.SIMPLE_HEAD, title=task)
     table.add_column("method")
     table.add_column("tuned")
-    for name in ("trained length", "tokens", SCORES[task], "95 %", "trials", "cache B/token", "tok/s", "peak RSS MB"):
+    names = ("trained\nlength", "tokens", SCORES[task], "95 %", "trials", "cache\nB/token", "tok/s", "peak RSS\nMB")
+    for name in names:
         table.add_column(name, justify="right")
     for row in rows:
         table.add_row(
@@ -79,8 +80,15 @@ def pictures(folder: Path, rows: Sequence[Row], title: str, trained_length: int)
             line = [row for row in mine if row.method == name]
             scores = [row.score for row in line]
             spread = [[row.score - row.low for row in line], [row.high - row.score for row in line]]
-            axes.errorbar([row.length for row in line], scores, yerr=[[max(0.0, one) for one in side] for side in spread],
-                          fmt="os^Dv"[number // 10 % 5] + "-", color=f"C{number % 10}", capsize=3, label=name)  # fmt: skip
+            axes.errorbar(
+                [row.length for row in line],
+                scores,
+                yerr=[[max(0.0, one) for one in side] for side in spread],
+                fmt="os^Dv"[number // 10 % 5] + "-",
+                color=f"C{number % 10}",
+                capsize=3,
+                label=name,
+            )
         lengths = sorted({row.length for row in mine})
         axes.axvline(trained_length, color="0.6", linestyle="--", linewidth=0.8)
         axes.set(xscale="log", xlabel="tokens (dashed: trained length)", ylabel=SCORES[task], title=f"{task}, {title}")

@@ -21,9 +21,7 @@ from fot.compare.turned import turned_by
 
 
 @contextmanager
-def attention_sinks(
-    model: Any, attention_sink_size: int = 4, attention_sink_window_size: int = 1020
-) -> Iterator[Any]:
+def attention_sinks(model: Any, attention_sink_size: int = 4, attention_sink_window_size: int = 1020) -> Iterator[Any]:
     """Within, a plain model sees a text's first tokens and its last ones, and no others.
 
     Args:

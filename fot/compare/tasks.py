@@ -14,7 +14,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from fot.compare.fluency import NGRAM, losses_in_windows, measures
-from fot.compare.readers import Reader, greedy, written
+from fot.compare.readers import Progress, Reader, greedy, written
 from fot.evaluation.needles import make_haystack, question_ids
 from fot.evaluation.passkey import LARGEST_KEY, QUESTION, key_in, make_prompt
 from fot.tasks.haystack import bos, encode
@@ -66,9 +66,6 @@ class Outcome:
     ids: tuple[int, ...] = ()
 
 
-Progress = Callable[[int], None]
-
-
 @torch.no_grad()
 def passkey(reader: Reader, material: Material, length: int, trial: int, progress: Progress) -> Outcome:
     """A number hidden in a dull text of ``length`` tokens: ``right`` of ``asked``, 0 or 1 of 1."""
@@ -105,7 +102,7 @@ def perplexity(reader: Reader, material: Material, length: int, trial: int, prog
 
 @torch.no_grad()
 def needles(reader: Reader, material: Material, length: int, trial: int, progress: Progress) -> Outcome:
-    """Facts hidden in ``length`` tokens of real text: ``right`` of ``asked``, all tokens of the answer the likeliest."""
+    """Facts hidden in ``length`` tokens of real text: ``right`` of ``asked``, each token the likeliest."""
     tokenizer, rng = material.tokenizer, material.rng("needles", length, trial)
     haystack = make_haystack(tokenizer, material.texts, length, NEEDLES, rng)
     start, right = time.perf_counter(), 0

@@ -3,8 +3,8 @@ another for others.
 
 The model's own rotation is switched off, and its cache holds keys as they are before it. transformers calls
 ``turned_attention`` by its ``AttentionInterface``; a hook on each attention module hands it the method and the cache.
-Queries go in blocks of ``BLOCK`` positions, which begin at fixed ones: what a query sees depends on its position alone, not on
-how many tokens are read at once.
+Queries go in blocks of ``BLOCK`` positions, which begin at fixed ones: what a query sees depends on its position alone,
+not on how many tokens are read at once.
 """
 
 from collections.abc import Iterator, Sequence
