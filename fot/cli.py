@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from fot import __version__
-from fot.commands import ask, evaluate, info, inspect, memory, merge, passkey, serve, train
+from fot.commands import ask, compare, cost, evaluate, info, inspect, memory, merge, passkey, serve, train
 from fot.files import check_unicode, shown
 
 LONGEST_MESSAGE = 1000  # characters of an error
@@ -95,7 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="fot", description="External kNN memory for Llama-family models.")
     parser.add_argument("--version", action="version", version=f"fot {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for module in (passkey, info, memory, ask, serve, inspect, train, merge, evaluate):
+    for module in (passkey, info, memory, ask, serve, inspect, train, merge, evaluate, compare, cost):
         module.add(commands)
     return parser
 

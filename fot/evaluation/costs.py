@@ -8,7 +8,7 @@ from rich import box
 from rich.table import Table
 
 from fot.config import MemoryConfig
-from fot.evaluation.report import render
+from fot.evaluation.drawing import render
 
 # Bytes of one number.
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}

@@ -255,6 +255,10 @@ def _answer_length() -> int:
 
 
 def _trial(prompt: Prompt, answer: str, seconds: float, **figures: Any) -> Trial:
+    return Trial(len(prompt.ids), prompt.depth, prompt.key, answer, key_in(answer, prompt.key), seconds, **figures)
+
+
+def key_in(answer: str, key: int) -> bool:
+    """Whether an answer begins with the key, and not with a longer number."""
     number = re.match(r"\s*(\d+)", answer)
-    correct = number is not None and number.group(1) == str(prompt.key)
-    return Trial(len(prompt.ids), prompt.depth, prompt.key, answer, correct, seconds, **figures)
+    return number is not None and number.group(1) == str(key)

@@ -1,10 +1,9 @@
 """Results as pictures."""
 
-import io
 from pathlib import Path
 from typing import Any
 
-from memory.atomic import write_bytes
+from fot.evaluation.drawing import new_figure, save_figure
 
 
 def passkey_plot(path: Path, result: dict[str, Any]) -> None:
@@ -13,7 +12,7 @@ def passkey_plot(path: Path, result: dict[str, Any]) -> None:
     Raises:
         ImportError: matplotlib is not installed.
     """
-    figure = _figure(9, 4)
+    figure = new_figure(9, 4)
     left, right = figure.subplots(1, 2, sharex=True)
     for part, label, colour in (("results", "with memory", "tab:blue"), ("baseline", "without", "tab:grey")):
         entries = result[part]
@@ -34,7 +33,7 @@ def passkey_plot(path: Path, result: dict[str, Any]) -> None:
         )
     right.set(xlabel="tokens", ylabel="depth of the key", ylim=(1.05, -0.05), title="each trial")
     right.legend()
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def growing_plot(path: Path, result: dict[str, Any]) -> None:
@@ -43,7 +42,7 @@ def growing_plot(path: Path, result: dict[str, Any]) -> None:
     Raises:
         ImportError: matplotlib is not installed.
     """
-    figure = _figure(6, 4)
+    figure = new_figure(6, 4)
     axes = figure.subplots()
     ticks = sorted({row["tokens"] for entry in result["models"] for row in entry["rows"]})
     for number, entry in enumerate(result["models"]):
@@ -54,7 +53,7 @@ def growing_plot(path: Path, result: dict[str, Any]) -> None:
     axes.set(xlabel="tokens before the window", ylabel="perplexity", title="what a memory of the text is worth")
     axes.set_xticks(range(len(ticks)), [f"{tick:,}" for tick in ticks])
     axes.legend()
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def distraction_plot(path: Path, result: dict[str, Any]) -> None:
@@ -63,7 +62,7 @@ def distraction_plot(path: Path, result: dict[str, Any]) -> None:
     Raises:
         ImportError: matplotlib is not installed.
     """
-    figure = _figure(6, 4)
+    figure = new_figure(6, 4)
     axes = figure.subplots()
     counts = result["contexts"]
     axes.plot(counts, [1 / count for count in counts], "--", label="1/contexts", color="tab:grey")
@@ -75,18 +74,4 @@ def distraction_plot(path: Path, result: dict[str, Any]) -> None:
     axes.set_xticks(counts, [str(count) for count in counts])
     axes.minorticks_off()
     axes.legend()
-    _save(figure, path)
-
-
-def _figure(width: int, height: int) -> Any:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("drawing needs matplotlib: pip install 'fot[plot]'") from error
-    return Figure(figsize=(width, height), layout="constrained")
-
-
-def _save(figure: Any, path: Path) -> None:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format=path.suffix.lstrip(".") or "png", dpi=120)
-    write_bytes(path, buffer.getvalue())
+    save_figure(figure, path)

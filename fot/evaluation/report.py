@@ -1,11 +1,11 @@
 """Results as tables."""
 
-import io
 from typing import Any
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
+
+from fot.evaluation.drawing import render
 
 
 def passkey_table(result: dict[str, Any]) -> str:
@@ -249,12 +249,3 @@ def _note(result: dict[str, Any]) -> str:
 
 def _number(value: float | None, form: str) -> str:
     return "-" if value is None else form.format(value)
-
-
-def render(table: Table) -> str:
-    """A table as text."""
-    console = Console(file=io.StringIO(), width=120)
-    console.print(table)
-    file = console.file
-    assert isinstance(file, io.StringIO)
-    return file.getvalue().rstrip("\n")

@@ -1,0 +1,121 @@
+"""What a comparison came to: a table and a picture of each task."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from rich import box
+from rich.table import Table
+
+from fot.compare.catalogue import METHODS
+from fot.compare.cost import Cost
+from fot.compare.results import Row
+from fot.evaluation.drawing import new_figure, render, save_figure
+
+SCORES = {
+    "passkey": "right",
+    "perplexity": "perplexity",
+    "needles": "right",
+    "fluency": "repeated 4-grams",
+}
+WANTS_TUNING = {method.name: method.wants_tuning for method in METHODS}
+
+
+def tables(rows: Sequence[Row], trained_length: int, missing: Mapping[str, str], whole_up_to: int) -> str:
+    """A table a task, and why methods are not in it.
+
+    Args:
+        rows: of results.
+        trained_length: tokens of the longest text that the model was trained on.
+        missing: methods that cannot be had, and why.
+        whole_up_to: longest text for methods that attend to all of it.
+    """
+    parts = [_table(task, [row for row in rows if row.task == task], trained_length) for task in SCORES]
+    notes = [f"{name}: left out, {reason}" for name, reason in missing.items()]
+    if any(row.length > whole_up_to for row in rows):
+        notes.append(f"methods that attend to the whole text: up to {whole_up_to:,} tokens (--whole-up-to)")
+    return "\n".join([part for part in parts if part] + notes)
+
+
+def _table(task: str, rows: Sequence[Row], trained_length: int) -> str:
+    if not rows:
+        return ""
+    table = Table(box=box.SIMPLE_HEAD, title=task)
+    table.add_column("method")
+    table.add_column("tuned")
+    names = ("trained\nlength", "tokens", SCORES[task], "95 %", "trials", "cache\nB/token", "tok/s", "peak RSS\nMB")
+    for name in names:
+        table.add_column(name, justify="right")
+    for row in rows:
+        table.add_row(
+            row.method,
+            "no, wants it" if WANTS_TUNING[row.method] else "no",
+            f"{trained_length:,}",
+            f"{row.length:,}",
+            score_text(row.task, row.score),
+            f"{score_text(row.task, row.low)} - {score_text(row.task, row.high)}",
+            str(row.trials),
+            f"{row.bytes_per_token:,.0f}",
+            f"{row.tokens_per_second:,.0f}",
+            f"{row.peak_rss_bytes / 1e6:,.0f}",
+        )
+    return render(table)
+
+
+def score_text(task: str, score: float) -> str:
+    return (f"{score:.2f}" if score < 1e5 else f"{score:.1e}") if task == "perplexity" else f"{score:.0%}"
+
+
+def pictures(folder: Path, rows: Sequence[Row], title: str, trained_length: int) -> list[Path]:
+    """Draw each task's score by length, a line a method, into ``TASK.png`` in a folder; returns their paths.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    made = []
+    for task in dict.fromkeys(row.task for row in rows):
+        figure = new_figure(9, 5)
+        axes = figure.subplots()
+        mine = [row for row in rows if row.task == task]
+        for number, name in enumerate(dict.fromkeys(row.method for row in mine)):
+            line = [row for row in mine if row.method == name]
+            scores = [row.score for row in line]
+            spread = [[row.score - row.low for row in line], [row.high - row.score for row in line]]
+            axes.errorbar(
+                [row.length for row in line],
+                scores,
+                yerr=[[max(0.0, one) for one in side] for side in spread],
+                fmt="os^Dv"[number // 10 % 5] + "-",
+                color=f"C{number % 10}",
+                capsize=3,
+                label=name,
+            )
+        lengths = sorted({row.length for row in mine})
+        axes.axvline(trained_length, color="0.6", linestyle="--", linewidth=0.8)
+        axes.set(xscale="log", xlabel="tokens (dashed: trained length)", ylabel=SCORES[task], title=f"{task}, {title}")
+        axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
+        axes.minorticks_off()
+        if task == "perplexity":
+            axes.set_yscale("log")
+        else:
+            axes.set_ylim(-0.05, 1.05)
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", fontsize="small")
+        made.append(folder / f"{task}.png")
+        save_figure(figure, made[-1])
+    return made
+
+
+def cost_table(costs: Mapping[str, Cost], model: str, tokens: int, missing: Mapping[str, str]) -> str:
+    """What a text costs, a row a method; times are extrapolated."""
+    table = Table(box=box.SIMPLE_HEAD, title=f"a text of {tokens:,} tokens, {model}")
+    table.add_column("method")
+    for name in ("GFLOP to read", "MFLOP a token", "kept MB", "s to read", "ms a token"):
+        table.add_column(name, justify="right")
+    for name, found in costs.items():
+        figures = (
+            (found.read_flops, 1e9), (found.token_flops, 1e6), (found.kept_bytes, 1e6),
+            (found.read_seconds, 1), (found.token_seconds, 1e-3),
+        )  # fmt: skip
+        table.add_row(name, *("-" if value is None else f"{value / unit:,.1f}" for value, unit in figures))
+    notes = [f"{name}: left out, {reason}" for name, reason in missing.items()]
+    notes.append("FLOPs of attention alone; - where it depends on text or index, or was not measured")
+    return "\n".join([render(table), *notes])
