@@ -14,15 +14,8 @@ large keys that few real ones do not have. The value is the mean under the same 
 import torch
 from torch import Tensor
 
-from memory.faiss_module import check_one_build
-
-check_one_build()
-try:
-    import faiss
-except ImportError as error:
-    raise ImportError("clusters need FAISS: pip install faiss-cpu, or use index='exact'") from error
-
 from memory.clustered import Clusters
+from memory.faiss_module import faiss
 
 CLUSTER = 16  # keys in a cluster, on the mean
 ROUNDS = 6  # of k-means

@@ -7,13 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from memory.faiss_module import check_one_build
-
-check_one_build()
-try:
-    import faiss
-except ImportError as error:
-    raise ImportError("this index needs FAISS: pip install faiss-cpu, or use index='exact'") from error
+from memory.faiss_module import faiss
 
 TRIAL_DIMS = (64, 80, 96, 100, 128, 256)  # head sizes that a factory string is tried with while none is known
 POINTS_PER_CENTROID = 39  # below this FAISS warns, and centroids are poor (its wiki, "Guidelines to choose an index")
@@ -167,8 +161,8 @@ def _check_gpu(plan: Plan) -> None:
         raise ValueError(f"index {plan.text!r}: HNSW runs only on a CPU; omit gpu: or use gpu:IVF,Flat")
     if not hasattr(faiss, "StandardGpuResources") or faiss.get_num_gpus() == 0:
         raise ValueError(
-            f"index {plan.text!r} needs a GPU that FAISS can use, and there is none: install faiss-gpu-cu12 in place of "
-            "faiss-cpu and use a machine with a CUDA device, or omit gpu:"
+            f"index {plan.text!r} needs a GPU that FAISS can use, and there is none: install faiss-gpu-cu12 in place "
+            "of faiss-cpu and use a machine with a CUDA device, or omit gpu:"
         )
 
 

@@ -8,15 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from memory.faiss_module import check_one_build
-
-check_one_build()
-try:
-    import faiss
-except ImportError as error:
-    raise ImportError("this index needs FAISS: pip install faiss-cpu, or use index='exact'") from error
-
 from memory.faiss_factory import TRAIN_POINTS, Plan, downcast, new_index
+from memory.faiss_module import faiss
 from memory.softmax import NAIVE_SCORES
 
 REACH = 0.1  # weight of a list's radius when lists are ranked, see InvertedHead

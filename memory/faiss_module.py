@@ -33,3 +33,12 @@ def check_one_build() -> None:
             f"{' and '.join(found)} are installed, and all of them are the package faiss: pip uninstall -y "
             f"{' '.join(found)}, and then pip install {kept}"
         )
+
+
+check_one_build()
+try:
+    import faiss
+except ImportError as error:
+    raise ImportError("this index needs FAISS: pip install faiss-cpu, or use index='exact'") from error
+
+__all__ = ["check_one_build", "faiss", "installed_builds"]

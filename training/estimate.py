@@ -32,7 +32,8 @@ from training.setup import choose_trainable, new_config, optimizer_for, resolve_
 
 # Python, torch, transformers, a tokenizer and some text on a CPU; CUDA's context and libraries on a GPU.
 PROCESS_BYTES = {"cpu": 500 * 2**20, "cuda": 800 * 2**20}
-# What the allocator of CUDA holds in blocks that it cannot use.
+# What allocators hold in blocks that they cannot use: glibc's as a share of the activations, CUDA's of all.
+CPU_LOSS = 0.5
 GPU_LOSS = 1.05
 GPUS = (24, 40, 80)
 # Bytes of a weight in NF4, scales included, which are quantised themselves (QLoRA, arXiv 2305.14314, section 3).
@@ -69,9 +70,14 @@ class Estimate:
     tokens: int
     processes: int
 
+    @property
+    def activations(self) -> int:
+        """Most bytes of activations at once."""
+        return self.kept + max(self.layer, self.loss)
+
     def on_cpu(self) -> int:
         """Most bytes of a process on a CPU."""
-        return PROCESS_BYTES["cpu"] + self.peak
+        return PROCESS_BYTES["cpu"] + self.peak + int(CPU_LOSS * self.activations)
 
     def on_gpu(self, parts: int = 1) -> int:
         """Most bytes of a process on a GPU.
@@ -81,7 +87,7 @@ class Estimate:
         """
         held = (self.weights + self.gradients + self.optimizer) // parts
         # On GPUs torch updates all parameters at once, which takes a number for each of them.
-        peak = max(self.peak if parts == 1 else held + self.kept + max(self.layer, self.loss), held + self.gradients)
+        peak = max(self.peak if parts == 1 else held + self.activations, held + self.gradients)
         return PROCESS_BYTES["cuda"] + int(GPU_LOSS * peak)
 
 
@@ -162,11 +168,11 @@ def estimate(recipe: Recipe, processes: int = 1) -> Estimate:
         model.train()
         optimizer = optimizer_for(recipe, trained)
         rows = recipe.lanes * recipe.windows
-        crossbatch.contexts = _contexts(recipe, rows, processes)
+        crossbatch.contexts = widest_contexts(recipe, rows, processes)
         crossbatch.gather = lambda tensor: tensor.repeat(processes, 1, 1, 1)
         live.watch_gradients(trained)
         weights = sum(map(_bytes, parameters.values()))
-        kept, layer, loss, peak = _forward_and_backward(model, crossbatch, recipe, (rows, config.window), live)
+        kept, layer, loss, peak = forward_and_backward(model, crossbatch, recipe, (rows, config.window), live)
         gradients = sum(_bytes(parameter.grad) for parameter in trained.values())
         optimizer.step()
         state = sum(_bytes(leaf) for leaf in tree_leaves(dict(optimizer.state)) if isinstance(leaf, Tensor))
@@ -218,7 +224,7 @@ def _give_fake_tensors(model: nn.Module) -> None:
                 module._buffers[key] = torch.empty(buffer.shape, dtype=buffer.dtype)
 
 
-def _contexts(recipe: Recipe, rows: int, processes: int) -> Contexts:
+def widest_contexts(recipe: Recipe, rows: int, processes: int) -> Contexts:
     """As many contexts as the recipe ever asks for, of whatever rows."""
     schedule = recipe.schedule()
     counts = [sum(segment) for segment in schedule.segments] or [max(schedule.values)]
@@ -227,7 +233,7 @@ def _contexts(recipe: Recipe, rows: int, processes: int) -> Contexts:
     return Contexts([torch.zeros(count, dtype=torch.int64) for count in wanted])
 
 
-def _forward_and_backward(
+def forward_and_backward(
     model: Any, crossbatch: Crossbatch, recipe: Recipe, shape: tuple[int, int], live: LiveBytes
 ) -> tuple[int, int, int, int]:
     """Activations kept, those on top of them in the layers and in the loss, and the peak with gradients."""

@@ -20,6 +20,7 @@ def add(commands: Any) -> None:
     merge.add_argument("out", type=named_path, help="folder for the checkpoint; it must not exist")
     merge.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto",
                        help="dtype of the checkpoint; auto is that of the base model (default: auto)")  # fmt: skip
+    merge.add_argument("-v", "--verbose", action="store_true", help="print what is chosen automatically, and why")
     merge.set_defaults(command=_merge)
     push = commands.add_parser(
         "push",
@@ -30,6 +31,7 @@ def add(commands: Any) -> None:
     push.add_argument("folder", type=named_path, help="folder of the model, the adapter or the memory")
     push.add_argument("hub_id", metavar="ORG/NAME", help="its id on the hub")
     push.add_argument("--private", action="store_true", help="if it is new, let nobody else see it")
+    push.add_argument("-v", "--verbose", action="store_true", help="print what is chosen automatically, and why")
     push.set_defaults(command=_push)
 
 
