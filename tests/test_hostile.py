@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from fot.cli import main
 from fot.inspection.texts import one_line, printable
 
-OPTIONS = ["--mem-layers", "1,3", "--local-context", "16", "--dtype", "float32", "--device", "cpu"]
+OPTIONS = ["--mem-layers", "1,3", "--local-context", "64", "--dtype", "float32", "--device", "cpu"]
 HOSTILE = "a\x1b[31m\rb\x07\x9b2J\u202egpj.\x85[link=http://x]c[/link]"
 COMMANDS = set("\x1b\r\x07\x9b\u202e\x85\x0c\x0b\x1c")
 
@@ -29,7 +29,7 @@ def checkpoint(
 @pytest.fixture
 def built(tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Path:
     monkeypatch.chdir(tmp_path)
-    Path("a.txt").write_text("A line of a document.\n" * 9)
+    Path("a.txt").write_text("A line of a document.\n" * 30)
     assert main(["memory", "build", "m", "a.txt", "--model", str(checkpoint), *OPTIONS]) == 0
     capsys.readouterr()
     return tmp_path / "m"

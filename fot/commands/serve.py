@@ -99,7 +99,11 @@ def _serve(args: argparse.Namespace) -> int:
     host = f"[{args.host}]" if ":" in args.host else args.host
     print(f"serving {', '.join(entry.name for entry in library.entries())} at http://{host}:{args.port}", flush=True)
     uvicorn.run(
-        create_app(library, settings), host=args.host, port=args.port, log_level="info" if args.verbose else "warning"
+        create_app(library, settings),
+        host=args.host,
+        port=args.port,
+        log_level="info" if args.verbose else "warning",
+        timeout_graceful_shutdown=5,  # then answers that are on their way are stopped
     )
     return 0
 

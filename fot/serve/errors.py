@@ -29,6 +29,7 @@ class ApiError(Exception):
 
 def without_paths(message: str, paths: Iterable[str]) -> str:
     """A message without the folders of this machine."""
-    for path in sorted(filter(None, paths), key=len, reverse=True):
-        message = message.replace(path, "...")
+    for path in sorted(paths, key=len, reverse=True):
+        if len(path) > 1:  # "/" is in every message about a share
+            message = message.replace(path, "...")
     return message

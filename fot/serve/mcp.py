@@ -1,10 +1,13 @@
 """The MCP server: assistants ask memories, and find passages in them."""
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 from urllib.parse import quote
 
 from mcp.server.mcpserver import MCPServer
+from mcp.server.mcpserver.exceptions import ToolError
 
 from fot import __version__
 from fot.sampling import GREEDY
@@ -36,8 +39,17 @@ def create_server(library: Library) -> MCPServer:
         named = [entry for entry in entries if entry.name == memory]
         if not named:
             known = ", ".join(entry.name for entry in entries) or "none"
-            raise ValueError(f"choose a memory: there are {known}")
+            raise ToolError(f"choose a memory: there are {known}")
         return named[0]
+
+    @contextmanager
+    def in_turn() -> Iterator[None]:
+        """One question at a time; what is wrong with it is told to the assistant."""
+        with turn:
+            try:
+                yield
+            except ValueError as error:
+                raise ToolError(str(error)) from error
 
     @server.tool()
     def ask(question: str, memory: str | None = None, max_tokens: int = 256) -> dict[str, Any]:
@@ -49,7 +61,7 @@ def create_server(library: Library) -> MCPServer:
             max_tokens: most tokens in the answer.
         """
         entry = chosen(memory)
-        with turn:
+        with in_turn():
             (reply,) = chat(
                 entry,
                 Conversations(0),
@@ -73,7 +85,7 @@ def create_server(library: Library) -> MCPServer:
             count: how many, 20 at most.
         """
         entry = chosen(memory)
-        with turn:
+        with in_turn():
             found = entry.blank.find(question, max(1, min(count, MOST_PASSAGES)))
         return {"memory": entry.name, "passages": [_shown(one) for one in found]}
 
