@@ -128,16 +128,15 @@ def test_a_window_that_is_read_asks_once(make_model: ModelMaker, ids: Draw, ques
 
 
 @torch.no_grad()
-def test_a_window_that_overflows_asks_as_often(make_model: ModelMaker, ids: Draw, questions: Questions) -> None:
+def test_a_window_that_overflows_asks_twice(make_model: ModelMaker, ids: Draw, questions: Questions) -> None:
     """While tokens are generated, the window's oldest move to the memory."""
-    model, counts = make_model(), []
+    model = make_model()
     cache = model(ids(WINDOW), use_cache=True).past_key_values
-    for steps in (WINDOW, 2 * WINDOW):
-        before = len(cache.rows[0].own)
-        with questions:
-            for number in range(steps):
-                model(ids(1, seed=number), past_key_values=cache)
-        counts.append((len(cache.rows[0].own) - before, sum(questions.found.values())))
-    assert counts[1][0] > WINDOW
-    moved = 2 * WINDOW // (WINDOW - model.memory_config.kept_tokens)
-    assert counts[1][1] <= 2 * moved, questions.found
+    with questions:
+        for number in range(2 * WINDOW):
+            model(ids(1, seed=number), past_key_values=cache)
+    found = {name: count for name, count in questions.found.items() if "fingerprint" not in name}
+    # Whether all is finite, and the ids of the tokens that move.
+    assert set(found) == {"Tensor.tolist in checks.py, check_pairs", "Tensor.numpy in store.py, append"}
+    assert len(set(found.values())) == 1
+    assert max(found.values()) <= WINDOW
