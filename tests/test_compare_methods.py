@@ -10,6 +10,7 @@ from transformers import DynamicCache, PreTrainedTokenizerFast
 from fot.compare.catalogue import METHODS, find_methods
 from fot.compare.methods import OPENERS, Setting, missing, opened
 from fot.compare.readers import CachedReader
+from fot.compat import CACHE
 
 Ids = Callable[..., torch.Tensor]
 TRAINED = 64  # of the tiny models
@@ -139,6 +140,20 @@ def test_a_fork_leaves_the_state(llama: object, ids: Ids) -> None:
             state = reader.read(text, lambda tokens: None)
             first = reader.feed(reader.fork(state), [5, 6], 1)
             assert torch.equal(reader.feed(reader.fork(state), [5, 6], 1), first), name
+
+
+def test_memory_is_read_as_forward_reads(llama: object, ids: Ids) -> None:
+    """Half a window stays local, and a text within the window is plain."""
+    text = ids(75)
+    with torch.no_grad(), opened("memory", llama, SETTING) as reader:
+        found = reader.feed(reader.read(text[0, :70].tolist(), lambda tokens: None), text[0, 70:].tolist(), 5)
+        state = reader.read(text[0, :70].tolist(), lambda tokens: None)
+        assert len(state.memory) == 62  # windows of 16
+        short = reader.feed(reader.read(text[0, :10].tolist(), lambda tokens: None), text[0, 10:15].tolist(), 5)
+        cache = getattr(llama(text[:, :70]), CACHE)
+        expected = llama(text[:, 70:], **{CACHE: cache}).logits[0]
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(short, logits(llama, "plain", SETTING, text[0, :15].tolist())[10:], atol=1e-4, rtol=1e-4)
 
 
 def test_dynamic_ntk_is_transformers_own_in_one_go(make_plain: ModelMaker, ids: Ids) -> None:

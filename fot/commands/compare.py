@@ -25,17 +25,24 @@ def add(commands: Any) -> None:
         description="Measure methods that let one checkpoint read long texts, none of them trained for it, on the same "
         "texts: a table and a picture a task, and every trial in a file.",
     )
-    parser.add_argument("model", nargs="?", default="smollm2-135m",
+    parser.add_argument("model", nargs="?",
                         help="alias, folder, GGUF file or hub id (default: smollm2-135m)")  # fmt: skip
     parser.add_argument("files", nargs="*", type=named_path, metavar="TEXT",
                         help="UTF-8 texts, for all tasks but passkey")  # fmt: skip
-    parser.add_argument("--methods", default=",".join(DEFAULT), metavar="NAME,NAME,...",
-                        help=f"all, or some of those that --list shows (default: {','.join(DEFAULT)})")  # fmt: skip
+    parser.add_argument("--methods", metavar="NAME,NAME,...",
+                        help=f"all, or some of those that --list shows (default: {','.join(DEFAULT)}); with "
+                        "--positions, kinds of positions (default: all)")  # fmt: skip
+    parser.add_argument("--positions", action="store_true",
+                        help="instead, train a small decoder with each kind of positions on short pieces of TEXT, and "
+                        "read long ones; give texts alone, no MODEL")  # fmt: skip
+    parser.add_argument("--steps", type=positive, default=300, metavar="N",
+                        help="steps of training with --positions (default: 300)")  # fmt: skip
     parser.add_argument("--list", action="store_true", help="say what each method is and where it comes from, and end")
     parser.add_argument("--tasks", type=_tasks, metavar="NAME,NAME,...",
                         help=f"some of {', '.join(TASKS)} (default: passkey)")  # fmt: skip
-    parser.add_argument("--lengths", type=positive_list, default=[2048, 10240], metavar="N,N,...",
-                        help="tokens of the texts (default: 2048,10240)")  # fmt: skip
+    parser.add_argument("--lengths", type=positive_list, metavar="N,N,...",
+                        help="tokens of the texts (default: 2048,10240); bytes with --positions (default: "
+                        "512,1024,2048,4096,8192,16384)")  # fmt: skip
     parser.add_argument("--trials", type=positive, default=1, help="trials of each task and length (default: 1)")
     parser.add_argument("--out", type=named_path, default=Path("comparison"), metavar="FOLDER",
                         help="folder for results.jsonl and the pictures (default: comparison)")  # fmt: skip
@@ -56,10 +63,15 @@ def add(commands: Any) -> None:
 
 
 def _compare(args: argparse.Namespace) -> int:
-    methods, tasks = find_methods(args.methods), args.tasks or ["passkey"]
     if args.list:
         print(_list())
         return 0
+    if args.positions:
+        from fot.commands.compare_positions import compare_positions
+
+        return compare_positions(args)
+    methods, tasks = find_methods(args.methods or ",".join(DEFAULT)), args.tasks or ["passkey"]
+    args.model, args.lengths = args.model or "smollm2-135m", args.lengths or [2048, 10240]
     if not args.files and (tasks != ["passkey"] or args.longrope_search is not None):
         raise ValueError("tasks other than passkey, and --longrope-search, need a text: name a file after the model")
     if args.longrope_search is not None and args.longrope_factors is not None:

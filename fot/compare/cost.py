@@ -96,7 +96,9 @@ def _memory_cost(method: Method, shape: Shape, tokens: int) -> Cost:
     local = windows * _windowed(min(tokens, window), window) * shape.pair_flops(max(config.layers) + 1)
     stored = 0.0 if config.isolated_windows else windows * min(tokens, window) * max(0, tokens - new) / 2
     remembered = shape.pair_flops(len(config.layers))
-    kept = memory_bytes_per_token(config, shape.key_value_heads, shape.head_dim) * tokens
+    stays = config.local_length(tokens)
+    kept = memory_bytes_per_token(config, shape.key_value_heads, shape.head_dim) * (tokens - stays)
+    kept += _cache_bytes(shape, stays, shape.number_bytes)
     if method.name != "memory":  # which of the stored pairs are read is the index's affair
         return Cost(None if stored else local, None, kept)
     return Cost(local + stored * remembered, remembered * tokens, kept)

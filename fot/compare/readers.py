@@ -85,7 +85,7 @@ class CachedReader:
 
 @dataclass
 class Remembered:
-    """A memory, and what was read after it."""
+    """A memory, and the local window after it; None before anything is read there."""
 
     memory: Memory
     cache: Any = None
@@ -93,7 +93,7 @@ class Remembered:
 
 @dataclass(frozen=True)
 class MemoryReader:
-    """A model with an external memory, which holds the text; what follows is its local window.
+    """A model with an external memory, which holds the text but for its end: as much as ``forward`` leaves local.
 
     Attributes:
         model: a ``FoTForCausalLM``.
@@ -102,11 +102,14 @@ class MemoryReader:
     model: Any
 
     def read(self, ids: Sequence[int], progress: Progress) -> Remembered:
-        memory = self.model.new_memory()
+        state = Remembered(self.model.new_memory())
+        stored = len(ids) - (self.model.memory_config.local_length(len(ids)) if ids else 0)
+        if stored:
+            self.model.ingest(list(ids[:stored]), state.memory, progress=False)
         if ids:
-            self.model.ingest(list(ids), memory, progress=False)
+            self.feed(state, ids[stored:], 1)
         progress(len(ids))
-        return Remembered(memory)
+        return state
 
     def fork(self, state: Remembered) -> Remembered:
         return Remembered(state.memory, copy.deepcopy(state.cache))
@@ -120,7 +123,8 @@ class MemoryReader:
         return logits
 
     def held_bytes(self, state: Remembered) -> int:
-        return sum(state.memory.nbytes().values())
+        local = 0 if state.cache is None else cache_bytes(state.cache.local)
+        return sum(state.memory.nbytes().values()) + local
 
 
 @dataclass

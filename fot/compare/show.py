@@ -119,3 +119,35 @@ def cost_table(costs: Mapping[str, Cost], model: str, tokens: int, missing: Mapp
     notes = [f"{name}: left out, {reason}" for name, reason in missing.items()]
     notes.append("FLOPs of attention alone; - where it depends on text or index, or was not measured")
     return "\n".join([render(table), *notes])
+
+
+Panel = Mapping[str, Mapping[int, float | None]]
+
+
+def positions_table(kinds: Panel, trained_length: int, steps: int) -> str:
+    """Perplexity of bytes, a row a kind of positions, a column a length."""
+    title = f"trained from scratch on {trained_length} bytes, {steps} steps: perplexity of bytes by bytes read"
+    table = Table(box=box.SIMPLE_HEAD, title=title)
+    table.add_column("positions")
+    for length in next(iter(kinds.values()), {}):
+        table.add_column(f"{length:,}", justify="right")
+    for kind, found in kinds.items():
+        table.add_row(kind, *("-" if value is None else score_text("perplexity", value) for value in found.values()))
+    return render(table)
+
+
+def positions_picture(path: Path, kinds: Panel, trained_length: int) -> None:
+    """Draw perplexity against length, a line a kind of positions.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    figure = new_figure(9, 5)
+    axes = figure.subplots()
+    for kind, found in kinds.items():
+        known = {length: value for length, value in found.items() if value is not None}
+        axes.plot(list(known), list(known.values()), "o-", label=kind)
+    axes.axvline(trained_length, color="0.6", linestyle="--", linewidth=0.8)
+    axes.set(xscale="log", yscale="log", xlabel="bytes (dashed: trained length)", ylabel="perplexity of bytes")
+    axes.legend()
+    save_figure(figure, path)

@@ -1,0 +1,44 @@
+"""``fot compare --positions``."""
+
+import argparse
+from pathlib import Path
+
+from fot.commands.options import check_plot
+
+
+def compare_positions(args: argparse.Namespace) -> int:
+    """Train a small decoder with each kind of positions, and read texts longer than those it was trained on."""
+    from fot.compare.positions import KINDS
+
+    kinds = list(KINDS) if args.methods in (None, "all") else [name.strip() for name in args.methods.split(",")]
+    for name in kinds:
+        if name not in KINDS:
+            raise ValueError(f"{name!r} is no kind of positions: choose from {', '.join(KINDS)}, or all")
+    paths = [*([] if args.model is None else [Path(args.model)]), *args.files]
+    if not paths:
+        raise ValueError("--positions trains on text: name a text")
+    from tqdm import tqdm
+
+    from fot.compare import panel
+    from fot.compare.decoder import Size
+    from fot.compare.show import positions_picture, positions_table
+    from fot.files import check_utf8
+    from fot.machine import describe_machine
+    from memory.atomic import write_json
+
+    for path in paths:
+        check_utf8(path)
+    args.out.mkdir(parents=True, exist_ok=True)
+    picture = args.out / "positions.png"
+    check_plot(picture)
+    lengths = args.lengths or [512, 1024, 2048, 4096, 8192, 16384]
+    size = Size(longest=max(lengths))
+    with tqdm(total=len(kinds) * args.steps, unit="step", desc="positions", disable=None) as bar:
+        text = b"\n".join(path.read_bytes() for path in paths)
+        found = panel.run(text, kinds, lengths, steps=args.steps, size=size, seed=args.seed, progress=bar)
+    settings = {"trained": size.trained, "steps": args.steps, "seed": args.seed, "files": [str(path) for path in paths]}
+    write_json(args.out / "positions.json", {**settings, "machine": describe_machine(), **found})
+    print(positions_table(found["kinds"], size.trained, args.steps))
+    positions_picture(picture, found["kinds"], size.trained)
+    print(f"all figures: {args.out / 'positions.json'}; picture: {picture.name}")
+    return 130 if found["interrupted"] else 0

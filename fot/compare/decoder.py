@@ -1,0 +1,127 @@
+"""A small decoder over bytes whose positions are a choice."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fot.compare import positions
+
+BYTES = 256
+# Queries that attend at once: their scores are all that grows with the text.
+QUERIES = 512
+
+
+@dataclass(frozen=True)
+class Size:
+    """Of a decoder.
+
+    Attributes:
+        trained: bytes of a training text; ``learnt`` positions end there.
+        longest: largest position that ``randomised`` draws, and so the longest text it reads.
+        width: of hidden states.
+        layers: number of layers.
+        heads: of each.
+    """
+
+    trained: int = 512
+    longest: int = 16384
+    width: int = 128
+    layers: int = 4
+    heads: int = 4
+
+
+class Layer(nn.Module):
+    """Attention and a feed-forward part, each with a norm before it."""
+
+    def __init__(self, kind: str, size: Size) -> None:
+        super().__init__()
+        self.kind, self.heads = kind, size.heads
+        self.first, self.second = nn.LayerNorm(size.width), nn.LayerNorm(size.width)
+        self.mixed = nn.Linear(size.width, 3 * size.width, bias=False)
+        self.out = nn.Linear(size.width, size.width, bias=False)
+        self.up, self.down = nn.Linear(size.width, 4 * size.width), nn.Linear(4 * size.width, size.width)
+
+    def forward(self, hidden: Tensor, places: Tensor, table: Tensor | None) -> Tensor:
+        """(B, T, width) -> the same; ``places`` (B, T); ``table`` (buckets, H) of T5."""
+        queries, keys, values = (
+            part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in self.mixed(self.first(hidden)).chunk(3, -1)
+        )  # (B, H, T, D)
+        if self.kind in ("rotary", "xpos"):
+            queries, keys = positions.rotated(queries, places), positions.rotated(keys, places)
+        if self.kind == "xpos":
+            # From the middle of the text, so that neither power leaves float32's range.
+            scale = positions.xpos_scale(places - places.shape[1] // 2, queries.shape[-1]).repeat(1, 1, 2).unsqueeze(1)
+            queries, keys = queries * scale, keys / scale
+        parts = [
+            self._attend(queries[:, :, start : start + QUERIES], keys, values, start, table)
+            for start in range(0, queries.shape[2], QUERIES)
+        ]
+        hidden = hidden + self.out(torch.cat(parts, dim=2).transpose(1, 2).flatten(2))
+        return hidden + self.down(functional.gelu(self.up(self.second(hidden))))
+
+    def _attend(self, queries: Tensor, keys: Tensor, values: Tensor, start: int, table: Tensor | None) -> Tensor:
+        stop = start + queries.shape[2]
+        distances = torch.arange(start, stop).unsqueeze(1) - torch.arange(stop)  # (T, S)
+        bias = torch.zeros(1, *distances.shape)
+        if self.kind == "alibi":
+            bias = -torch.tensor(positions.alibi_slopes(self.heads))[:, None, None] * distances
+        elif table is not None:
+            bias = table[positions.t5_buckets(distances.clamp(min=0))].permute(2, 0, 1)
+        bias = bias.masked_fill(distances < 0, -torch.inf)  # (H or 1, T, S)
+        scale = 1.0 if self.kind == "t5" else None  # T5 does not divide by sqrt(D)
+        return functional.scaled_dot_product_attention(
+            queries, keys[:, :, :stop], values[:, :, :stop], attn_mask=bias, scale=scale
+        )
+
+
+class Decoder(nn.Module):
+    """A causal language model over bytes.
+
+    Args:
+        kind: one of ``positions.KINDS``.
+        size: of it.
+    """
+
+    def __init__(self, kind: str, size: Size) -> None:
+        super().__init__()
+        self.kind, self.size = kind, size
+        self.embedding = nn.Embedding(BYTES, size.width)
+        nn.init.normal_(self.embedding.weight, std=0.02)
+        self.learnt = nn.Parameter(torch.randn(size.trained, size.width) * 0.02) if kind == "learnt" else None
+        # One table for all layers, as in T5.
+        self.table = nn.Parameter(torch.zeros(positions.BUCKETS, size.heads)) if kind == "t5" else None
+        self.layers = nn.ModuleList([Layer(kind, size) for _ in range(size.layers)])
+        self.norm = nn.LayerNorm(size.width)
+
+    def forward(self, ids: Tensor, generator: torch.Generator, keep: int = 0) -> Tensor:
+        """Logits (B, T, 256) of bytes (B, T), or of the last ``keep``; ``generator`` draws random positions.
+
+        Raises:
+            ValueError: there are not so many positions; see ``reach``.
+        """
+        if ids.shape[1] > self.reach():
+            raise ValueError(f"{self.kind} positions end at {self.reach()}; the text has {ids.shape[1]} bytes")
+        places = self._places(ids.shape[0], ids.shape[1], generator)
+        hidden = self.embedding(ids)
+        if self.learnt is not None:
+            hidden = hidden + self.learnt[places]
+        elif self.kind in ("sinusoidal", "shape", "randomised"):
+            # As large as the embeddings, which otherwise drown at first.
+            hidden = hidden + 0.02 * 2**0.5 * positions.sinusoidal(places, self.size.width)
+        for layer in self.layers:
+            hidden = layer(hidden, places, self.table)
+        logits: Tensor = self.norm(hidden[:, -keep:]) @ self.embedding.weight.T
+        return logits
+
+    def reach(self) -> float:
+        """Bytes of the longest text that it has positions for."""
+        return {"learnt": self.size.trained, "randomised": self.size.longest}.get(self.kind, float("inf"))
+
+    def _places(self, rows: int, count: int, generator: torch.Generator) -> Tensor:
+        if self.kind == "randomised":  # its authors' code draws them when it is read, too
+            return positions.random_positions(rows, count, self.size.longest, generator)
+        if self.kind == "shape":
+            return positions.shifted_positions(rows, count, generator if self.training else None)
+        return torch.arange(count).expand(rows, count)

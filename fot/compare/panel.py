@@ -1,0 +1,91 @@
+"""Train short, test long (the experiment of ALiBi, arXiv 2108.12409): the same decoder with each kind of positions."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from fot.compare.decoder import Decoder, Size
+
+# Texts of a step, and the learning rate after 5 % of the steps; it falls to 0 by a cosine.
+BATCH = 8
+RATE = 2e-3
+# Bytes of a text that count, its last ones, and texts of each length.
+SCORED = 256
+TEXTS = 4
+# Share of the text, its end, that is kept to test.
+HELD_OUT = 0.2
+
+
+def run(
+    text: bytes, kinds: Sequence[str], lengths: Sequence[int], *, steps: int, size: Size, seed: int, progress: Any
+) -> dict[str, Any]:
+    """Perplexity of bytes against length.
+
+    Args:
+        text: to train on, and at its end to test on.
+        kinds: of positions.
+        lengths: bytes of the texts read.
+        steps: of training, each with ``BATCH`` texts of ``size.trained`` bytes.
+        size: of each decoder.
+        seed: draws weights, texts and positions.
+        progress: a tqdm bar that is moved by each step.
+
+    Returns:
+        ``{"kinds": {kind: {length: perplexity or None}}, "interrupted": bool}``; None where there are no positions.
+        Ctrl-C ends the run and keeps the finished kinds.
+
+    Raises:
+        ValueError: the text is too short.
+    """
+    data = torch.frombuffer(bytearray(text), dtype=torch.uint8).long()
+    cut = len(data) - max(int(HELD_OUT * len(data)), max(lengths) + 1)
+    if cut <= size.trained:
+        raise ValueError(f"a text of {len(text):,} bytes is too short to train on and to test at {max(lengths):,}: "
+                         "give longer files or lower --lengths")  # fmt: skip
+    found: dict[str, dict[int, float | None]] = {}
+    try:
+        for kind in kinds:
+            model = trained(kind, data[:cut], steps, size, seed, progress)
+            found[kind] = {length: perplexity(model, data[cut:], length, seed) for length in sorted(lengths)}
+    except KeyboardInterrupt:
+        return {"kinds": found, "interrupted": True}
+    return {"kinds": found, "interrupted": False}
+
+
+def trained(kind: str, data: Tensor, steps: int, size: Size, seed: int, progress: Any) -> Decoder:
+    """A decoder after so many steps. Every kind sees the same texts in the same order."""
+    torch.manual_seed(seed)
+    model, texts = Decoder(kind, size).train(), torch.Generator().manual_seed(seed)
+    places = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.01)
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = RATE * min(1.0, (step + 1) / (0.05 * steps)) * (1 + math.cos(math.pi * step / steps)) / 2
+        starts = torch.randint(len(data) - size.trained, (BATCH, 1), generator=texts)
+        rows = data[starts + torch.arange(size.trained + 1)]  # (B, T + 1)
+        loss = cross_entropy(model(rows[:, :-1], places).flatten(0, 1), rows[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        progress.update()
+    return model.eval()
+
+
+@torch.no_grad()
+def perplexity(model: Decoder, data: Tensor, length: int, seed: int) -> float | None:
+    """Of the last ``SCORED`` bytes of ``TEXTS`` texts so long; None if the decoder has no positions for that."""
+    if length > model.reach():
+        return None
+    places, scored, losses = torch.Generator().manual_seed(seed), min(SCORED, length // 2), []
+    for number in range(TEXTS):
+        # They end at the same bytes for all lengths, as far as there is room, so that lengths can be compared.
+        stop = len(data) - number * (len(data) - length - 1) // TEXTS
+        piece = data[stop - length - 1 : stop]
+        logits = model(piece[None, :-1], places, keep=scored)[0]
+        losses.append(cross_entropy(logits, piece[-scored:]))
+    return math.exp(float(torch.stack(losses).mean()))

@@ -1,0 +1,146 @@
+"""Positions that a decoder is trained with: each formula by hand, and the panel on a tiny text."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from fot.cli import main
+from fot.compare import positions
+from fot.compare.decoder import Decoder, Size
+from fot.compare.panel import perplexity, trained
+
+SIZE = Size(trained=24, longest=64, width=16, layers=2, heads=2)
+
+
+class Bar:
+    def update(self) -> None:
+        pass
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def test_sinusoidal() -> None:
+    found = positions.sinusoidal(torch.tensor([3]), 4)[0].tolist()
+    assert found == pytest.approx([math.sin(3), math.sin(0.03), math.cos(3), math.cos(0.03)])
+
+
+def test_alibi_slopes() -> None:
+    assert positions.alibi_slopes(8) == [1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32, 1 / 64, 1 / 128, 1 / 256]
+    assert positions.alibi_slopes(4) == [1 / 4, 1 / 16, 1 / 64, 1 / 256]
+    # 9 heads: those of 8, then the first of 16, which is 2^(-1/2)
+    assert positions.alibi_slopes(9) == [*positions.alibi_slopes(8), pytest.approx(2**-0.5)]
+    # 12: those of 8, then every second of 16: 2^-0.5, 2^-1.5, 2^-2.5, 2^-3.5
+    assert positions.alibi_slopes(12)[8:] == pytest.approx([2**-0.5, 2**-1.5, 2**-2.5, 2**-3.5])
+
+
+def test_t5_buckets() -> None:
+    # 16 + floor(16 ln(n / 16) / ln 8): n = 20: 1.72, n = 64: 10.67, n = 127: 15.94, from 128 on the last
+    distances = torch.tensor([0, 1, 15, 16, 20, 64, 127, 128, 10_000])
+    assert positions.t5_buckets(distances).tolist() == [0, 1, 15, 16, 17, 26, 31, 31, 31]
+
+
+def test_t5_buckets_are_transformers_own() -> None:
+    from transformers.models.t5.modeling_t5 import T5Attention
+
+    distances = torch.arange(400)
+    theirs = T5Attention._relative_position_bucket(-distances, bidirectional=False, num_buckets=32, max_distance=128)
+    assert torch.equal(positions.t5_buckets(distances), theirs)
+
+
+def test_xpos() -> None:
+    # width 4: zeta = 0.4 / 1.4 and (0.5 + 0.4) / 1.4
+    found = positions.xpos_scale(torch.tensor([512, 0, -256]), 4)
+    assert found[0].tolist() == pytest.approx([0.4 / 1.4, 0.9 / 1.4])
+    assert found[1].tolist() == [1, 1]
+    assert found[2].tolist() == pytest.approx([(1.4 / 0.4) ** 0.5, (1.4 / 0.9) ** 0.5])
+
+
+def test_rotated_by_hand() -> None:
+    vectors = torch.tensor([1.0, 0.0, 0.0, 2.0]).view(1, 1, 1, 4)
+    found = positions.rotated(vectors, torch.tensor([[5]])).flatten().tolist()
+    assert found == pytest.approx([math.cos(5), -2 * math.sin(0.05), math.sin(5), 2 * math.cos(0.05)], abs=1e-6)
+
+
+def test_random_positions() -> None:
+    found = positions.random_positions(3, 10, 40, generator())
+    assert (found.diff(dim=1) > 0).all()
+    assert found.min() >= 0
+    assert found.max() < 40
+    assert not torch.equal(found[0], found[1])
+    assert positions.random_positions(1, 7, 7, generator())[0].tolist() == list(range(7))
+    with pytest.raises(ValueError, match="8 tokens"):
+        positions.random_positions(1, 8, 7, generator())
+
+
+def test_shifted_positions() -> None:
+    found = positions.shifted_positions(50, 3, generator())
+    assert torch.equal(found - found[:, :1], torch.arange(3).expand(50, 3))
+    assert 0 <= found[:, 0].min() < found[:, 0].max() < 500
+    assert positions.shifted_positions(2, 2, None).tolist() == [[500, 501], [500, 501]]
+
+
+@pytest.mark.parametrize("kind", positions.KINDS)
+def test_a_decoder_sees_the_past_alone(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And in the same way, however many queries attend at once."""
+    torch.manual_seed(0)
+    model, text = Decoder(kind, SIZE).eval(), torch.randint(256, (1, 24), generator=generator(1))
+    if model.table is not None:
+        torch.nn.init.normal_(model.table)
+    other = text.clone()
+    other[0, 20:] = 7
+    whole = model(text, generator())
+    torch.testing.assert_close(model(other, generator())[:, :20], whole[:, :20])
+    assert (model(other, generator())[:, 20:] - whole[:, 20:]).abs().max() > 1e-4
+    monkeypatch.setattr("fot.compare.decoder.QUERIES", 7)
+    torch.testing.assert_close(model(text, generator()), whole, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(model(text, generator(), keep=3), whole[:, -3:], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", positions.KINDS)
+def test_order_matters_to_all_kinds_but_none(kind: str) -> None:
+    """In one layer without positions, a query sees the bytes before it in any order as the same."""
+    torch.manual_seed(0)
+    model = Decoder(kind, Size(trained=8, longest=16, width=16, layers=1, heads=2)).eval()
+    for name, parameter in model.named_parameters():
+        if "norm" not in name and "first" not in name and "second" not in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    model.requires_grad_(False)
+    one, other = torch.tensor([[1, 2, 3, 4, 5]]), torch.tensor([[3, 1, 2, 4, 5]])
+    difference = float((model(one, generator()) - model(other, generator()))[0, -1].abs().max())
+    assert (difference < 1e-4) == (kind == "none")
+
+
+@pytest.mark.parametrize("kind", positions.KINDS)
+def test_training_helps(kind: str) -> None:
+    data = torch.tensor(list(b"abcdefgh" * 60))
+    before, after = (trained(kind, data, steps, SIZE, 0, Bar()) for steps in (0, 60))
+    first, second = (perplexity(model, data, 24, 0) for model in (before, after))
+    assert first is not None
+    assert second is not None
+    assert first > 100
+    assert second < first / 4
+    assert (perplexity(after, data, 65, 0) is None) == (kind in ("learnt", "randomised"))
+
+
+def test_command(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"{number} bottles hang on wall {number * 7 % 91}.\n" for number in range(200)))
+    out = tmp_path / "out"
+    few = ["compare", str(text), "--positions", "--lengths", "512,600", "--steps", "1", "--out", str(out)]
+    assert main([*few, "--methods", "learnt,alibi"]) == 0
+    shown = capsys.readouterr().out
+    assert "alibi" in shown
+    result = json.loads((out / "positions.json").read_text())
+    assert result["kinds"]["learnt"].keys() == {"512", "600"}
+    assert result["kinds"]["learnt"]["600"] is None
+    assert result["kinds"]["alibi"]["600"] > 1
+    assert (out / "positions.png").read_bytes().startswith(b"\x89PNG")
+    assert main([*few, "--methods", "yarn"]) == 2
+    assert "'yarn' is no kind of positions" in capsys.readouterr().err
+    assert main(["compare", "--positions"]) == 2
+    assert "name a text" in capsys.readouterr().err
