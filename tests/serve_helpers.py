@@ -14,8 +14,9 @@ from tokenizers import AddedToken
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, set_seed
 
 import fot
-from fot.serve.app import Settings, create_app
+from fot.serve.app import create_app
 from fot.serve.library import Library
+from fot.serve.server import Settings
 from memory import Memory
 
 TEXTS = {

@@ -16,8 +16,8 @@ from transformers import PreTrainedTokenizerFast
 
 from fot.ask import Conversation
 from fot.serve import answering
-from fot.serve.app import Settings
 from fot.serve.library import Library, short_name, titles
+from fot.serve.server import Settings
 from fot.serve.stops import StopText
 
 QUESTION = [{"role": "user", "content": "Who is the vicar?"}]
@@ -326,6 +326,31 @@ def test_a_full_line_is_429_and_one_goes_at_a_time(library: Library, monkeypatch
         held.go.set()
         assert all(one.result().choices[0].message.content is not None for one in asked)
         wait_for(0, address)
+
+
+def test_many_clients_lose_nothing(library: Library) -> None:
+    """Each gets its own answer, whole or streamed, whoever else asks or leaves."""
+
+    def work(number: int) -> list[tuple[str, str | None]]:
+        messages = [{"role": "user", "content": f"Question {number % 4}?"}]
+        name, found = ("emma", "empty", "tiny")[number % 3], []
+        for stream in (False, True):
+            options: dict[str, Any] = {"model": name, "messages": messages, "stream": stream}
+            done = client.chat.completions.create(**options)
+            if stream and number % 5 == 0:
+                done.close()
+            elif stream:
+                found.append((f"{name} {number % 4}", "".join(chunk.choices[0].delta.content or "" for chunk in done)))
+            else:
+                found.append((f"{name} {number % 4}", done.choices[0].message.content))
+        return found
+
+    with running(library, Settings(max_tokens=4)) as (address, _), concurrent.futures.ThreadPoolExecutor(16) as pool:
+        client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
+        answers = [answer for one in pool.map(work, range(24)) for answer in one]
+        wait_for(0, address)
+    assert len(answers) == 24 + 19
+    assert len(set(answers)) == len({asked for asked, _ in answers}) == 12  # the same answer to the same question
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -9,7 +9,7 @@ from browser import ENTER, ESCAPE, TAB, Browser, browser, needs_browser
 from serve_helpers import make_library, make_model, running
 from transformers import PreTrainedTokenizerFast
 
-from fot.serve.app import Settings
+from fot.serve.server import Settings
 from memory import Memory
 
 pytestmark = needs_browser

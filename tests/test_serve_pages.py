@@ -13,8 +13,9 @@ from serve_helpers import make_library, make_model
 from transformers import PreTrainedTokenizerFast
 
 from fot.serve import uploads
-from fot.serve.app import Settings, create_app
+from fot.serve.app import create_app
 from fot.serve.library import Library
+from fot.serve.server import Settings
 from memory import Memory
 
 

@@ -80,7 +80,8 @@ def _serve(args: argparse.Namespace) -> int:
     try:
         import uvicorn
 
-        from fot.serve.app import Settings, create_app
+        from fot.serve.app import create_app
+        from fot.serve.server import Settings
     except ImportError as error:
         raise ImportError(f"fot serve needs {error.name}: pip install 'fot[serve]'") from error
     from fot.checkpoint import cache_dir

@@ -1,10 +1,7 @@
 """The HTTP server: who may ask, what is asked, and how errors are told."""
 
 import hmac
-import logging
 from collections import OrderedDict
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -14,47 +11,16 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from fot.serve.answering import Conversations
-from fot.serve.errors import ApiError, without_paths
+from fot.serve import openai, pages, uploads
+from fot.serve.errors import ApiError
 from fot.serve.library import Library
 from fot.serve.line import Line
-
-logger = logging.getLogger(__name__)
+from fot.serve.server import Server, Settings, server_of, told
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-MOST_WAITING = 32
 SAFE_HEADERS = [(b"x-content-type-options", b"nosniff"), (b"cache-control", b"no-store")]
 OPEN = ("/", "/page.js", "/page.css", "/health")  # they tell nothing, and ask for the key
 OPEN_BELOW = "/inspections/"  # names that nobody guesses
-
-
-@dataclass
-class Settings:
-    """How the server behaves.
-
-    Attributes:
-        api_key: that clients must give; None: any client on this machine may ask.
-        waiting: requests that may wait for the model.
-        max_tokens: in an answer, where the client does not say.
-        new_memories: folder for memories made from uploads; None: none can be made.
-        private_paths: what must not be in an answer.
-    """
-
-    api_key: str | None = None
-    waiting: int = MOST_WAITING
-    max_tokens: int = 512
-    new_memories: Path | None = None
-    private_paths: list[str] = field(default_factory=lambda: [str(Path.home()), str(Path.cwd())])
-
-
-@dataclass
-class Server:
-    """What all requests share."""
-
-    library: Library
-    settings: Settings
-    line: Line
-    conversations: Conversations = field(default_factory=Conversations)
 
 
 def create_app(library: Library, settings: Settings | None = None) -> FastAPI:
@@ -64,8 +30,6 @@ def create_app(library: Library, settings: Settings | None = None) -> FastAPI:
         library: what is served.
         settings: how.
     """
-    from fot.serve import openai, pages, uploads
-
     settings = settings or Settings()
     app = FastAPI(title="fot", docs_url=None, redoc_url=None, openapi_url=None)
     app.state.server = Server(library, settings, Line(1, settings.waiting))
@@ -78,12 +42,6 @@ def create_app(library: Library, settings: Settings | None = None) -> FastAPI:
     app.add_exception_handler(HTTPException, _tell_http)  # type: ignore[arg-type]
     app.add_exception_handler(Exception, _tell_defect)
     return app
-
-
-def server_of(request: Request) -> Server:
-    """What all requests share."""
-    server: Server = request.app.state.server
-    return server
 
 
 class Guard:
@@ -123,16 +81,6 @@ class Guard:
         if origin and urlsplit(origin).netloc != host:
             return ApiError(403, "pages of other servers may not ask", code="wrong_origin")
         return None
-
-
-def told(error: BaseException, settings: Settings) -> ApiError:
-    """An error as a client may see it. What it can't mend is logged, and told without detail."""
-    if isinstance(error, ApiError):
-        return error
-    if isinstance(error, ValueError):
-        return ApiError(400, without_paths(str(error), settings.private_paths))
-    logger.error("an answer failed", exc_info=error)
-    return ApiError(500, "the server failed; its log says how", code="internal_error")
 
 
 async def _tell(request: Request, error: ApiError) -> JSONResponse:

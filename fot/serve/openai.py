@@ -10,11 +10,11 @@ from fastapi.responses import JSONResponse, Response
 from fot.sampling import Scored
 from fot.serve import wire
 from fot.serve.answering import Reply, chat, complete, score_prompt
-from fot.serve.app import Server, server_of
 from fot.serve.errors import ApiError
 from fot.serve.library import Entry
 from fot.serve.line import Stopped
 from fot.serve.schema import ChatRequest, Common, CompletionRequest
+from fot.serve.server import Server, server_of
 from fot.serve.stream import Send, answer, events
 
 router = APIRouter()

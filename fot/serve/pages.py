@@ -12,9 +12,9 @@ from pydantic import BaseModel
 
 from fot.inspection.page import write_page
 from fot.serve import wire
-from fot.serve.app import server_of
 from fot.serve.errors import ApiError
 from fot.serve.line import Stopped
+from fot.serve.server import server_of
 from fot.serve.stream import answer
 from fot.trace import trace
 

@@ -9,9 +9,9 @@ from fastapi import Request
 from fastapi.responses import StreamingResponse
 from fastapi.sse import format_sse_event
 
-from fot.serve.app import Server, server_of, told
 from fot.serve.errors import ApiError
 from fot.serve.line import Stopped
+from fot.serve.server import Server, server_of, told
 
 T = TypeVar("T")
 

@@ -16,9 +16,9 @@ from fot.documents import Documents, add_documents
 from fot.documents.read import read
 from fot.documents.record import State
 from fot.serve import wire
-from fot.serve.app import Server, server_of
 from fot.serve.errors import ApiError
 from fot.serve.line import Stopped
+from fot.serve.server import Server, server_of
 from fot.serve.stream import Send, events
 from memory import Memory
 

@@ -152,9 +152,9 @@ function finishTurn(turn, model, question, passages, finish) {
 function showPassages(passages, facts) {
   byId("sources-facts").textContent = facts;
   byId("passages").replaceChildren(...passages.map((passage) => {
-    const [first, last] = passage.marked;
+    const [first, last] = passage.marked, marked = passage.text.slice(first, last);
     const excerpt = element("p", { className: "excerpt" }, passage.text.slice(0, first),
-      element("mark", { textContent: passage.text.slice(first, last) }), passage.text.slice(last));
+      marked === passage.text ? marked : element("mark", { textContent: marked }), passage.text.slice(last));
     const place = passage.span ? "characters " + count(passage.span[0]) + "–" + count(passage.span[1]) : "";
     const source = element("div", { className: "source" }, element("b", { textContent: passage.document }),
       element("span", { textContent: place + (passage.share ? " · " + (100 * passage.share).toFixed(1) + " %" : "") }));
