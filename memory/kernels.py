@@ -172,7 +172,7 @@ def _flash_backward(
         grad, queries, keys, values, output, lse, None, None, queries.shape[2], keys.shape[2], 0.0, causal, unused,
         unused, scale=scale,
     )  # fmt: skip
-    return tuple(tensor[..., :size] for tensor in found)  # type: ignore[return-value]
+    return tuple(tensor[..., :size] for tensor in found)
 
 
 def _efficient_backward(
@@ -190,7 +190,7 @@ def _efficient_backward(
         *padded, _aligned(bias, queries, keys), output, lse, unused, unused, 0.0, [True, True, True, False], causal,
         scale=scale,
     )  # fmt: skip
-    return tuple(tensor[..., :size] for tensor in found[:3])  # type: ignore[return-value]
+    return tuple(tensor[..., :size] for tensor in found[:3])
 
 
 def _aligned(bias: Tensor | None, queries: Tensor, keys: Tensor) -> Tensor | None:

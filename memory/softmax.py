@@ -105,8 +105,8 @@ class _FusedAttention(torch.autograd.Function):
         size = queries.shape[-1]
         grad = torch.cat([grads[0], grads[1].unsqueeze(-1).to(grads[0].dtype)], -1)
         output = pad(output, (0, 1), value=-1.0)
-        wide = [pad(tensor, (0, 1)) for tensor in (queries, keys, values)]
-        found = kernels.backward(ctx.kernel, grad, *wide, output, lse, bias=bias, **ctx.settings)
+        queries, keys, values = (pad(tensor, (0, 1)) for tensor in (queries, keys, values))
+        found = kernels.backward(ctx.kernel, grad, queries, keys, values, output, lse, bias=bias, **ctx.settings)
         return *(tensor[..., :size] for tensor in found), None, None, None, None
 
 

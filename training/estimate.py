@@ -211,7 +211,7 @@ def _shape(recipe: Recipe) -> tuple[Any, MemoryConfig]:
 
 def _give_fake_tensors(model: nn.Module) -> None:
     """Put fake tensors of the CPU into a model on the meta device, which autocast passes by."""
-    made: dict[int, Tensor] = {}
+    made: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for key, parameter in module._parameters.items():
             if parameter is not None:
@@ -257,7 +257,7 @@ def forward_and_backward(
     return kept, max(0, layer), max(0, loss), max(peak, live.peak) - before
 
 
-def _saved_by_nf4(model: nn.Module) -> int:
+def _saved_by_nf4(model: Any) -> int:
     """Bytes that the frozen linear layers of a decoder's layers take less in 4 bits."""
     modules = [module for layer in model.base_model.layers for module in layer.modules()]
     frozen = [m.weight for m in modules if isinstance(m, nn.Linear) and not m.weight.requires_grad]
