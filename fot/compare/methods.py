@@ -5,10 +5,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from importlib.util import find_spec
 from typing import Any
 
 from transformers import DynamicCache, QuantizedCache
+from transformers.utils import is_optimum_quanto_available
 
 from fot.compare import frequencies, patterns, rope
 from fot.compare.caches import cache_for
@@ -153,8 +153,8 @@ def _fp8(model: Any, setting: Setting) -> Iterator[Reader]:
 
 @contextmanager
 def _int4(model: Any, setting: Setting) -> Iterator[Reader]:
-    if find_spec("optimum") is None:
-        raise ValueError("a 4-bit cache needs optimum-quanto: pip install optimum-quanto")
+    if not is_optimum_quanto_available():
+        raise ValueError("a 4-bit cache needs optimum-quanto: pip install 'fot[quantised]'")
     with without_memory(model) as plain:
         group = math.gcd(LARGEST_GROUP, math.prod(key_value_shape(plain)))  # it must divide the keys of a token
         yield CachedReader(plain, lambda: QuantizedCache("quanto", plain.config, q_group_size=group))
