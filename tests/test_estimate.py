@@ -24,14 +24,19 @@ def base(make_plain: Any, tokenizer: Any, tmp_path_factory: pytest.TempPathFacto
 
 
 @pytest.mark.parametrize(
-    ("trainable", "checkpointing", "dtype"),
-    [("lora", True, "float32"), ("memory", False, "bfloat16"), ("all", True, "bfloat16")],
-)
-def test_the_estimate_is_what_real_tensors_take(trainable: str, checkpointing: bool, dtype: str, base: Path) -> None:
+    ("trainable", "checkpointing", "dtype", "optimizer"),
+    [
+        ("lora", False, "float32", "adamw"), ("memory", False, "bfloat16", "adafactor"),
+        ("all", True, "bfloat16", "adafactor"),
+    ],
+)  # fmt: skip
+def test_the_estimate_is_what_real_tensors_take(
+    trainable: str, checkpointing: bool, dtype: str, optimizer: Any, base: Path
+) -> None:
     """The same count over tensors with content."""
     recipe = Recipe(model=str(base), memory={"mem_layers": [1, 3], "local_context": 16}, trainable=trainable,
                     sources=[{"path": "text.txt"}], lanes=2, windows=3, contexts={"values": [2]}, dtype=dtype,
-                    checkpointing=checkpointing)  # fmt: skip
+                    checkpointing=checkpointing, optimizer=optimizer)  # fmt: skip
     found = estimate(recipe)
     model, config, _ = build_model(recipe)
     trained = choose_trainable(model, recipe, config)
@@ -42,16 +47,16 @@ def test_the_estimate_is_what_real_tensors_take(trainable: str, checkpointing: b
     model.train()
     crossbatch.contexts = widest_contexts(recipe, 6, 1)
     live.watch_gradients(trained)
-    optimizer = optimizer_for(recipe, trained)
+    real_optimizer = optimizer_for(recipe, trained)
     with live:
         kept, layer, loss, _ = forward_and_backward(model, crossbatch, recipe, (6, 16), live)
-    optimizer.step()
+    real_optimizer.step()
     parameters = list(model.parameters())
     assert found.weights == sum(p.numel() * p.element_size() for p in parameters)
     assert found.trained == sum(p.numel() for p in trained.values())
     assert found.trained + found.frozen == sum(p.numel() for p in parameters)
     assert found.gradients == sum(p.grad.numel() * p.grad.element_size() for p in trained.values())
-    tensors = [leaf for leaf in tree_leaves(dict(optimizer.state)) if isinstance(leaf, torch.Tensor)]
+    tensors = [leaf for leaf in tree_leaves(dict(real_optimizer.state)) if isinstance(leaf, torch.Tensor)]
     assert found.optimizer == sum(t.numel() * t.element_size() for t in tensors)
     for mine, real in ((found.kept, kept), (found.layer, layer), (found.loss, loss)):
         assert mine == pytest.approx(real, rel=0.15, abs=20_000)

@@ -174,8 +174,7 @@ def estimate(recipe: Recipe, processes: int = 1) -> Estimate:
         weights = sum(map(_bytes, parameters.values()))
         kept, layer, loss, peak = forward_and_backward(model, crossbatch, recipe, (rows, config.window), live)
         gradients = sum(_bytes(parameter.grad) for parameter in trained.values())
-        optimizer.step()
-        state = sum(_bytes(leaf) for leaf in tree_leaves(dict(optimizer.state)) if isinstance(leaf, Tensor))
+        state = _optimizer_state(optimizer, trained)
     forget_scratch()
     saved = _saved_by_nf4(model) if recipe.quantization else 0
     number = sum(parameter.numel() for parameter in trained.values())
@@ -255,6 +254,22 @@ def forward_and_backward(
         hidden.backward(gradient)
         layer = live.peak_besides - before - kept
     return kept, max(0, layer), max(0, loss), max(peak, live.peak) - before
+
+
+def _optimizer_state(optimizer: torch.optim.Optimizer, trained: dict[str, Tensor]) -> int:
+    """Bytes of an optimiser's state after a step."""
+    if isinstance(optimizer, torch.optim.Adafactor):  # its step reads numbers, which fake tensors do not have
+        return sum(_adafactor_state(parameter) for parameter in trained.values())
+    optimizer.step()
+    return sum(_bytes(leaf) for leaf in tree_leaves(dict(optimizer.state)) if isinstance(leaf, Tensor))
+
+
+def _adafactor_state(parameter: Tensor) -> int:
+    """A mean for each row and each column of a matrix, or a number for each number; and the count of steps."""
+    numbers = parameter.numel()
+    if parameter.ndim > 1:
+        numbers = numbers // parameter.shape[-1] + numbers // parameter.shape[-2]
+    return numbers * parameter.element_size() + torch.float32.itemsize
 
 
 def _saved_by_nf4(model: Any) -> int:
