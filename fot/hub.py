@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from fot.names import ADAPTER_DESCRIPTION, PEFT_CONFIG
-from memory.manifest import LOCK, MANIFEST
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 # Options of ``from_pretrained`` that the hub's client takes under the same names.
@@ -57,6 +56,8 @@ def memory_folder(path: Path) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
+    from memory.manifest import MANIFEST
+
     try:
         folder = Path(snapshot_download(name, repo_type="dataset"))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
@@ -85,6 +86,8 @@ def push(folder: Path, hub_id: str, *, private: bool = False, token: str | None 
     """
     from huggingface_hub import HfApi
 
+    from memory.manifest import LOCK
+
     if not HUB_ID.fullmatch(hub_id):
         raise ValueError(f"{hub_id!r} is no id of the hub: give org/name")
     kind = _kind(folder)
@@ -95,6 +98,8 @@ def push(folder: Path, hub_id: str, *, private: bool = False, token: str | None 
 
 def _kind(folder: Path) -> str:
     """The hub's kind of repository for what a folder holds."""
+    from memory.manifest import MANIFEST
+
     if (folder / MANIFEST).is_file():
         return "dataset"
     if (folder / ADAPTER_DESCRIPTION).is_file():

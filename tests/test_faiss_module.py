@@ -38,9 +38,3 @@ def test_every_module_that_imports_faiss_looks_first(module: str) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert "pip uninstall -y faiss-cpu faiss-gpu-cu12" in done.stdout
-
-
-def test_no_extra_installs_a_second_build() -> None:
-    """faiss-cpu always comes with fot, so an extra with another build would break both."""
-    text = (ROOT / "pyproject.toml").read_text()
-    assert len(re.findall(r'"faiss-[a-z0-9-]+[>=]', text)) == 1

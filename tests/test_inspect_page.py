@@ -163,7 +163,9 @@ def test_a_token_in_the_address_is_shown(page: Path) -> None:
     assert found["options"] == [word]
     assert found["facts"].startswith(f"{100 * (1 - trace.found.local[place - 1].mean()):.1f}% of the attention")
     passages = trace.passages(8, token=place)
-    assert found["documents"] == [passage.document for passage in passages]
+    shown = len(found["documents"])  # the page holds fewer hits of each head than the trace, but in the same order
+    assert shown >= 5
+    assert found["documents"] == [passage.document for passage in passages[:shown]]
     strongest = next(hit for hit in data["queries"][place - 1]["hits"] if hit[8] == 0)
     region = data["regions"][strongest[2]]
     assert found["excerpts"][0].strip("… \u00a0") in " ".join("".join(region["texts"]).split())

@@ -63,6 +63,7 @@ class Questions(TorchDispatchMode):
         if not self.counting:
             return
         frames = (frame for frame in reversed(traceback.extract_stack()) if frame.filename.startswith(ROOT))
+        frames = (frame for frame in frames if "site-packages" not in frame.filename)  # an environment within
         frame = next(frame for frame in frames if "tests" not in frame.filename or frame.name.startswith("test_"))
         self.found[f"{name} in {Path(frame.filename).name}, {frame.name}"] += 1
 

@@ -97,7 +97,12 @@ def reader(path: Path) -> Callable[[Path, Options], str] | None:
 
 
 def takes_time(path: Path) -> bool:
-    """Whether a file has to be parsed, which takes longer than to read it."""
+    """Whether a file has to be parsed, which takes longer than to read it.
+
+    Raises:
+        UnreadableFileError: it is no file: a pipe would never end.
+    """
+    check_regular(path)
     return reader(path) not in (None, _refuse_archive)
 
 
