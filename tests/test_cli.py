@@ -9,21 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ModelMaker
-from transformers import PreTrainedTokenizerFast
 
 from fot.cli import main, program
 
 Run = Callable[..., int]
-
-
-@pytest.fixture(scope="module")
-def checkpoint(
-    make_plain: ModelMaker, tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
-    folder = tmp_path_factory.mktemp("tiny")
-    make_plain().save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 def test_installed_command_is_quick_to_help() -> None:

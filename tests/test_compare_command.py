@@ -24,16 +24,6 @@ METHODS = "plain,yarn,streaming,memory,bm25"
 
 
 @pytest.fixture(scope="module")
-def checkpoint(
-    make_plain: ModelMaker, tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
-    folder = tmp_path_factory.mktemp("tiny")
-    make_plain().save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("text") / "text.txt"
     path.write_text("".join(f"{number} bottles hang on the wall of room {number * 7 % 91}.\n" for number in range(99)))

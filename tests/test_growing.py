@@ -10,7 +10,6 @@ import pytest
 import torch
 from conftest import WINDOW, ModelMaker
 from torch.nn.functional import cross_entropy
-from transformers import PreTrainedTokenizerFast
 
 from fot.cli import main
 from fot.evaluation import growing
@@ -81,20 +80,16 @@ def test_text_that_is_too_short(make_model: ModelMaker, ids: Draw) -> None:
         growing.run(make_model(), texts, [16], others=others, others_tokens=48)
 
 
-def test_command(
-    make_plain: ModelMaker, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
-    folder, out, plot = tmp_path / "model", tmp_path / "out.json", tmp_path / "plot.png"
-    make_plain().save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+def test_command(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    out, plot = tmp_path / "out.json", tmp_path / "plot.png"
     texts = []
     for number in range(3):
         texts.append(tmp_path / f"{number}.txt")
         texts[-1].write_text(f"A sentence of text {number} that goes on for a while. " * 6)
-    command = ["eval", "perplexity", str(folder), str(texts[0]), str(texts[1]), "--mem-layers", "1,3"]
+    command = ["eval", "perplexity", str(checkpoint), str(texts[0]), str(texts[1]), "--mem-layers", "1,3"]
     command += ["--local-context", "16", "--window-overlap", "0", "--json", str(out)]
     options = ["--places", "2", "--others", str(texts[2]), "--others-tokens", "32", "--plot", str(plot)]
-    assert main([*command, "--memory", "0,32", *options, "--base", str(folder)]) == 0
+    assert main([*command, "--memory", "0,32", *options, "--base", str(checkpoint)]) == 0
     model, base = json.loads(out.read_text())["models"]
     assert model["rows"] == base["rows"]
     assert [(row["tokens"], row["others"]) for row in model["rows"]] == [(0, 0), (32, 0), (32, 32)]

@@ -5,8 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ModelMaker
-from transformers import PreTrainedTokenizerFast
 
 from fot.cli import main
 from fot.inspection.texts import one_line, printable
@@ -14,16 +12,6 @@ from fot.inspection.texts import one_line, printable
 OPTIONS = ["--mem-layers", "1,3", "--local-context", "64", "--dtype", "float32", "--device", "cpu"]
 HOSTILE = "a\x1b[31m\rb\x07\x9b2J\u202egpj.\x85[link=http://x]c[/link]"
 COMMANDS = set("\x1b\r\x07\x9b\u202e\x85\x0c\x0b\x1c")
-
-
-@pytest.fixture(scope="module")
-def checkpoint(
-    make_plain: ModelMaker, tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
-    folder = tmp_path_factory.mktemp("tiny")
-    make_plain().save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture

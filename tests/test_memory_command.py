@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ModelMaker
-from transformers import PreTrainedTokenizerFast
 
 from fot import FoTForCausalLM
 from fot.cli import main
@@ -18,16 +16,6 @@ from memory import Memory
 
 TEXT = "".join(f"Line {number} of a document.\n" for number in range(40))
 OPTIONS = ["--mem-layers", "1,3", "--local-context", "16", "--dtype", "float32", "--device", "cpu"]
-
-
-@pytest.fixture(scope="module")
-def checkpoint(
-    make_plain: ModelMaker, tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
-    folder = tmp_path_factory.mktemp("tiny")
-    make_plain().save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture

@@ -116,15 +116,11 @@ def test_few_shot(make_model: ModelMaker, tokenizer: PreTrainedTokenizerFast, tm
         few_shot.read_examples(file)
 
 
-def test_commands(
-    make_plain: ModelMaker, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
-    folder, text, out = tmp_path / "model", tmp_path / "text.txt", tmp_path / "out.json"
-    make_plain().save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+def test_commands(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    text, out = tmp_path / "text.txt", tmp_path / "out.json"
     text.write_text(FILLER * 20)
     options = ["--mem-layers", "1,3", "--local-context", "64", "--json", str(out)]
-    command = ["eval", "ruler", str(folder), str(text), *options, "--lengths", "500", "--trials", "1"]
+    command = ["eval", "ruler", str(checkpoint), str(text), *options, "--lengths", "500", "--trials", "1"]
     assert main([*command, "--tasks", "single,moves"]) == 0
     assert "0% (0%-79%)" in capsys.readouterr().out
     assert [entry["task"] for entry in json.loads(out.read_text())["results"]] == ["single", "moves"]
@@ -132,5 +128,5 @@ def test_commands(
         main([*command, "--tasks", "single,none"])
     assert "'none' is no task: choose from single, multikey" in capsys.readouterr().err
     text.write_text("A What is a?\nB What is b?\n" * 9)
-    assert main(["eval", "few-shot", str(folder), str(text), str(text), *options, "--lengths", "0,90"]) == 0
+    assert main(["eval", "few-shot", str(checkpoint), str(text), str(text), *options, "--lengths", "0,90"]) == 0
     assert len(json.loads(out.read_text())["results"]) == 2

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ModelMaker
 from transformers import PreTrainedTokenizerFast
 
 from fot.cli import main
@@ -16,16 +15,6 @@ from fot.documents import find as find_module
 from memory import Memory
 
 OPTIONS = ["--mem-layers", "1,3", "--local-context", "16", "--dtype", "float32", "--device", "cpu"]
-
-
-@pytest.fixture(scope="module")
-def checkpoint(
-    make_plain: ModelMaker, tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
-    folder = tmp_path_factory.mktemp("tiny")
-    make_plain().save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture
