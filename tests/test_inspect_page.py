@@ -165,6 +165,7 @@ def test_a_token_in_the_address_is_shown(page: Path) -> None:
     passages = trace.passages(100, token=place)
     # The page may hold fewer hits of each head than the trace, and then lists the passages of those, in the same order.
     held = sorted({hit[8] for hit in data["queries"][place - 1]["hits"] if hit[8] >= 0})
+    assert held
     assert found["documents"] == [passages[rank].document for rank in held[:8]]
     strongest = next(hit for hit in data["queries"][place - 1]["hits"] if hit[8] == 0)
     region = data["regions"][strongest[2]]
