@@ -55,7 +55,7 @@ def measure(recipe: Recipe, steps: int, *, with_crossbatch: bool, keep: bool) ->
     """Seconds of each step, and peak memory."""
     device = find_device(None)
     if keep:
-        keep_freed_memory(device.type)
+        keep_freed_memory(device.type, large=not recipe.checkpointing)
     model, config, _ = build_model(recipe)
     trained = list(choose_trainable(model, recipe, config).values())
     model.to(device).train()

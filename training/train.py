@@ -95,7 +95,7 @@ def train(
     check_sharding(accelerator)
     if accelerator.num_processes == 1 and (words := lone_process()):
         print(f"fot: {words}", file=sys.stderr)
-    keep_freed_memory(accelerator.device.type)
+    keep_freed_memory(accelerator.device.type, large=not recipe.checkpointing)
     set_seed(recipe.seed)
     processes = accelerator.num_processes
     checkpoint = on_main(
