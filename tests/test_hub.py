@@ -54,13 +54,13 @@ def shelf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def adapter(make_plain: Any, tokenizer: Any, tmp_path: Path) -> Path:
     """What peft alone writes, over a base with memory settings."""
     model = fot.attach_memory(make_plain("llama"), fot.MemoryConfig(mem_layers=(1, 3), local_context=64))
-    model.save_pretrained(tmp_path / "base")
-    tokenizer.save_pretrained(tmp_path / "base")
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "people" / "base")  # found from folders above an adapter by its id
     around = get_peft_model(make_plain("llama"), LoraConfig(r=2, target_modules=["q_proj"]))
     for name, parameter in around.named_parameters():
         if "lora_B" in name:
             torch.nn.init.constant_(parameter, 0.3)
-    around.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+    around.peft_config["default"].base_model_name_or_path = "people/base"
     around.save_pretrained(tmp_path / "adapter")
     return tmp_path / "adapter"
 
@@ -116,6 +116,13 @@ def test_an_adapter_whose_base_others_do_not_have_is_not_pushed(adapter: Path, s
     (adapter / "fot_adapter.json").write_text(json.dumps({"format": 1, "base": "/a/b", "memory": None, "made_by": {}}))
     with pytest.raises(ValueError, match=r'set "base" in .* to the id of that model on the hub'):
         hub.push(adapter, "someone/adapter")
+    (adapter / "fot_adapter.json").unlink()
+    peft = json.loads((adapter / "adapter_config.json").read_text())
+    for base in (str(adapter.parent / "people/base"), "../people/base"):
+        (adapter / "adapter_config.json").write_text(json.dumps(peft | {"base_model_name_or_path": base}))
+        with pytest.raises(ValueError, match=r'set "base_model_name_or_path" in .* to the id of that model on the hub'):
+            hub.push(adapter, "someone/adapter")
+    assert not (shelf / "model").exists()
     with pytest.raises(ValueError, match="neither a model nor an adapter nor a memory"):
         hub.push(adapter.parent / "shelf", "someone/adapter")
     with pytest.raises(ValueError, match="give org/name"):
