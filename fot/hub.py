@@ -40,17 +40,26 @@ def adapter_folder(hub_id: str, **options: Any) -> Path | None:
     return Path(snapshot_download(hub_id, allow_patterns=["*.json", "*.safetensors"], **options))
 
 
-def memory_folder(path: Path) -> Path:
+def memory_folder(path: Path, mode: str = "r") -> Path:
     """A memory's folder on this machine: the path itself, or what the hub has under it as an id.
 
     ``org/name`` is an id if neither it nor a folder ``org`` is here.
 
+    Args:
+        path: a folder or an id.
+        mode: ``r`` to read it, ``a`` to change it, which takes a folder of the user's own.
+
     Raises:
-        FileNotFoundError: the hub has no such memory, or it cannot be reached.
+        FileNotFoundError: the hub has no such memory, or it cannot be reached; or an id of what is to be changed.
     """
     name = str(path)
     if path.exists() or path.parent.exists() or not HUB_ID.fullmatch(name):
         return path
+    if mode != "r":
+        raise FileNotFoundError(
+            f"no memory at {name}, and one on the hub cannot be changed: copy it first (hf download {name} --repo-type "
+            "dataset --local-dir FOLDER), and change FOLDER"
+        )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 

@@ -13,7 +13,8 @@ from transformers import LlamaForCausalLM
 
 import fot
 from fot import hub
-from fot.cli import main
+from fot.cli import _parser, main
+from fot.commands.serve import _library
 
 
 @pytest.fixture
@@ -100,6 +101,42 @@ def test_a_memory_goes_to_the_hub_and_answers_from_there(
     assert (shelf / "dataset/someone/book/manifest.json").is_file()
     assert not (shelf / "dataset/someone/book/lock").exists()
     assert main(["ask", "someone/book", "a", "--plain", "--max-new-tokens", "2"]) == 0
+
+
+@pytest.fixture
+def book(adapter: Path, shelf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A memory on the hub, someone/book, made by a model there, someone/adapter."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text("abcdefghi " * 80)
+    assert main(["push", str(adapter), "someone/adapter"]) == 0
+    assert main(["memory", "build", "own.memory", "text.txt", "--model", "someone/adapter"]) == 0
+    assert main(["push", "own.memory", "someone/book"]) == 0
+    return shelf / "dataset/someone/book"
+
+
+def test_commands_that_read_take_ids_of_memories(book: Path, capsys: pytest.CaptureFixture) -> None:
+    for command in (
+        ["info", "someone/book"], ["verify", "someone/book"], ["check", "someone/book"],
+        ["append", "someone/book", "text.txt", "--dry-run"], ["sync", "someone/book", "--dry-run"],
+    ):  # fmt: skip
+        assert main(["memory", *command]) == 0, capsys.readouterr().err
+    library = _library(_parser().parse_args(["serve", "someone/book"]))
+    assert "book" in library
+
+
+def test_commands_that_write_refuse_ids_of_memories(book: Path, capsys: pytest.CaptureFixture) -> None:
+    def state() -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in book.iterdir()}
+
+    before = state()
+    for command in (
+        ["append", "someone/book", "text.txt"], ["sync", "someone/book"], ["drop", "someone/book", "text.txt"],
+        ["compact", "someone/book"],
+    ):  # fmt: skip
+        assert main(["memory", *command]) == 2
+        said = capsys.readouterr().err
+        assert "hf download someone/book --repo-type dataset --local-dir FOLDER" in said, command
+    assert state() == before
 
 
 def test_a_memory_that_is_nowhere_is_named(
