@@ -117,12 +117,13 @@ def find_base(folder: Path) -> str:
     if found is None and Path(base).is_absolute():
         raise FileNotFoundError(
             f"the adapter in {folder} belongs to the base model at {base}, but nothing is there: put the model back, "
-            f"or correct {_place_of_base(folder)}"
+            f"or correct {place_of_base(folder)}"
         )
     return base if found is None else str(found)
 
 
-def _place_of_base(folder: Path) -> str:
+def place_of_base(folder: Path) -> str:
+    """Which entry of which file names an adapter's base model."""
     if (folder / ADAPTER_DESCRIPTION).is_file():
         return f'"base" in {folder / ADAPTER_DESCRIPTION}'
     return f'"base_model_name_or_path" in {folder / PEFT_CONFIG}'
@@ -135,8 +136,9 @@ def apply_adapter(model: Any, folder: Path) -> None:
     weights would lose most of it.
 
     Raises:
-        ValueError: tensors that the model does not have, or of another shape: an adapter of another base model; or
-            weights that are offloaded to the disk.
+        ValueError: tensors that the model does not have, or of another shape: an adapter of another base model;
+            weights that are offloaded to the disk; a kind of peft that cannot be merged; or weights to replace over a
+            LoRA that is not merged.
         ImportError: it was made by peft, which is not installed.
     """
     if (folder / PEFT_CONFIG).is_file():
@@ -145,25 +147,43 @@ def apply_adapter(model: Any, folder: Path) -> None:
         _replace(model, folder)
 
 
+def has_unmerged(model: Any) -> bool:
+    """Whether a model's weights are packed, with an adapter of peft beside them."""
+    return is_quantised(model) and bool(getattr(model, "peft_config", None))
+
+
 def _add_peft(model: Any, folder: Path) -> None:
     try:
         from peft import PeftModel
     except ImportError as error:
         raise ImportError(f"the adapter in {folder} takes peft: pip install 'fot[train]'") from error
     before = sorted(getattr(model, "peft_config", {}))
+    name = f"adapter{len(before)}"
     try:
-        around = PeftModel.from_pretrained(model, folder, adapter_name=f"adapter{len(before)}")
-        if not is_quantised(model):
+        around = PeftModel.from_pretrained(model, folder, adapter_name=name)
+        within = hasattr(around, "merge_and_unload")  # else it works in peft's wrapper alone
+        if within and not is_quantised(model):
             around.merge_and_unload()
-        elif before:
-            around.base_model.set_adapter([*before, f"adapter{len(before)}"])
+        elif within and before:
+            around.base_model.set_adapter([*before, name])
     except (RuntimeError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"the adapter in {folder} does not fit its base model: {reason}") from error
+    if not within:
+        kind = around.peft_config[name].peft_type.value
+        raise ValueError(
+            f"the adapter in {folder} is of peft's kind {kind}, which cannot be merged with a model's weights: give "
+            "one of another kind, such as LORA"
+        )
 
 
 @torch.no_grad()
 def _replace(model: Any, folder: Path) -> None:
+    if has_unmerged(model):
+        raise ValueError(
+            f"the adapter in {folder} replaces weights over a LoRA that stays beside weights in 4 bits, so both cannot "
+            f"hold: load it without quantization, or fot merge {folder} FOLDER and load FOLDER"
+        )
     parameters = dict(model.named_parameters())
     tensors = load_file(folder / TENSORS)
     for name, tensor in tensors.items():

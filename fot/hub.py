@@ -3,13 +3,11 @@
 Models need nothing of this: transformers finds them. A memory is a data set there (``repo_type="dataset"``).
 """
 
-import json
-import os
 import re
 from pathlib import Path
 from typing import Any
 
-from fot.names import ADAPTER_DESCRIPTION, PEFT_CONFIG
+from fot.names import ADAPTER_DESCRIPTION, PEFT_CONFIG, aliases, shipped_models
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 # Options of ``from_pretrained`` that the hub's client takes under the same names.
@@ -42,17 +40,26 @@ def adapter_folder(hub_id: str, **options: Any) -> Path | None:
     return Path(snapshot_download(hub_id, allow_patterns=["*.json", "*.safetensors"], **options))
 
 
-def memory_folder(path: Path) -> Path:
+def memory_folder(path: Path, mode: str = "r") -> Path:
     """A memory's folder on this machine: the path itself, or what the hub has under it as an id.
 
     ``org/name`` is an id if neither it nor a folder ``org`` is here.
 
+    Args:
+        path: a folder or an id.
+        mode: ``r`` to read it, ``a`` to change it, which takes a folder of the user's own.
+
     Raises:
-        FileNotFoundError: the hub has no such memory, or it cannot be reached.
+        FileNotFoundError: the hub has no such memory, or it cannot be reached; or an id of what is to be changed.
     """
     name = str(path)
     if path.exists() or path.parent.exists() or not HUB_ID.fullmatch(name):
         return path
+    if mode != "r":
+        raise FileNotFoundError(
+            f"no memory at {name}, and one on the hub cannot be changed: copy it first (hf download {name} --repo-type "
+            "dataset --local-dir FOLDER), and change FOLDER"
+        )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
@@ -102,14 +109,22 @@ def _kind(folder: Path) -> str:
 
     if (folder / MANIFEST).is_file():
         return "dataset"
-    if (folder / ADAPTER_DESCRIPTION).is_file():
-        base = json.loads((folder / ADAPTER_DESCRIPTION).read_text(encoding="utf-8"))["base"]
-        if os.path.isabs(base):
-            raise ValueError(
-                f"the adapter in {folder} belongs to the base model at {base}, which others do not have: set "
-                f'"base" in {folder / ADAPTER_DESCRIPTION} to the id of that model on the hub'
-            )
+    whole = (folder / "config.json").is_file()
+    if (folder / ADAPTER_DESCRIPTION).is_file() or ((folder / PEFT_CONFIG).is_file() and not whole):
+        _check_base(folder)
         return "model"
-    if (folder / PEFT_CONFIG).is_file() or (folder / "config.json").is_file():
+    if whole:
         return "model"
     raise ValueError(f"{folder} holds neither a model nor an adapter nor a memory: give a folder that fot wrote")
+
+
+def _check_base(folder: Path) -> None:
+    """Raise ValueError for an adapter whose base model others cannot have by its name."""
+    from fot.adapter import place_of_base, read_description
+
+    base = read_description(folder).base
+    if not (base in aliases() or base in shipped_models() or HUB_ID.fullmatch(base)):
+        raise ValueError(
+            f"the adapter in {folder} belongs to the base model at {base}, which others do not have: set "
+            f"{place_of_base(folder)} to the id of that model on the hub"
+        )

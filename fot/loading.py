@@ -29,9 +29,14 @@ def load_model(name_or_path: str | Path, *args: Any, **kwargs: Any) -> FoTForCau
     settings = {name: kwargs.pop(name) for name in SETTINGS if name in kwargs}
     hub = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
     checkpoint = pretrained.find(name_or_path, **hub)
-    if checkpoint.adapter is not None:  # a revision and a subfolder are the adapter's, not its base model's
-        hub = {name: value for name, value in hub.items() if name not in ("revision", "subfolder")}
-        kwargs = {name: value for name, value in kwargs.items() if name not in ("revision", "subfolder")}
+    if checkpoint.adapter is not None:
+        if hub.get("subfolder"):
+            raise ValueError(
+                f"subfolder is {hub['subfolder']!r}, but {name_or_path} is an adapter: give the adapter's own folder, "
+                "without a subfolder"
+            )
+        hub.pop("revision", None)  # the adapter's, not its base model's
+        kwargs.pop("revision", None)
     adapters = [folder for folder in (*checkpoint.under, checkpoint.adapter) if folder is not None]
     options = {"trust_remote_code": False} | gguf_options(checkpoint) | kwargs
     if options.get("quantization_config") is not None:

@@ -94,11 +94,13 @@ class Content:
 
     def kept(self, slots: Tensor) -> "Content":
         """A copy of the tokens in these slots, (M,) int64 ascending; of what is mapped from a folder, the mapping is
-        shared."""
+        shared. Documents that lose all their tokens are not in it."""
+        tokens = self.tokens.kept(slots.numpy())
+        gone = set(self.tokens.names).difference(tokens.names)
         return replace(
             self,
             layers={number: layer.kept(slots) for number, layer in self.layers.items()},
-            tokens=TokenTable(self.tokens.rows[slots.numpy()], self.tokens.names),
+            tokens=tokens,
             metadata=deepcopy(self.metadata),
-            notes=dict(self.notes),
+            notes={name: note for name, note in self.notes.items() if name not in gone},
         )

@@ -5,6 +5,7 @@ and sends its output and log-sum-exp back, from which ``memory.softmax.merge`` m
 open one folder (or a copy each), mapped: a rank reads the vectors of its own tokens alone. Nobody writes to it.
 """
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from itertools import pairwise
@@ -41,6 +42,9 @@ def open_sharded(
 ) -> Iterator[Memory | None]:
     """Open a memory over all ranks of a process group. Every rank calls this, with the same arguments.
 
+    Ranks that serve end with ``RankLostError`` if rank 0 asks nothing for longer than the group's timeout: choose the
+    ``timeout`` of ``init_process_group`` by the longest pause.
+
     Args:
         path: the folder, as for ``Memory.open``.
         index: of each rank's share, as for ``Memory.open``; ``auto`` chooses by the size of the share.
@@ -67,16 +71,23 @@ def open_sharded(
         try:
             yield memory
         finally:
-            with suppress(RankLostError):  # who is gone needs no word
+            with link.exchange, suppress(RankLostError):  # who is gone needs no word
                 for rank in range(1, link.ranks):
                     link.send(rank, _header(CLOSE))
 
 
 class _Link:
-    """Sends tensors to other ranks and receives them, and says which one is gone."""
+    """Sends tensors to other ranks and receives them, and says which one is gone.
+
+    Attributes:
+        rank: of this process.
+        ranks: how many there are.
+        exchange: held from a question to its last reply, so that those of several threads do not mix.
+    """
 
     def __init__(self, group: dist.ProcessGroup | None, path: Path) -> None:
         self._group, self._path = group, path
+        self.exchange = threading.Lock()
         self.rank, self.ranks = dist.get_rank(group), dist.get_world_size(group)
         gpu = dist.get_backend(group) == "nccl"
         self._device = torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
@@ -116,26 +127,28 @@ class _ShardedLayer(Index):
 
     def search(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """The best of what every rank finds; shapes as in ``Index.search``."""
-        self._ask(SEARCH, queries, k=k)
-        found = [self._own.search(queries, k)]
-        for rank in self._others:
-            shape = (*queries.shape[:2], min(k, self._sizes[rank]))
-            scores, slots = (self._link.receive(rank, shape, dtype) for dtype in (torch.float32, torch.int64))
-            found.append((scores.to(queries.device), slots.to(queries.device)))
+        with self._link.exchange:
+            self._ask(SEARCH, queries, k=k)
+            found = [self._own.search(queries, k)]
+            for rank in self._others:
+                shape = (*queries.shape[:2], min(k, self._sizes[rank]))
+                scores, slots = (self._link.receive(rank, shape, dtype) for dtype in (torch.float32, torch.int64))
+                found.append((scores.to(queries.device), slots.to(queries.device)))
         scores, slots = (torch.cat(parts, dim=-1) for parts in zip(*found, strict=True))
         scores, order = scores.topk(k, dim=-1)
         return scores, slots.gather(-1, order)
 
     def attend(self, queries: Tensor, *, scale: float) -> tuple[Tensor, Tensor]:
         """Softmax attention over the tokens of all ranks; shapes as in ``Index.attend``."""
-        self._ask(ATTEND, queries, scale=scale)
-        parts = [self._own.attend(queries, scale=scale)]
-        for rank in self._others:
-            output, lse = (
-                self._link.receive(rank, tuple(shape), torch.float32).to(queries.device)
-                for shape in (queries.shape, queries.shape[:2])
-            )
-            parts.append((output, lse))
+        with self._link.exchange:
+            self._ask(ATTEND, queries, scale=scale)
+            parts = [self._own.attend(queries, scale=scale)]
+            for rank in self._others:
+                output, lse = (
+                    self._link.receive(rank, tuple(shape), torch.float32).to(queries.device)
+                    for shape in (queries.shape, queries.shape[:2])
+                )
+                parts.append((output, lse))
         return merge(parts)
 
     @property

@@ -115,6 +115,14 @@ class TokenTable:
             raise KeyError(f"no document {document!r} in this memory; it holds {', '.join(self._names) or 'none'}")
         return np.flatnonzero(self._columns[: self._length, 1] != self._names.index(document))
 
+    def kept(self, slots: np.ndarray) -> "TokenTable":
+        """A copy of these slots, (n,) int64 ascending, without the documents that lose all their tokens."""
+        rows = self.rows[slots]  # a copy
+        numbers = self.rows[:, 1]
+        lost = np.setdiff1d(numbers[numbers >= 0], rows[:, 1])
+        rows[:, 1] -= np.searchsorted(lost, rows[:, 1]).astype(np.int32)
+        return TokenTable(rows, [name for number, name in enumerate(self._names) if number not in lost])
+
     def keep(self, slots: np.ndarray, dropped: str) -> None:
         self._columns = self._columns[: self._length][slots].copy()
         self._length = len(slots)

@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 from accelerate import cpu_offload, disk_offload
-from peft import PeftModel
+from peft import PeftModel, PromptTuningConfig, get_peft_model
 from train_helpers import train
 from transformers import LlamaForCausalLM
 
@@ -139,3 +139,16 @@ def test_an_adapter_for_weights_that_lie_elsewhere(project: Path, tmp_path: Path
         apply_adapter(before, adapter)
     with pytest.raises(ValueError, match="load the model's weights first"):
         apply_adapter(LlamaForCausalLM.from_pretrained(project / "runs/base").to("meta"), adapter)
+
+
+def test_kinds_of_peft_that_cannot_be_merged_are_named(project: Path, make_plain: Any, tmp_path: Path) -> None:
+    around = get_peft_model(make_plain("llama"), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+    around.peft_config["default"].base_model_name_or_path = str(project / "runs/base")
+    around.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"peft's kind PROMPT_TUNING, which cannot be merged"):
+        fot.FoTForCausalLM.from_pretrained(tmp_path)
+
+
+def test_adapters_have_no_subfolders(project: Path) -> None:
+    with pytest.raises(ValueError, match=r"subfolder is 'inner', but .* is an adapter: give the adapter's own folder"):
+        fot.FoTForCausalLM.from_pretrained(project / "runs/lora/adapter", subfolder="inner")

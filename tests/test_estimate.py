@@ -93,3 +93,10 @@ def test_the_command_prints_it_and_writes_nothing(
     assert list(tmp_path.iterdir()) == [recipe]
     assert main(["train", str(recipe)]) == 2
     assert "give --out FOLDER" in capsys.readouterr().err
+
+
+def test_processes_are_for_the_estimate_alone(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump({"model": str(base), "sources": [{"path": "text.txt"}], "trainable": "lora"}))
+    assert main(["train", str(recipe), "--out", str(tmp_path / "out"), "--processes", "8"]) == 2
+    assert "--processes 8 is for --estimate; to train on so many: torchrun" in capsys.readouterr().err

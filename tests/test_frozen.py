@@ -9,7 +9,14 @@ import yaml
 from train_helpers import losses, train
 
 import fot
-from training.frozen import FrozenEmbedding, FrozenLinear, compute_in_float32, train_in_float32
+from training.frozen import (
+    FrozenEmbedding,
+    FrozenLinear,
+    _FrozenProduct,
+    compute_in_float32,
+    forget_scratch,
+    train_in_float32,
+)
 from training.recipe import Recipe
 from training.setup import build_model, choose_trainable
 from training.step import Step
@@ -171,3 +178,14 @@ def test_memory_layers_of_families_with_other_names_are_trained(tmp_path: Path, 
     _, trained = prepared(settings)
     assert trained
     assert all("layers.1.attention" in name for name in trained)
+
+
+def test_what_ran_in_inference_mode_does_not_hinder_training() -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(4, 6).bfloat16()
+    inputs = torch.randn(3, 6, requires_grad=True)
+    forget_scratch()
+    with torch.inference_mode():
+        _FrozenProduct.apply(inputs.detach(), weight)
+    _FrozenProduct.apply(inputs, weight).sum().backward()
+    torch.testing.assert_close(inputs.grad, weight.float().sum(0).expand(3, 6))

@@ -13,7 +13,8 @@ from transformers import LlamaForCausalLM
 
 import fot
 from fot import hub
-from fot.cli import main
+from fot.cli import _parser, main
+from fot.commands.serve import _library
 
 
 @pytest.fixture
@@ -54,13 +55,13 @@ def shelf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def adapter(make_plain: Any, tokenizer: Any, tmp_path: Path) -> Path:
     """What peft alone writes, over a base with memory settings."""
     model = fot.attach_memory(make_plain("llama"), fot.MemoryConfig(mem_layers=(1, 3), local_context=64))
-    model.save_pretrained(tmp_path / "base")
-    tokenizer.save_pretrained(tmp_path / "base")
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "people" / "base")  # found from folders above an adapter by its id
     around = get_peft_model(make_plain("llama"), LoraConfig(r=2, target_modules=["q_proj"]))
     for name, parameter in around.named_parameters():
         if "lora_B" in name:
             torch.nn.init.constant_(parameter, 0.3)
-    around.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+    around.peft_config["default"].base_model_name_or_path = "people/base"
     around.save_pretrained(tmp_path / "adapter")
     return tmp_path / "adapter"
 
@@ -102,6 +103,42 @@ def test_a_memory_goes_to_the_hub_and_answers_from_there(
     assert main(["ask", "someone/book", "a", "--plain", "--max-new-tokens", "2"]) == 0
 
 
+@pytest.fixture
+def book(adapter: Path, shelf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A memory on the hub, someone/book, made by a model there, someone/adapter."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text("abcdefghi " * 80)
+    assert main(["push", str(adapter), "someone/adapter"]) == 0
+    assert main(["memory", "build", "own.memory", "text.txt", "--model", "someone/adapter"]) == 0
+    assert main(["push", "own.memory", "someone/book"]) == 0
+    return shelf / "dataset/someone/book"
+
+
+def test_commands_that_read_take_ids_of_memories(book: Path, capsys: pytest.CaptureFixture) -> None:
+    for command in (
+        ["info", "someone/book"], ["verify", "someone/book"], ["check", "someone/book"],
+        ["append", "someone/book", "text.txt", "--dry-run"], ["sync", "someone/book", "--dry-run"],
+    ):  # fmt: skip
+        assert main(["memory", *command]) == 0, capsys.readouterr().err
+    library = _library(_parser().parse_args(["serve", "someone/book"]))
+    assert "book" in library
+
+
+def test_commands_that_write_refuse_ids_of_memories(book: Path, capsys: pytest.CaptureFixture) -> None:
+    def state() -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in book.iterdir()}
+
+    before = state()
+    for command in (
+        ["append", "someone/book", "text.txt"], ["sync", "someone/book"], ["drop", "someone/book", "text.txt"],
+        ["compact", "someone/book"],
+    ):  # fmt: skip
+        assert main(["memory", *command]) == 2
+        said = capsys.readouterr().err
+        assert "hf download someone/book --repo-type dataset --local-dir FOLDER" in said, command
+    assert state() == before
+
+
 def test_a_memory_that_is_nowhere_is_named(
     shelf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
@@ -116,6 +153,13 @@ def test_an_adapter_whose_base_others_do_not_have_is_not_pushed(adapter: Path, s
     (adapter / "fot_adapter.json").write_text(json.dumps({"format": 1, "base": "/a/b", "memory": None, "made_by": {}}))
     with pytest.raises(ValueError, match=r'set "base" in .* to the id of that model on the hub'):
         hub.push(adapter, "someone/adapter")
+    (adapter / "fot_adapter.json").unlink()
+    peft = json.loads((adapter / "adapter_config.json").read_text())
+    for base in (str(adapter.parent / "people/base"), "../people/base"):
+        (adapter / "adapter_config.json").write_text(json.dumps(peft | {"base_model_name_or_path": base}))
+        with pytest.raises(ValueError, match=r'set "base_model_name_or_path" in .* to the id of that model on the hub'):
+            hub.push(adapter, "someone/adapter")
+    assert not (shelf / "model").exists()
     with pytest.raises(ValueError, match="neither a model nor an adapter nor a memory"):
         hub.push(adapter.parent / "shelf", "someone/adapter")
     with pytest.raises(ValueError, match="give org/name"):

@@ -1,5 +1,7 @@
 """Runs over bases in 4 bits (bitsandbytes on the CPU), and their adapters on quantised and on dense bases."""
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,8 @@ from train_helpers import losses, train
 import fot
 from fot.cli import main
 from fot.quantized import is_quantised, nf4, spare
+from training.recipe import Recipe
+from training.setup import build_model, choose_trainable
 
 pytest.importorskip("bitsandbytes")
 
@@ -90,6 +94,40 @@ def test_two_lora_adapters_count_together_over_four_bits(folder: Path, make_plai
         around.save_pretrained(tmp_path / str(number))
     model = load(tmp_path / "2", quantization_config=nf4(torch.float32))
     assert model.model.layers[0].self_attn.q_proj.active_adapters == ["adapter0", "adapter1"]
+
+
+def test_what_is_trained_is_spared_where_the_base_has_other_layers(
+    make_plain: Any, tokenizer: Any, folder: Path, tmp_path: Path
+) -> None:
+    fot.attach_memory(make_plain("llama"), fot.MemoryConfig(mem_layers=(1, 3))).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    sources = [{"path": str(folder / "text.txt")}]
+    recipe = Recipe(model=str(tmp_path / "base"), memory={"local_context": 16}, sources=sources, trainable="memory",
+                    quantization="nf4", dtype="float32")  # fmt: skip
+    model, config, _ = build_model(recipe)
+    assert config.layers != (1, 3), "those of a recipe that names none"
+    trained = choose_trainable(model, recipe, config)
+    assert {int(name.split(".")[2]) for name in trained} == set(config.layers)
+
+
+@pytest.mark.parametrize("trainable", ["lora", "memory"])
+def test_nothing_is_trained_over_lora_in_four_bits(
+    trainable: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """The first LoRA would be switched off, or its tensors would stand beside those that replace them."""
+    changes = [f"model={folder / 'lora/adapter'}", f"trainable={trainable}"]
+    assert train(folder / "lora.yaml", tmp_path / "out", *changes) == 2
+    assert f"fot merge {folder / 'lora/adapter'} FOLDER, and set model: FOLDER" in capsys.readouterr().err
+
+
+def test_weights_that_replace_others_do_not_go_over_lora_in_four_bits(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "memory/adapter", tmp_path / "adapter")
+    description = tmp_path / "adapter/fot_adapter.json"
+    content = json.loads(description.read_text()) | {"base": str(folder / "lora/adapter")}
+    description.write_text(json.dumps(content))
+    assert not packed(load(tmp_path / "adapter"))
+    with pytest.raises(ValueError, match=r"replaces weights over a LoRA .* load it without quantization"):
+        load(tmp_path / "adapter", quantization_config=nf4(torch.float32))
 
 
 def test_commands_take_adapters_over_four_bits(folder: Path, tmp_path: Path) -> None:

@@ -2,7 +2,10 @@
 
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -54,3 +57,33 @@ def test_two_processes_equal_one_and_a_dead_one_is_named(tmp_path: Path, monkeyp
     assert "rank 1 of the 2" in said
     assert "start all ranks again" in said
     assert not verify(tmp_path / "m")
+
+
+def test_threads_ask_one_after_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A question, its queries and the replies follow one another on the wire."""
+    wire = []
+
+    def pass_on(*_: Any, **__: Any) -> None:
+        wire.append(threading.get_ident())
+        time.sleep(0.001)
+
+    for name, act in (("get_rank", 0), ("get_world_size", 2), ("get_backend", "gloo")):
+        monkeypatch.setattr(sharded.dist, name, lambda _, act=act: act)
+    monkeypatch.setattr(sharded.dist, "send", pass_on)
+    monkeypatch.setattr(sharded.dist, "recv", pass_on)
+    memory = Memory([2], 2, 8, index="exact")
+    memory.append({2: torch.ones(2, 5, 8)}, {2: torch.ones(2, 5, 8)}, range(5))
+    layer = sharded._ShardedLayer(memory[2], 2, [(0, 5), (5, 9)], sharded._Link(None, Path("m")))
+
+    def ask() -> None:
+        for _ in range(5):
+            layer.search(torch.ones(2, 1, 8), 3)
+            layer.attend(torch.ones(2, 1, 8), scale=0.3)
+
+    threads = [threading.Thread(target=ask) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(wire) == 2 * 10 * 4
+    assert all(len(set(wire[start : start + 4])) == 1 for start in range(0, len(wire), 4))

@@ -405,3 +405,17 @@ def test_what_python_asks_of_a_memory(tmp_path: Path) -> None:
     assert str(tmp_path / "m") in repr(Memory.open(tmp_path / "m"))
     store.drop_document("a")
     assert "a" not in store
+
+
+def test_a_copy_lists_the_documents_that_it_holds() -> None:
+    store = make()
+    for name, count in (("a", 3), ("none", 0), ("b", 4), ("c", 5)):
+        append(store, count, document=name)
+        store.notes[name] = DocumentNote(name)
+    assert store.clone().documents() == store.documents() == {"a": 3, "b": 4, "c": 5}
+    copy = store.kept(torch.tensor([1, 8, 9]))
+    assert copy.documents() == {"a": 1, "c": 2}
+    assert [copy.source(slot).document for slot in range(3)] == ["a", "c", "c"]
+    assert "b" not in copy
+    assert copy.notes == {name: DocumentNote(name) for name in ("a", "none", "c")}
+    assert store.documents() == {"a": 3, "b": 4, "c": 5}

@@ -69,7 +69,8 @@ def _blocks(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[int, int, Tens
     scratch = getattr(_SCRATCH, "tensor", None)
     needed = min(count, len(weight)) * weight.shape[1]
     if scratch is None or scratch.numel() < needed or (scratch.device, scratch.dtype) != (weight.device, dtype):
-        scratch = _SCRATCH.tensor = torch.empty(needed, dtype=dtype, device=weight.device)
+        with torch.inference_mode(False):  # autograd could not write into a tensor of inference later
+            scratch = _SCRATCH.tensor = torch.empty(needed, dtype=dtype, device=weight.device)
     for start in range(0, len(weight), count):
         rows = weight[start : start + count]
         yield start, start + len(rows), scratch[: rows.numel()].view(rows.shape).copy_(rows)

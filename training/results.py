@@ -39,7 +39,7 @@ def write_result(
         model: as trained.
         tokenizer: of the model; None for a model started from random weights without one.
         config: resolved memory settings.
-        parameters: all of the model's, whole, by name.
+        parameters: all of the model's, or those that were trained; whole, by name.
         trained: names of those that were trained.
         line: last line of the log.
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from fot.adapter import has_unmerged
 from fot.config import MemoryConfig
 from fot.families import attention_modules
 from fot.loading import load_config, load_model
@@ -39,6 +40,9 @@ def build_model(recipe: Recipe) -> tuple[Any, MemoryConfig, Any]:
 
     A recipe whose ``model`` is a dictionary starts a new model of these settings from random weights: of the family
     ``model_type``, Llama without one.
+
+    Raises:
+        ValueError: the checkpoint is in 4 bits, with a LoRA beside its packed weights.
     """
     if isinstance(recipe.model, dict):
         config = new_config(recipe.model)
@@ -48,6 +52,11 @@ def build_model(recipe: Recipe) -> tuple[Any, MemoryConfig, Any]:
     loaded: Any = load_model(recipe.model, **_loading_options(recipe))
     tokenizer = loaded.tokenizer
     model = detach_memory(loaded)
+    if has_unmerged(model):
+        raise ValueError(
+            f"recipe: model is {recipe.model!r}, whose LoRA cannot be merged with weights in 4 bits, so nothing can be "
+            f"trained over it: fot merge {recipe.model} FOLDER, and set model: FOLDER"
+        )
     return model, resolve_memory(recipe, model.config), tokenizer
 
 
@@ -62,8 +71,9 @@ def _loading_options(recipe: Recipe) -> dict[str, Any]:
         return options
     spared: list[str] = []
     if recipe.trainable == "memory":  # what is trained cannot be in 4 bits
-        _, resolved = load_config(recipe.model, "float32", **recipe.memory)
-        spared = [rf".*\.layers\.{layer}\.(self_attn|attention)" for layer in resolved.layers]
+        config, _ = load_config(recipe.model, "float32")
+        trained = resolve_memory(recipe, config).layers
+        spared = [rf".*\.layers\.{layer}\.(self_attn|attention)" for layer in trained]
     return options | {"quantization_config": nf4(recipe.precision(), spared)}
 
 

@@ -134,9 +134,11 @@ def _append(args: argparse.Namespace) -> int:
 
     found = find_documents(args.files, args.include, args.exclude, _options(args), later=True)
     if args.dry_run:
+        from fot.hub import memory_folder
         from memory import Memory
 
-        return _list_documents(found, load_tokenizer(args.model or Memory.open(args.memory).metadata.get("model")))
+        made_by = args.model or Memory.open(memory_folder(args.memory)).metadata.get("model")
+        return _list_documents(found, load_tokenizer(made_by))
     memory, model = open_memory(args, "a")
     with memory:
         return _read(args, model, memory, found)
@@ -209,9 +211,12 @@ def _going_on(memory: Any, command: str) -> Iterator[list[int]]:
 
 def _sync(args: argparse.Namespace) -> int:
     from fot.documents import carry_out, plan_sync
+    from fot.hub import memory_folder
     from memory import Memory
 
-    with Memory.open(args.memory, "r" if args.dry_run else "a", index=args.index, top_k=args.top_k) as memory:
+    mode = "r" if args.dry_run else "a"
+    args.memory = memory_folder(args.memory, mode)
+    with Memory.open(args.memory, mode, index=args.index, top_k=args.top_k) as memory:
         plan, status = plan_sync(memory, args.memory), [0]
         _print_plan(plan)
         if plan and not args.dry_run:
@@ -247,11 +252,13 @@ def _to_go_on(args: argparse.Namespace) -> str:
 
 def _info(args: argparse.Namespace) -> int:
     check_writable(args.json)
+    from fot.hub import memory_folder
     from memory import Memory
     from memory.atomic import write_json
     from memory.manifest import read_manifest
 
-    described = _describe(Memory.open(args.memory), read_manifest(args.memory))
+    folder = memory_folder(args.memory)
+    described = _describe(Memory.open(folder), read_manifest(folder))
     _print(described)
     if args.json:
         write_json(args.json, described)
@@ -259,9 +266,10 @@ def _info(args: argparse.Namespace) -> int:
 
 
 def _drop(args: argparse.Namespace) -> int:
+    from fot.hub import memory_folder
     from memory import Memory
 
-    with Memory.open(args.memory, "a") as memory:
+    with Memory.open(memory_folder(args.memory, "a"), "a") as memory:
         known = memory.documents()
         for name in args.names:
             if name not in known:
@@ -273,10 +281,11 @@ def _drop(args: argparse.Namespace) -> int:
 
 
 def _compact(args: argparse.Namespace) -> int:
+    from fot.hub import memory_folder
     from memory import Memory
     from memory.manifest import read_manifest
 
-    with Memory.open(args.memory, "a") as memory:
+    with Memory.open(memory_folder(args.memory, "a"), "a") as memory:
         before = sum(part.bytes for part in read_manifest(args.memory).files())
         memory.compact()
     after = sum(part.bytes for part in read_manifest(args.memory).files())
@@ -285,14 +294,16 @@ def _compact(args: argparse.Namespace) -> int:
 
 
 def _verify(args: argparse.Namespace) -> int:
+    from fot.hub import memory_folder
     from memory.disk import verify
     from memory.manifest import read_manifest
 
-    problems = verify(args.memory)
+    folder = memory_folder(args.memory)
+    problems = verify(folder)
     for problem in problems:
         print(f"fot: {problem}", file=sys.stderr)
     if not problems:
-        print(f"{args.memory}: {len(read_manifest(args.memory).files()):,} parts, all unchanged")
+        print(f"{args.memory}: {len(read_manifest(folder).files()):,} parts, all unchanged")
     return 1 if problems else 0
 
 

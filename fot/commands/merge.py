@@ -3,7 +3,6 @@
 import argparse
 import os
 import shutil
-from pathlib import Path
 from typing import Any
 
 from fot.commands.options import named_path, quiet, readable
@@ -61,7 +60,7 @@ def _merge(args: argparse.Namespace) -> int:
 def _push(args: argparse.Namespace) -> int:
     from fot.hub import push
 
-    if not Path(args.folder).is_dir():
+    if not args.folder.is_dir():
         raise FileNotFoundError(f"{args.folder} is not a folder: give one that fot wrote")
     quiet()
     print(push(args.folder, args.hub_id, private=args.private))

@@ -92,7 +92,7 @@ def load_tokenizer(name: str | None) -> Any:
     from fot import pretrained
 
     with readable(name):
-        return pretrained.load_tokenizer(pretrained.resolve(name))
+        return pretrained.load_tokenizer(pretrained.find(name))
 
 
 @contextmanager
@@ -113,7 +113,7 @@ def open_memory(args: argparse.Namespace, mode: str = "r") -> tuple[Any, Any]:
     from fot.hub import memory_folder
     from memory import Memory
 
-    args.memory = memory_folder(args.memory)
+    args.memory = memory_folder(args.memory, mode)
     memory = Memory.open(args.memory, mode, index=args.index, top_k=args.top_k)
     try:
         model = load_for(args, memory)

@@ -53,13 +53,14 @@ def _add_memories(parser: argparse.ArgumentParser) -> None:
 
 def _library(args: argparse.Namespace) -> Any:
     """The memories, each model loaded once, and the models alone."""
+    from fot.hub import memory_folder
     from fot.serve.library import Library, short_name
     from memory import Memory
 
     library, models = Library(), dict[str, Any]()
     for given in args.memories:
         name, _, folder = given.rpartition("=") if "=" in given and not Path(given).exists() else ("", "", given)
-        memory = Memory.open(folder, index=args.index, top_k=args.top_k)
+        memory = Memory.open(memory_folder(Path(folder)), index=args.index, top_k=args.top_k)
         wanted = argparse.Namespace(**vars(args) | {"memory": Path(folder)})
         known = f"{args.model or memory.metadata.get('model')} {memory.metadata.get('memory')}"
         if known not in models:

@@ -26,7 +26,7 @@ def add(commands: Any) -> None:
         "--estimate", action="store_true", help="print what the run takes of memory and where it fits; train nothing"
     )
     parser.add_argument(
-        "--processes", type=positive, default=1, metavar="N", help="for --estimate: number of processes (default: 1)"
+        "--processes", type=positive, metavar="N", help="for --estimate: number of processes (default: 1)"
     )
     parser.add_argument("--resume", action="store_true", help="continue from the last complete checkpoint in --out")
     parser.add_argument(
@@ -50,12 +50,17 @@ def _train(args: argparse.Namespace) -> int:
     except ImportError as error:
         raise ImportError(f"training needs more packages ({error}): pip install 'fot[train]'") from error
 
+    if args.processes is not None and not args.estimate:
+        raise ValueError(
+            f"--processes {args.processes} is for --estimate; to train on so many: torchrun --nproc_per_node "
+            f"{args.processes} -m fot train ..., or accelerate launch on GPUs"
+        )
     recipe = load_recipe(args.recipe, args.overrides)
     if args.estimate:
         from training.estimate import estimate, estimate_text
 
         quiet()
-        print(estimate_text(recipe, estimate(recipe, args.processes)))
+        print(estimate_text(recipe, estimate(recipe, args.processes or 1)))
         return 0
     if args.out is None:
         raise ValueError("fot train writes to a folder: give --out FOLDER")
