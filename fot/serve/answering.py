@@ -96,7 +96,7 @@ def chat(
 
     Args:
         entry: which memory.
-        conversations: the known ones; the answered one joins them.
+        conversations: the known ones; the answered one joins them, unless a stop string ended it.
         turns: of the conversation; the last is the user's.
         max_tokens: in an answer.
         stops: strings that end an answer.
@@ -131,7 +131,7 @@ def chat(
         replies.append(
             Reply(
                 text.text,
-                "stop" if answer.ended else "length",
+                "stop" if answer.ended or text.stopped else "length",
                 known + answer.prompt_tokens,
                 known,
                 answer.answer_tokens,
@@ -141,8 +141,9 @@ def chat(
         )
         if stopped():
             break
-    said = {"role": "assistant", "content": replies[-1].text}
-    conversations.keep(entry, [*turns, said], conversation)
+    if not text.stopped:  # else the conversation holds the stop string, which the client does not see
+        said = {"role": "assistant", "content": replies[-1].text}
+        conversations.keep(entry, [*turns, said], conversation)
     return replies
 
 
