@@ -61,7 +61,9 @@ async def chat_completions(request: Request, asked: ChatRequest) -> Response:
 
         replies = await answer(request, work)
         choices = [wire.chat_choice(entry, number, reply, logprobs) for number, reply in enumerate(replies)]
-        whole = wire.envelope(answer_id, "chat.completion", entry, choices) | {"usage": wire.usage(replies, asked.choices)}
+        whole = wire.envelope(answer_id, "chat.completion", entry, choices) | {
+            "usage": wire.usage(replies, asked.choices)
+        }
         return JSONResponse(whole)
 
     def piece(choices: list[dict[str, Any]]) -> dict[str, Any]:
