@@ -57,8 +57,8 @@ GREEDY = Sampling()
 class Scored:
     """A token of an answer with its log-probability by the model.
 
-    It is that before temperature, top_p and the penalty that holds off loops. Penalties that the checkpoint's generation
-    settings name come before it.
+    It is that before temperature, top_p and the penalty that holds off loops. Penalties that the checkpoint's
+    generation settings name come before it.
 
     Attributes:
         token: its id.
