@@ -222,7 +222,7 @@ class Conversation:
             self._rewind(ids)
             read = self._cache.seen
             states = self._read_ahead(ids, messages)
-            streamer = _Streamer(self.model.tokenizer, on_text, lambda: states.append(self._state(ids)), scorer)
+            streamer = Streamer(self.model.tokenizer, on_text, lambda: states.append(self._state(ids)), scorer)
             with record(self.model) if found is None else nullcontext() as recorder, sampling.seeded():
                 output = self._generate(ids, max_new_tokens, streamer, stop, sampling)
             if found is not None:
@@ -350,7 +350,7 @@ class Conversation:
         self,
         ids: list[int],
         max_new_tokens: int,
-        streamer: "_Streamer",
+        streamer: "Streamer",
         stop: Callable[[], bool],
         sampling: Sampling,
     ) -> list[int]:
@@ -397,7 +397,7 @@ class Conversation:
         self._cache, self._ids = state.cache, state.ids
 
 
-class _Streamer(TextStreamer):
+class Streamer(TextStreamer):
     """Hands on text as it becomes final, and notes when the first token came."""
 
     def __init__(

@@ -55,7 +55,10 @@ GREEDY = Sampling()
 
 @dataclass(frozen=True)
 class Scored:
-    """A token of an answer with its log-probability by the model, before temperature and penalties.
+    """A token of an answer with its log-probability by the model.
+
+    It is that before temperature, top_p and the penalty that holds off loops. Penalties that the checkpoint's
+    generation settings name come before it.
 
     Attributes:
         token: its id.

@@ -109,6 +109,28 @@ def test_a_text_that_is_too_short_is_named(
     few = [*arguments(checkpoint, text, tmp_path / "out"), "--lengths", "9000", "--tasks", "perplexity"]
     assert main(few) == 2
     assert "perplexity at 9,000 needs as many" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    few[few.index("9000")] = "400,9000"
+    assert main(few) == 2  # before the first trial
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_results_without_trials_are_none(resume: bool, tmp_path: Path) -> None:
+    open_folder(tmp_path, {"seed": 0}, resume=False)
+    assert open_folder(tmp_path, {"seed": 1}, resume=resume) == []
+    assert json.loads((tmp_path / "settings.json").read_text()) == {"seed": 1}
+
+
+@pytest.mark.parametrize("more", [[], ["--positions"]])
+def test_matplotlib_is_missed_before_the_trials(
+    more: list[str], checkpoint: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:  # fmt: skip
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert main([*arguments(checkpoint, text, tmp_path / "out"), *more]) == 2
+    assert "fot compare draws with matplotlib: pip install 'fot[plot]'" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_list(capsys: pytest.CaptureFixture) -> None:
@@ -228,7 +250,9 @@ def test_costs_by_hand(model: object) -> None:
     assert plain.token_flops == 5 * pair * 101
     assert window.read_flops == 5 * pair * sum(min(place + 1, 20) for place in range(100))
     assert window.token_flops == 5 * pair * 20
-    assert memory.token_flops == 2 * pair * 100
+    local = shape.memory.local_length(100)
+    assert local > 0
+    assert memory.token_flops == 2 * pair * 100 + 3 * pair * local  # layers without memory see the window
     assert cost(find_methods("memory-ivf")[0], shape, 100, setting).token_flops is None
 
 

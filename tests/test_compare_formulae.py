@@ -67,11 +67,21 @@ def test_giraffe() -> None:
     close(frequencies.giraffe_truncated(DIM, BASE, 100_000), [1, 0.1, 0.01, 0.001])
 
 
+def longrope(dim: int, base: float, lambdas: list[float]) -> torch.Tensor:
+    """f_i / lambda_i (LongRoPE, arXiv 2402.13753)."""
+    return frequencies.plain(dim, base) / torch.tensor(lambdas)
+
+
+def longrope_factor(factor: float, trained: int) -> float:
+    """sqrt(1 + ln s / ln L), on cosine and sine; 1 up to s = 1."""
+    return math.sqrt(1 + math.log(factor) / math.log(trained)) if factor > 1 else 1.0
+
+
 def test_longrope() -> None:
-    close(frequencies.longrope(DIM, BASE, [1, 2, 4, 5]), [1, 0.05, 0.0025, 0.0002])
+    close(longrope(DIM, BASE, [1, 2, 4, 5]), [1, 0.05, 0.0025, 0.0002])
     # sqrt(1 + ln 8 / ln 4096) = sqrt(1.25)
-    assert frequencies.longrope_factor(8, 4096) == pytest.approx(math.sqrt(1.25))
-    assert frequencies.longrope_factor(1, 4096) == 1
+    assert longrope_factor(8, 4096) == pytest.approx(math.sqrt(1.25))
+    assert longrope_factor(1, 4096) == 1
 
 
 def test_log_n() -> None:
@@ -94,7 +104,7 @@ def test_transformers_computes_the_same(name: str, make_plain: ModelMaker) -> No
         "ntk_aware": (frequencies.ntk(dim, base, 4), 1.0),
         "ntk_by_parts": (frequencies.ntk_by_parts(dim, base, 4, trained), 1.0),
         "yarn": (frequencies.yarn(dim, base, 4, trained), frequencies.yarn_factor(4)),
-        "longrope": (frequencies.longrope(dim, base, lambdas), frequencies.longrope_factor(4, trained)),
+        "longrope": (longrope(dim, base, lambdas), longrope_factor(4, trained)),
         # 64 / 4 < 2 pi / f for 0.1 and below; 2 pi < 64 / 4 for 1: kept. 2 pi / 0.1 = 62.8 lies between 16 and 64:
         # smooth = (64 / 62.83 - 1) / 3 = 0.0061972: 0.1 ((1 - smooth) / 4 + smooth)
         "llama3": (torch.tensor([1, 0.0254648, 0.0025, 0.00025]), 1.0),

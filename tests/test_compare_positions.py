@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fot.cli import main
-from fot.compare import positions
+from fot.compare import panel, positions
 from fot.compare.decoder import Decoder, Size
 from fot.compare.panel import perplexity, trained
 
@@ -113,6 +113,23 @@ def test_order_matters_to_all_kinds_but_none(kind: str) -> None:
     one, other = torch.tensor([[1, 2, 3, 4, 5]]), torch.tensor([[3, 1, 2, 4, 5]])
     difference = float((model(one, generator()) - model(other, generator()))[0, -1].abs().max())
     assert (difference < 1e-4) == (kind == "none")
+
+
+def test_texts_of_all_lengths_end_at_the_same_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    ends: dict[int, list[int]] = {}
+
+    class Reader:
+        def reach(self) -> float:
+            return math.inf
+
+        def __call__(self, ids: torch.Tensor, places: torch.Generator, keep: int) -> torch.Tensor:
+            ends.setdefault(ids.shape[1], []).append(int(ids[0, -1]))
+            return torch.zeros(1, keep, 256)
+
+    monkeypatch.setattr(panel, "trained", lambda *_: Reader())
+    panel.run(bytes(range(256)) * 2, ["none"], [8, 16, 64], steps=1, size=SIZE, seed=0, progress=Bar())
+    assert ends[8] == ends[16] == ends[64]
+    assert len(set(ends[8])) == 4
 
 
 @pytest.mark.parametrize("kind", positions.KINDS)

@@ -1,5 +1,6 @@
 """The text of HTML pages."""
 
+import codecs
 import time
 from typing import Any
 
@@ -65,6 +66,8 @@ def test_tables_are_readable(table: str, text: str) -> None:
         ("café".encode(), "café"),
         ("\ufeffcafé".encode(), "café"),
         ("café".encode("utf-16"), "café"),
+        ("café".encode("utf-32"), "café"),
+        (codecs.BOM_UTF32_BE + "café".encode("utf-32-be"), "café"),
         ("<meta charset='iso-8859-7'>καφές".encode("iso-8859-7"), "<meta charset='iso-8859-7'>καφές"),
         ("<meta charset=latin1>café".encode(), "<meta charset=latin1>café"),
         ("<meta charset=nonsense>café “”".encode("cp1252"), "<meta charset=nonsense>café “”"),

@@ -136,6 +136,24 @@ def test_stop_strings(client: openai.OpenAI) -> None:
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == wanted
 
 
+def test_a_stop_string_on_the_last_token(client: openai.OpenAI, library: Library) -> None:
+    """The answer ends by it, and the conversation goes on without it."""
+    for seed in range(99):
+        options: dict[str, Any] = {"max_tokens": 4, "temperature": 1.0, "seed": seed}
+        text = client.chat.completions.create(model="emma", messages=QUESTION, **options).choices[0].message.content
+        if text[-1:].isascii() and text[-1:].isalnum() and text[-1] not in text[:-1]:
+            break
+    done = client.chat.completions.create(model="emma", messages=QUESTION, stop=text[-1], **options)
+    assert (done.choices[0].message.content, done.choices[0].finish_reason) == (text[:-1].rstrip(), "stop")
+    entry, history = library["emma"], [*QUESTION, {"role": "assistant", "content": done.choices[0].message.content}]
+    fresh = Conversation(entry.model, entry.memory, title=entry.blank.title)
+    fresh.go_back_to(history)
+    wanted = fresh.say("Who else?", max_new_tokens=12)
+    again = client.chat.completions.create(model="emma", messages=[*history, {"role": "user", "content": "Who else?"}])
+    assert again.choices[0].message.content == wanted.text
+    assert again.usage.prompt_tokens_details.cached_tokens == entry.tokens
+
+
 @pytest.mark.parametrize(
     "pieces", [["a", "b", "c"], ["ab", "c"], [" a b", "\n\n", "c  "], ["", "a<e", "nd", ">b"], ["<e", "n", "x"]]
 )
@@ -185,6 +203,20 @@ def test_completions(client: openai.OpenAI, library: Library) -> None:
     several = client.completions.create(model="emma", prompt=[prompt, "Tea is"], max_tokens=8, n=2)
     assert [choice.index for choice in several.choices] == [0, 1, 2, 3]
     assert [choice.text for choice in several.choices[:2]] == [wanted, wanted]
+
+
+def test_streamed_completions_count_as_whole_ones(client: openai.OpenAI) -> None:
+    """Usage of all prompts, and the place of each token in its text."""
+    options: dict[str, Any] = {"prompt": ["The vicar of", "Tea"], "max_tokens": 8, "n": 2, "logprobs": 1}
+    whole = client.completions.create(model="emma", **options)
+    *chunks, usage = client.completions.create(
+        model="emma", stream=True, stream_options={"include_usage": True}, **options
+    )
+    assert usage.usage == whole.usage
+    for number, choice in enumerate(whole.choices):
+        pieces = [chunk.choices[0].logprobs for chunk in chunks if chunk.choices[0].index == number]
+        offsets = [offset for piece in pieces if piece for offset in piece.text_offset]
+        assert offsets == choice.logprobs.text_offset
 
 
 def test_echoed_prompts_have_probabilities(client: openai.OpenAI, library: Library) -> None:

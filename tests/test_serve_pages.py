@@ -1,15 +1,22 @@
 """The web page's own interface: what there is, inspections, uploads with progress."""
 
+import concurrent.futures
 import io
 import json
-from collections.abc import Iterator
+import socket
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import pytest
 from document_helpers import make_zip
+from fastapi import Request
 from fastapi.testclient import TestClient
-from serve_helpers import make_library, make_model
+from serve_helpers import make_library, make_model, running
 from transformers import PreTrainedTokenizerFast
 
 from fot.serve import uploads
@@ -131,6 +138,71 @@ def test_a_client_that_leaves_stops_the_reading(
     send(client, "new", [("a.txt", b"text " * 900)])
     assert "new" not in library_of(client)
     assert not list((tmp_path / "new").glob("*"))
+
+
+def test_a_large_upload_is_refused_before_it_is_read(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(uploads, "MOST_BYTES", 10)
+    monkeypatch.setattr(Request, "form", None)
+    assert send(client, "new", [("a.txt", b"a" * (uploads.MOST_AROUND + 11))])[0] == 413
+
+
+def test_an_upload_without_files(client: TestClient) -> None:
+    answer = client.post("/api/memories/new", data={"files": "text"})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "files")
+
+
+@pytest.fixture
+def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
+    """How many folders of uploads there are."""
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    return lambda: len(list((tmp_path / "temporary").glob("fot-upload-*")))
+
+
+def test_a_full_line_keeps_no_files(client: TestClient, folders: Callable[[], int]) -> None:
+    app: Any = client.app
+    app.state.server.line._inside = 99
+    assert send(client, "new", [("a.txt", b"text")])[0] == 429
+    assert folders() == 0
+
+
+def test_uploads_that_wait(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, folders: Callable[[], int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that takes the name of another does it no harm; one whose client leaves the line leaves no files."""
+    make, go = uploads._make, threading.Event()
+
+    def make_later(*args: Any) -> dict[str, Any]:
+        assert go.wait(30)
+        return make(*args)
+
+    def wait_for(count: int) -> None:
+        end = time.monotonic() + 10
+        while folders() != count and time.monotonic() < end:
+            time.sleep(0.02)
+        assert folders() == count
+
+    monkeypatch.setattr(uploads, "_make", make_later)
+    library = make_library(make_model(tokenizer), tmp_path)
+    with (
+        running(library, Settings(new_memories=tmp_path / "new")) as (address, _),
+        concurrent.futures.ThreadPoolExecutor(2) as pool,
+    ):
+        url, files = f"{address}/api/memories/garden", {"files": ("a.txt", b"Tea is at five.")}
+        sent = [pool.submit(httpx2.post, url, files=files, timeout=60) for _ in range(2)]
+        wait_for(2)
+        left = httpx2.Request("POST", url, files=files)
+        with socket.create_connection((left.url.host, left.url.port)) as connection:
+            head = "".join(f"{name}: {value}\r\n" for name, value in left.headers.items())
+            connection.sendall(f"POST /api/memories/garden HTTP/1.1\r\n{head}\r\n".encode() + left.read())
+            wait_for(3)
+        wait_for(2)
+        go.set()
+        texts = sorted((one.result().text for one in sent), key=len)
+        wait_for(0)
+    assert any("there is a memory 'garden' already" in text for text in texts)
+    assert any('"done"' in text for text in texts)
+    assert len(Memory.open(tmp_path / "new" / "garden.memory")) == library["garden"].tokens > 0
 
 
 def test_a_server_may_make_no_memories(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:

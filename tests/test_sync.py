@@ -11,6 +11,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from fot.cli import main
+from fot.documents import Plan, plan_sync
 from fot.documents import find as find_module
 from memory import Memory
 
@@ -125,6 +126,37 @@ def test_a_change_of_the_same_size_and_time_is_seen_if_recent(place: Path, held:
     os.utime("docs/a.txt", ns=(state.st_atime_ns, state.st_mtime_ns))
     assert sync() == 0
     assert held()["docs/a.txt"] == "other"
+
+
+def test_a_dropped_document_comes_back(place: Path, held: Held, capsys: pytest.CaptureFixture) -> None:
+    before = held()
+    assert main(["memory", "drop", "m", "docs/a.txt"]) == 0
+    assert "docs/a.txt" not in held()
+    assert sync() == 0
+    assert held() == before
+    capsys.readouterr()
+    assert sync() == 0
+    assert "m: up to date" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["docs/a.txt", "docs/new.txt"])
+def test_a_file_that_fails_while_it_is_read_is_read_next_time(
+    name: str, place: Path, held: Held, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(name, "another text")
+
+    def plan_and_lose(*args: Any) -> Plan:
+        plan = plan_sync(*args)
+        Path(name).rename("lost")
+        return plan
+
+    with monkeypatch.context() as patched:
+        patched.setattr("fot.documents.plan_sync", plan_and_lose)
+        sync()
+    assert name not in held()
+    Path("lost").rename(name)
+    assert sync() == 0
+    assert held()[name] == "another text"
 
 
 def test_the_same_text_is_stored_once(place: Path, held: Held, capsys: pytest.CaptureFixture) -> None:

@@ -1,6 +1,7 @@
 """``fot compare``."""
 
 import argparse
+import importlib
 import json
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,7 @@ def _compare(args: argparse.Namespace) -> int:
     if args.list:
         print(_list())
         return 0
+    _check_drawing()
     if args.positions:
         from fot.commands.compare_positions import compare_positions
 
@@ -87,7 +89,7 @@ def _compare(args: argparse.Namespace) -> int:
     from fot.compare.rope import trained_length
     from fot.compare.run import plan, run, searched
     from fot.compare.show import pictures, score_text, tables
-    from fot.compare.tasks import Material
+    from fot.compare.tasks import Material, check_texts
     from fot.evaluation.texts import read_texts
 
     material = Material(model.tokenizer, read_texts(args.files, model.tokenizer), args.seed)
@@ -99,9 +101,12 @@ def _compare(args: argparse.Namespace) -> int:
         "longest": setting.longest, "window": args.window, "longrope_factors": lambdas,
         "longrope_search": args.longrope_search, "ssmax_scale": args.ssmax_scale,
     }  # fmt: skip
-    done = open_folder(args.out, settings, resume=args.resume)
     planned = plan(methods, tasks, args.lengths, args.trials, args.whole_up_to)
-    if args.longrope_search is not None and any(method.name == "longrope" for method in methods):
+    search = args.longrope_search is not None and any(method.name == "longrope" for method in methods)
+    check_texts(material, [(task, length, trial) for _, task, length, trial in planned])
+    check_texts(material, [("perplexity", setting.longest, 0)] if search else [])
+    done = open_folder(args.out, settings, resume=args.resume)
+    if search:
         with tqdm(unit="tok", desc="searching LongRoPE factors", disable=None) as bar:
             setting = searched(model, setting, material, args.longrope_search, bar)
         print(f"longrope factors: {json.dumps([round(one, 4) for one in setting.lambdas or ()])}")
@@ -120,6 +125,14 @@ def _compare(args: argparse.Namespace) -> int:
     if found["interrupted"]:
         print("interrupted: finished trials only; go on with --resume")
     return 130 if found["interrupted"] else 0
+
+
+def _check_drawing() -> None:
+    """Raise before the trials, not after, if their pictures could not be drawn."""
+    try:
+        importlib.import_module("matplotlib")
+    except ImportError as error:
+        raise ImportError("fot compare draws with matplotlib: pip install 'fot[plot]'") from error
 
 
 def _list() -> str:

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from fot.commands.options import add_memory_options, load, load_for, named_path, positive, whole
+from fot.serve.errors import LOOPBACK, MOST_WAITING
 
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 KEY_VARIABLE = "FOT_API_KEY"
 
 
@@ -24,8 +24,9 @@ def add(commands: Any) -> None:
     serve.add_argument("--port", type=whole, default=8321, metavar="N", help="port to listen at (default: 8321)")
     serve.add_argument("--api-key", metavar="KEY",
                        help=f"key that clients must give (default: ${KEY_VARIABLE})")  # fmt: skip
-    serve.add_argument("--waiting", type=whole, default=32, metavar="N",
-                       help="requests that may wait for the model; more get status 429 (default: 32)")  # fmt: skip
+    serve.add_argument("--waiting", type=whole, default=MOST_WAITING, metavar="N",
+                       help="requests that may wait for the model; more get status 429 "
+                       f"(default: {MOST_WAITING})")  # fmt: skip
     serve.add_argument("--max-new-tokens", type=positive, default=512, metavar="N",
                        help="most tokens in an answer, where the client does not say (default: 512)")  # fmt: skip
     serve.add_argument("--new", type=named_path, metavar="FOLDER",

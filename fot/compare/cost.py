@@ -101,7 +101,8 @@ def _memory_cost(method: Method, shape: Shape, tokens: int) -> Cost:
     kept += _cache_bytes(shape, stays, shape.number_bytes)
     if method.name != "memory":  # which of the stored pairs are read is the index's affair
         return Cost(None if stored else local, None, kept)
-    return Cost(local + stored * remembered, remembered * tokens, kept)
+    written = remembered * tokens + shape.pair_flops(shape.layers - len(config.layers)) * stays
+    return Cost(local + stored * remembered, written, kept)
 
 
 def _windowed(tokens: int, most: int) -> float:

@@ -5,7 +5,6 @@ factor by which texts are longer. Each function gives (d / 2,) float32 frequenci
 """
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -82,11 +81,6 @@ def yarn_factor(factor: float) -> float:
     return 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
-def longrope_factor(factor: float, trained: int) -> float:
-    """sqrt(1 + ln s / ln L), on cosine and sine (LongRoPE, arXiv 2402.13753); 1 up to s = 1."""
-    return math.sqrt(1 + math.log(factor) / math.log(trained)) if factor > 1 else 1.0
-
-
 def giraffe_power(dim: int, base: float, power: float = 0.5) -> Tensor:
     """f_i (1 - i / (d / 2))^p (Giraffe, arXiv 2308.10882; abacusai/Long-Context, ``scale_power``). Never plain."""
     half = dim // 2
@@ -106,8 +100,3 @@ def giraffe_truncated(dim: int, base: float, trained: int) -> Tensor:
 def yarn_lambdas(dim: int, base: float, factor: float, trained: int) -> list[float]:
     """YaRN's frequencies as LongRoPE's factors lambda_i, f_i / lambda_i: where a search for them begins."""
     return (plain(dim, base) / yarn(dim, base, factor, trained)).tolist()
-
-
-def longrope(dim: int, base: float, lambdas: Sequence[float]) -> Tensor:
-    """f_i / lambda_i (LongRoPE, arXiv 2402.13753), as ``longrope`` in transformers."""
-    return plain(dim, base) / torch.tensor(lambdas, dtype=torch.float32)

@@ -154,7 +154,7 @@ def _fp8(model: Any, setting: Setting) -> Iterator[Reader]:
 @contextmanager
 def _int4(model: Any, setting: Setting) -> Iterator[Reader]:
     if not is_optimum_quanto_available():
-        raise ValueError("a 4-bit cache needs optimum-quanto: pip install 'fot[quantised]'")
+        raise ValueError("a 4-bit cache needs optimum-quanto: pip install 'fot[quanto]'")
     with without_memory(model) as plain:
         group = math.gcd(LARGEST_GROUP, math.prod(key_value_shape(plain)))  # it must divide the keys of a token
         yield CachedReader(plain, lambda: QuantizedCache("quanto", plain.config, q_group_size=group))

@@ -50,7 +50,9 @@ def run(
     try:
         for kind in kinds:
             model = trained(kind, data[:cut], steps, size, seed, progress)
-            found[kind] = {length: perplexity(model, data[cut:], length, seed) for length in sorted(lengths)}
+            found[kind] = {
+                length: perplexity(model, data[cut:], length, seed, max(lengths)) for length in sorted(lengths)
+            }
     except KeyboardInterrupt:
         return {"kinds": found, "interrupted": True}
     return {"kinds": found, "interrupted": False}
@@ -77,14 +79,16 @@ def trained(kind: str, data: Tensor, steps: int, size: Size, seed: int, progress
 
 
 @torch.no_grad()
-def perplexity(model: Decoder, data: Tensor, length: int, seed: int) -> float | None:
-    """Of the last ``SCORED`` bytes of ``TEXTS`` texts so long; None if the decoder has no positions for that."""
+def perplexity(model: Decoder, data: Tensor, length: int, seed: int, longest: int = 0) -> float | None:
+    """Of the last ``SCORED`` bytes of ``TEXTS`` texts so long; None if the decoder has no positions for that.
+
+    Texts end at the same bytes for all lengths up to ``longest``, so that lengths can be compared.
+    """
     if length > model.reach():
         return None
     places, scored, losses = torch.Generator().manual_seed(seed), min(SCORED, length // 2), []
     for number in range(TEXTS):
-        # They end at the same bytes for all lengths, as far as there is room, so that lengths can be compared.
-        stop = len(data) - number * (len(data) - length - 1) // TEXTS
+        stop = len(data) - number * (len(data) - max(length, longest) - 1) // TEXTS
         piece = data[stop - length - 1 : stop]
         logits = model(piece[None, :-1], places, keep=scored)[0]
         losses.append(cross_entropy(logits, piece[-scored:]))

@@ -5,6 +5,8 @@ import math
 import torch
 from torch import Tensor
 
+from fot.compare.frequencies import plain
+
 KINDS = ("sinusoidal", "learnt", "rotary", "t5", "alibi", "none", "randomised", "shape", "xpos")
 
 BASE = 10_000.0
@@ -17,18 +19,13 @@ XPOS_BASE, XPOS_GAMMA = 512, 0.4
 
 def sinusoidal(positions: Tensor, width: int) -> Tensor:
     """(..., width): sines, then cosines, of p / 10000^(2i/d) (arXiv 1706.03762); positions (...)."""
-    angles = positions.unsqueeze(-1).float() * frequencies(width)
+    angles = positions.unsqueeze(-1).float() * plain(width, BASE)
     return torch.cat([angles.sin(), angles.cos()], dim=-1)
-
-
-def frequencies(width: int) -> Tensor:
-    """(width / 2,) 10000^(-2i/d)."""
-    return BASE ** (-torch.arange(0, width, 2, dtype=torch.float32) / width)
 
 
 def rotated(vectors: Tensor, positions: Tensor) -> Tensor:
     """Queries or keys (B, H, T, D) turned by positions (B, T) (RoFormer, arXiv 2104.09864)."""
-    angles = (positions.unsqueeze(-1).float() * frequencies(vectors.shape[-1])).unsqueeze(1)
+    angles = (positions.unsqueeze(-1).float() * plain(vectors.shape[-1], BASE)).unsqueeze(1)
     one, other = vectors.chunk(2, dim=-1)
     return torch.cat([one * angles.cos() - other * angles.sin(), other * angles.cos() + one * angles.sin()], dim=-1)
 

@@ -33,9 +33,10 @@ def open_folder(folder: Path, settings: dict[str, Any], *, resume: bool) -> list
     """
     folder.mkdir(parents=True, exist_ok=True)
     results, noted = folder / RESULTS, folder / SETTINGS
-    if results.exists() and not resume:
+    there = results.exists() and results.stat().st_size > 0  # a run may end before its first trial does
+    if there and not resume:
         raise ValueError(f"{results} exists: go on with it by --resume, or choose another --out")
-    if resume and noted.exists():
+    if there and noted.exists():
         before = json.loads(noted.read_text("utf-8"))
         now = json.loads(json.dumps(settings))
         for name in sorted(before.keys() | now.keys()):

@@ -6,7 +6,7 @@ Texts, keys and places depend on seed, length and trial alone, so that every met
 import itertools
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -120,7 +120,7 @@ def needles(reader: Reader, material: Material, length: int, trial: int, progres
 @torch.no_grad()
 def fluency(reader: Reader, material: Material, length: int, trial: int, progress: Progress) -> Outcome:
     """The model goes on with a text, at random, until there are ``length`` tokens; ``judge`` says how it did."""
-    beginning = min(BEGINNING, length // 2)
+    beginning = PIECES["fluency"](length)
     ids = _piece(material, "fluency", beginning, trial)
     generator = torch.Generator().manual_seed(material.rng("fluency", length, trial).getrandbits(62))
     start = time.perf_counter()
@@ -149,15 +149,46 @@ def judge(plain: Any, material: Material, ids: Sequence[int]) -> dict[str, Any]:
     return {**found, "right": round(found["repeated_ngrams"] * pieces), "asked": pieces}
 
 
+def check_texts(material: Material, trials: Iterable[tuple[str, int, int]]) -> None:
+    """See that texts are long enough, before the first trial.
+
+    Args:
+        material: what trials are made of.
+        trials: task, length and number of each.
+
+    Raises:
+        ValueError: one is not.
+    """
+    for task, length, trial in trials:
+        if task in PIECES:
+            _text(material, task, PIECES[task](length), trial)
+
+
 def _piece(material: Material, task: str, length: int, trial: int) -> list[int]:
     """A random piece of a text, each text in turn."""
-    text, rng = material.texts[trial % len(material.texts)], material.rng(task, length, trial)
-    if len(text) < length:
-        raise ValueError(f"a text has {len(text):,} tokens, and {task} at {length:,} needs as many: give a longer text "
-                         "or lower --lengths")  # fmt: skip
+    text, rng = _text(material, task, length, trial), material.rng(task, length, trial)
     start = rng.randint(0, len(text) - length)
     return list(text[start : start + length])
 
+
+def _text(material: Material, task: str, length: int, trial: int) -> Sequence[int]:
+    """The text of a trial.
+
+    Raises:
+        ValueError: it is too short.
+    """
+    text = material.texts[trial % len(material.texts)]
+    if len(text) < length:
+        raise ValueError(f"a text has {len(text):,} tokens, and {task} at {length:,} needs as many: give a longer text "
+                         "or lower --lengths")  # fmt: skip
+    return text
+
+
+# Tokens of a real text that trials of some length take in one piece. The others begin a text anew where it ends.
+PIECES: dict[str, Callable[[int], int]] = {
+    "perplexity": lambda length: length,
+    "fluency": lambda length: min(BEGINNING, length // 2),
+}
 
 TASK_FUNCTIONS: dict[str, Callable[[Reader, Material, int, int, Progress], Outcome]] = {
     "passkey": passkey,

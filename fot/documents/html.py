@@ -8,10 +8,11 @@ resiliparse drops text in forms and drawings; html-text and trafilatura lose ind
 versions of late 2026.)
 """
 
-import codecs
 import re
 from collections.abc import Iterator
 from typing import Any
+
+from fot.documents.encoding import MARKS
 
 # What is in them is no part of the page as it is read.
 DROPPED = {"iframe", "noembed", "noframes", "noscript", "script", "style", "template"}
@@ -75,11 +76,7 @@ def html_text(content: bytes, *, title: bool = True) -> str:
 
 def decode(content: bytes) -> str:
     """A page as text: by its byte order mark, as UTF-8 if it is that, as it declares, or as Windows-1252."""
-    for mark, encoding in (
-        (codecs.BOM_UTF8, "utf-8"),
-        (codecs.BOM_UTF16_LE, "utf-16"),
-        (codecs.BOM_UTF16_BE, "utf-16"),
-    ):
+    for mark, encoding in MARKS:
         if content.startswith(mark):
             return content.decode(encoding, "replace").removeprefix("\ufeff")
     declared = DECLARED.search(content[:4096])

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from fot.documents.encoding import HEAD, decode, is_binary
+from fot.documents.encoding import HEAD, MARKS, decode, is_binary
 from fot.documents.html import html_text
 from fot.documents.jsonl import jsonl_text
 from fot.documents.mail import in_maildir, is_mailbox, read_mailbox, read_message
@@ -14,8 +14,8 @@ from fot.documents.pdf import read_pdf
 from fot.documents.zipped import read_docx, read_epub
 from fot.files import UnreadableFileError, check_not_binary, check_regular, shown
 
-# Marks at the start of UTF-16 and UTF-32, in which text has zero bytes.
-WIDE_MARKS = (b"\xff\xfe", b"\xfe\xff", b"\0\0\xfe\xff")
+# Of UTF-16 and UTF-32, in which text has zero bytes.
+WIDE_MARKS = tuple(mark for mark, encoding in MARKS if encoding != "utf-8")
 
 ARCHIVES = {
     *(".7z", ".apk", ".ar", ".bz2", ".cab", ".cpio", ".crate", ".deb", ".dmg", ".gz", ".iso", ".jar", ".lz4", ".rar"),

@@ -64,7 +64,7 @@ class Plan:
 def plan_sync(memory: Memory, folder: Path) -> Plan:
     """What to do for the memory in a folder to hold what its files hold now. Nothing is changed.
 
-    Files whose size and time have not changed are not read.
+    Files whose size and time have not changed are not read, if the memory holds all of their text.
 
     Raises:
         ValueError: the memory does not say what it was made of.
@@ -72,9 +72,10 @@ def plan_sync(memory: Memory, folder: Path) -> Plan:
             must not empty a memory.
     """
     noted, plan = files(memory), Plan()
+    held = {note.sha256 for note in memory.notes.values() if note.complete}
     for source in sources(memory, folder):
         naming = _naming(source)
-        found = _find(source, noted, naming)
+        found = _find(source, noted, held, naming)
         plan.found.append((found, naming))
         for path in found.unchanged:
             plan.notes[naming(path)] = noted[naming(path)]
@@ -99,15 +100,21 @@ def carry_out(plan: Plan, model: Any, memory: Memory) -> Added:
         memory.rename_documents(plan.rename)
     tokens = same = 0
     wanted = set(plan.add)
+    for name in wanted:
+        memory.metadata.get(FILES, {}).pop(name, None)
     for found, naming in plan.found:
         keep = [place for place, path in enumerate(found.paths) if naming(path) in wanted]
         found.characters = [found.characters[place] for place in keep]
         found.paths = [found.paths[place] for place in keep]
         added = add_documents(model, memory, found, naming)
         tokens, same = tokens + added.tokens, same + added.same
+    done = files(memory)  # without those that could be read no longer: the next plan has them again
     memory.metadata[FILES] = {}
-    for name, (state, digest) in plan.notes.items():
-        note_file(memory, name, state, digest)
+    for name, note in plan.notes.items():
+        if name not in wanted:
+            note_file(memory, name, *note)
+        elif name in done:
+            note_file(memory, name, *done[name])
     memory.flush()
     return Added(tokens, same)
 
@@ -117,8 +124,18 @@ def _naming(source: Source) -> Callable[[Path], str]:
     return lambda path: (PurePosixPath(source.name) / path.relative_to(source.path).as_posix()).as_posix()
 
 
-def _find(source: Source, noted: dict[str, tuple[State, str]], naming: Callable[[Path], str]) -> Documents:
-    """The documents of a source now; none, if it is a file that is gone."""
+def _find(
+    source: Source, noted: dict[str, tuple[State, str]], held: set[str], naming: Callable[[Path], str]
+) -> Documents:
+    """The documents of a source now; none, if it is a file that is gone.
+
+    Args:
+        source: to look at.
+        noted: state and SHA-256 of the text of each file, by name.
+        held: SHA-256 of the texts that the memory has whole. A file of another text is read, however old it is: its
+            document was dropped.
+        naming: of files.
+    """
     if not source.path.exists() and source.path.parent.is_dir() and source.name in noted:
         return Documents()
     if not source.path.exists():
@@ -128,7 +145,8 @@ def _find(source: Source, noted: dict[str, tuple[State, str]], naming: Callable[
         )
 
     def known(path: Path, state: State) -> bool:
-        return state.mtime_ns != 0 and noted.get(naming(path), (None, ""))[0] == state
+        noted_state, digest = noted.get(naming(path), (None, ""))
+        return state.mtime_ns != 0 and noted_state == state and digest in held
 
     try:
         return find_documents([source.path], source.include, source.exclude, source.options, known)

@@ -3,12 +3,11 @@
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
-from transformers import LogitsProcessorList, TextStreamer
+from transformers import LogitsProcessorList
 
-from fot.ask import Conversation
+from fot.ask import Conversation, Streamer
 from fot.chat import Message
 from fot.greedy import end_tokens, one_greedy_answer
 from fot.sampling import Sampling, Scored, Scorer, score
@@ -96,7 +95,7 @@ def chat(
 
     Args:
         entry: which memory.
-        conversations: the known ones; the answered one joins them.
+        conversations: the known ones; the answered one joins them, unless a stop string ended it.
         turns: of the conversation; the last is the user's.
         max_tokens: in an answer.
         stops: strings that end an answer.
@@ -131,7 +130,7 @@ def chat(
         replies.append(
             Reply(
                 text.text,
-                "stop" if answer.ended else "length",
+                "stop" if answer.ended or text.stopped else "length",
                 known + answer.prompt_tokens,
                 known,
                 answer.answer_tokens,
@@ -141,8 +140,9 @@ def chat(
         )
         if stopped():
             break
-    said = {"role": "assistant", "content": replies[-1].text}
-    conversations.keep(entry, [*turns, said], conversation)
+    if not text.stopped:  # else the conversation holds the stop string, which the client does not see
+        said = {"role": "assistant", "content": replies[-1].text}
+        conversations.keep(entry, [*turns, said], conversation)
     return replies
 
 
@@ -201,7 +201,7 @@ def complete(
             attention_mask=torch.ones_like(given),
             memory=entry.memory,
             max_new_tokens=max_tokens,
-            streamer=_Pieces(model.tokenizer, text.feed, scorer),
+            streamer=Streamer(model.tokenizer, text.feed, lambda: None, scorer),
             stopping_criteria=[
                 lambda ids, scores, **_: torch.full(ids.shape[:1], text.stopped or stopped(), device=ids.device)
             ],
@@ -215,25 +215,6 @@ def complete(
     ended = count < max_tokens or int(output[0, -1]) in end_tokens(model) or text.stopped
     scored = scorer.scored if scorer else []
     return Reply(text.text, "stop" if ended else "length", entry.tokens + len(ids), entry.tokens, count, scored=scored)
-
-
-class _Pieces(TextStreamer):
-    """Hands on text, and tokens to a scorer."""
-
-    def __init__(self, tokenizer: Any, on_text: Callable[[str], None], scorer: Scorer | None) -> None:
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self._on_text, self._scorer = on_text, scorer
-        self._prompt_seen = False
-
-    def put(self, value: Any) -> None:
-        if self._prompt_seen and self._scorer is not None:
-            self._scorer.chosen(int(value))
-        self._prompt_seen = True
-        super().put(value)
-
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        if text:
-            self._on_text(text)
 
 
 @torch.no_grad()

@@ -12,12 +12,11 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fot.serve import openai, pages, uploads
-from fot.serve.errors import ApiError
+from fot.serve.errors import LOOPBACK, ApiError
 from fot.serve.library import Library
 from fot.serve.line import Line
 from fot.serve.server import Server, Settings, server_of, told
 
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 SAFE_HEADERS = [(b"x-content-type-options", b"nosniff"), (b"cache-control", b"no-store")]
 OPEN = ("/", "/page.js", "/page.css", "/health")  # they tell nothing, and ask for the key
 OPEN_BELOW = "/inspections/"  # names that nobody guesses

@@ -3,6 +3,11 @@
 from collections.abc import Iterable
 from typing import Any
 
+# Names of this machine, which no other machine reaches.
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+# Requests that may wait for the model, unless the server's user says otherwise; one more is an error.
+MOST_WAITING = 32
+
 TYPES = {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error",
          404: "invalid_request_error", 413: "invalid_request_error", 429: "rate_limit_error"}  # fmt: skip
 

@@ -61,7 +61,9 @@ async def chat_completions(request: Request, asked: ChatRequest) -> Response:
 
         replies = await answer(request, work)
         choices = [wire.chat_choice(entry, number, reply, logprobs) for number, reply in enumerate(replies)]
-        whole = wire.envelope(answer_id, "chat.completion", entry, choices) | {"usage": wire.usage(replies)}
+        whole = wire.envelope(answer_id, "chat.completion", entry, choices) | {
+            "usage": wire.usage(replies, asked.choices)
+        }
         return JSONResponse(whole)
 
     def piece(choices: list[dict[str, Any]]) -> dict[str, Any]:
@@ -104,10 +106,14 @@ async def completions(request: Request, asked: CompletionRequest) -> Response:
 
     def work(send: Send, stopped: Stopped) -> list[Reply]:
         replies = []
+        written = [0] * len(jobs)  # characters of each text so far
         for number, (prompt, choice) in enumerate(jobs):
 
             def on_text(text: str, scored: list[Scored], number: int = number) -> None:
-                known = None if asked.logprobs is None else wire.completion_logprobs(entry, scored)
+                known = None
+                if asked.logprobs is not None:
+                    known = wire.completion_logprobs(entry, scored, written[number])
+                    written[number] += sum(map(len, known["tokens"]))
                 send(piece([wire.completion_choice(number, text, None, known)]))
 
             replies.append(
@@ -139,11 +145,7 @@ async def completions(request: Request, asked: CompletionRequest) -> Response:
         return replies, [_choice(entry, asked, number, prompt, reply) for number, ((prompt, _), reply) in pairs]
 
     replies, choices = await answer(request, whole)
-    counted = [wire.usage(replies[first : first + asked.choices]) for first in range(0, len(jobs), asked.choices)]
-    names = ("prompt_tokens", "completion_tokens", "total_tokens")
-    total: dict[str, Any] = {name: sum(each[name] for each in counted) for name in names}
-    cached = sum(each["prompt_tokens_details"]["cached_tokens"] for each in counted)
-    return JSONResponse(piece(choices) | {"usage": total | {"prompt_tokens_details": {"cached_tokens": cached}}})
+    return JSONResponse(piece(choices) | {"usage": wire.usage(replies, asked.choices)})
 
 
 def _choice(
@@ -162,7 +164,7 @@ def _choice(
 def _usage_piece(asked: Common, piece: dict[str, Any], replies: list[Reply]) -> Iterator[dict[str, Any]]:
     """The last piece of a stream, if the client asked for counts."""
     if asked.stream_options is not None and asked.stream_options.include_usage:
-        yield piece | {"usage": wire.usage(replies)}
+        yield piece | {"usage": wire.usage(replies, asked.choices)}
 
 
 def _entry(server: Server, name: str) -> Entry:

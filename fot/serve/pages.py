@@ -10,6 +10,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 from pydantic import BaseModel
 
+from fot.chat import has_template
 from fot.inspection.page import write_page
 from fot.serve import wire
 from fot.serve.errors import ApiError
@@ -80,7 +81,7 @@ async def inspect(request: Request, asked: Inspected) -> JSONResponse:
     titles = entry.blank.title
 
     def work(stopped: Stopped) -> bytes:
-        templated = bool(getattr(entry.model.tokenizer, "chat_template", None))
+        templated = has_template(entry.model.tokenizer)
         found = trace(entry.model, asked.question, entry.memory, max_new_tokens=INSPECTED_TOKENS, chat=templated)
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "page.html"

@@ -7,13 +7,11 @@ from pathlib import Path
 from fastapi import Request
 
 from fot.serve.answering import Conversations
-from fot.serve.errors import ApiError, without_paths
+from fot.serve.errors import MOST_WAITING, ApiError, without_paths
 from fot.serve.library import Library
 from fot.serve.line import Line
 
 logger = logging.getLogger(__name__)
-
-MOST_WAITING = 32
 
 
 @dataclass

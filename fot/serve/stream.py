@@ -45,7 +45,11 @@ async def answer(request: Request, work: Callable[[Stopped], T]) -> T:
 
 
 async def events(
-    request: Request, work: Callable[[Send, Stopped], T], last: Callable[[T], Iterator[Any]], end: str | None = DONE
+    request: Request,
+    work: Callable[[Send, Stopped], T],
+    last: Callable[[T], Iterator[Any]],
+    end: str | None = DONE,
+    done: Callable[[], None] = lambda: None,
 ) -> StreamingResponse:
     """Events that some work sends, and those that come of its result, as the client gets them.
 
@@ -56,6 +60,7 @@ async def events(
         work: is given a function that sends an object, and one that says whether to stop.
         last: the objects to send at the end.
         end: the last event's data.
+        done: called once the work has ended, or will not begin: the line is full, or the client left while it waited.
     """
     server = server_of(request)
     loop = asyncio.get_running_loop()
@@ -68,6 +73,7 @@ async def events(
         return work(send, stopped)
 
     task = asyncio.ensure_future(server.line.run(run))
+    task.add_done_callback(lambda _: done())
     await asyncio.sleep(0)  # into the line, or not
     if task.done():
         task.result()

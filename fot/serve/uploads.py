@@ -6,10 +6,11 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from fastapi import APIRouter, File, Request, UploadFile
+from fastapi import APIRouter, Request
 from fastapi.responses import Response
+from starlette.datastructures import UploadFile
 from tqdm import tqdm
 
 from fot.documents import Documents, add_documents
@@ -27,6 +28,7 @@ router = APIRouter()
 NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,63}")
 ODD = re.compile(r"[\x00-\x1f\x7f/\\:]")
 MOST_BYTES = 1 << 28  # of all files of an upload
+MOST_AROUND = 1 << 20  # bytes of a request around its files
 
 
 class Left(Exception):  # noqa: N818  nothing is wrong
@@ -34,35 +36,48 @@ class Left(Exception):  # noqa: N818  nothing is wrong
 
 
 @router.post("/api/memories/{name}")
-async def make_memory(
-    request: Request, name: str, uploads: Annotated[list[UploadFile], File(alias="files")]
-) -> Response:
+async def make_memory(request: Request, name: str) -> Response:
     """Make a memory of the files, and serve it. The events tell how far it is, and what could not be read."""
     server = server_of(request)
-    target = _target(server, name)
-    if sum(upload.size or 0 for upload in uploads) > MOST_BYTES:
-        raise ApiError(413, f"the files have more than {MOST_BYTES >> 20} MiB: send fewer at a time", param="files")
-    folder = Path(tempfile.mkdtemp(prefix="fot-upload-"))
-    try:
-        for number, upload in enumerate(uploads):
-            place = folder / str(number) / _file_name(upload.filename)
-            place.parent.mkdir()
-            with open(place, "wb") as file:
-                shutil.copyfileobj(upload.file, file)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
+    _target(server, name)  # before the files are sent
+    folder = await _received(request)
 
     def work(send: Send, stopped: Stopped) -> dict[str, Any]:
-        try:
-            return _make(server, name, target, folder, send, stopped)
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+        return _make(server, name, folder, send, stopped)
 
     def last(result: dict[str, Any]) -> Iterator[dict[str, Any]]:
         yield result
 
-    return await events(request, work, last, end=None)
+    return await events(request, work, last, end=None, done=lambda: shutil.rmtree(folder, ignore_errors=True))
+
+
+async def _received(request: Request) -> Path:
+    """A new folder with the files of a request, each in a folder of its own, named by its place among them.
+
+    Raises:
+        ApiError: there are none, or too many bytes of them.
+    """
+    too_large = ApiError(413, f"the files have more than {MOST_BYTES >> 20} MiB: send fewer at a time", param="files")
+    length = request.headers.get("content-length", "")
+    if length.isdecimal() and int(length) > MOST_BYTES + MOST_AROUND:
+        raise too_large
+    async with request.form() as form:
+        uploads = [upload for upload in form.getlist("files") if isinstance(upload, UploadFile)]
+        if not uploads:
+            raise ApiError(400, "there are no files: send some, each as a part named files", param="files")
+        if sum(upload.size or 0 for upload in uploads) > MOST_BYTES:
+            raise too_large
+        folder = Path(tempfile.mkdtemp(prefix="fot-upload-"))
+        try:
+            for number, upload in enumerate(uploads):
+                place = folder / str(number) / _file_name(upload.filename)
+                place.parent.mkdir()
+                with open(place, "wb") as file:
+                    shutil.copyfileobj(upload.file, file)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+    return folder
 
 
 def _target(server: Server, name: str) -> Path:
@@ -86,8 +101,9 @@ def _file_name(name: str | None) -> str:
     return ODD.sub("_", re.split(r"[/\\]", name or "")[-1]).strip(". ")[-200:] or "file"
 
 
-def _make(server: Server, name: str, target: Path, folder: Path, send: Send, stopped: Stopped) -> dict[str, Any]:
+def _make(server: Server, name: str, folder: Path, send: Send, stopped: Stopped) -> dict[str, Any]:
     """Read the files into a new memory; without any text, or if the client leaves, there is none."""
+    target = _target(server, name)  # once more: while this one waited, another may have taken the name
     model = server.library.entries()[0].model
     found, wrong = Documents(), []
     for path in sorted(folder.glob("*/*"), key=lambda path: int(path.parent.name)):

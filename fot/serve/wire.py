@@ -30,9 +30,10 @@ def model_card(entry: Entry) -> dict[str, Any]:
     }
 
 
-def usage(replies: Sequence[Reply]) -> dict[str, Any]:
-    """Tokens of all answers to one prompt, which counts once. Tokens of the memory count as cached."""
-    prompt, cached = replies[0].prompt_tokens, replies[0].cached_tokens
+def usage(replies: Sequence[Reply], choices: int) -> dict[str, Any]:
+    """Tokens of all answers, so many to each prompt, which counts once. Tokens of the memory count as cached."""
+    firsts = replies[::choices]
+    prompt, cached = sum(one.prompt_tokens for one in firsts), sum(one.cached_tokens for one in firsts)
     answer = sum(reply.answer_tokens for reply in replies)
     return {
         "prompt_tokens": prompt,
