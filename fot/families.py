@@ -1,4 +1,4 @@
-"""Which models can have a memory: those whose attention goes through transformers' ``AttentionInterface``.
+"""Which models can have a memory: those whose attention goes through transformers' ``AttentionInterface``, and Falcon.
 
 What the rest of this package asks of a model beyond that is here.
 """
@@ -24,6 +24,7 @@ SUPPORTED_MODEL_TYPES = (
     "cohere2",
     "gpt_neox",
     "gpt_oss",
+    "falcon",
 )
 
 
@@ -48,6 +49,11 @@ def check_supported(model: Any) -> None:
         raise ValueError(
             f"{type(model).__name__} caps its attention scores (attn_logit_softcapping); memory attention does not"
         )
+    if getattr(config, "alibi", False):
+        raise ValueError(
+            f"{type(model).__name__} has ALiBi positions (alibi=True), which weigh keys by their distance; memory attention "
+            "goes with rotary positions: use a Falcon checkpoint with alibi=False"
+        )
 
 
 def whole_layers(config: Any, window: int) -> list[int]:
@@ -58,17 +64,21 @@ def whole_layers(config: Any, window: int) -> list[int]:
     return [n for n, kind in enumerate(kinds) if kind != "sliding_attention" or not sliding or sliding >= window]
 
 
+def layers_of(decoder: Any) -> nn.ModuleList:
+    """The layers of a decoder, from the lowest."""
+    return decoder.layers if hasattr(decoder, "layers") else decoder.h
+
+
 def attention_modules(model: Any) -> Iterator[nn.Module]:
     """The attention module of each layer, from the lowest."""
-    for layer in model.base_model.layers:
-        yield layer.attention if hasattr(layer, "attention") else layer.self_attn
+    for layer in layers_of(model.base_model):
+        yield next(getattr(layer, name) for name in ("self_attn", "attention", "self_attention") if hasattr(layer, name))
 
 
 def key_value_shape(model: Any) -> tuple[int, int]:
     """(KV heads, size of a head) of every layer."""
-    config = model.config
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    first = next(attention_modules(model))
+    config, first = model.config, next(attention_modules(model))
+    heads = getattr(config, "num_key_value_heads", None) or getattr(first, "num_kv_heads", config.num_attention_heads)
     size = getattr(first, "head_dim", None) or getattr(first, "head_size", None)
     return heads, size or config.hidden_size // config.num_attention_heads
 

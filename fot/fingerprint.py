@@ -35,6 +35,8 @@ _LATER_FIELDS = (
     *("embedding_multiplier", "attention_multiplier", "residual_multiplier"),
     *("num_experts_per_tok", "swiglu_alpha", "swiglu_limit"),
 )
+# Those of families that came later, only where a model has them: names of others' memories stay as they are.
+_OWN_FIELDS = ("layer_norm_epsilon", "activation")
 # Memories of before say nothing of these: they are read whatever they are.
 _LATER = {*_LATER_SETTINGS, *_LATER_FIELDS, "sliding_layers", "unrotated_layers"}
 
@@ -172,6 +174,7 @@ def _settings(config: MemoryConfig) -> dict[str, Any]:
 def _computation(model: Any) -> dict[str, Any]:
     config, last = model.config, max(model.memory_config.layers, default=-1)
     found = {name: _plain(getattr(config, name, None)) for name in (*_CONFIG_FIELDS, *_LATER_FIELDS)}
+    found |= {name: _plain(getattr(config, name)) for name in _OWN_FIELDS if hasattr(config, name)}
     whole = whole_layers(config, model.memory_config.window)
     shorter = [layer for layer in range(last) if layer not in whole]
     found["sliding_layers"] = [config.sliding_window, shorter] if shorter else None

@@ -1,7 +1,6 @@
 """A Hugging Face causal language model with an external memory: attach, forward, generate, ingest."""
 
 import functools
-import types
 from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -14,12 +13,14 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from fot.attention import CONTEXT, IMPLEMENTATIONS, PREFIX
 from fot.cache import FoTCache
-from fot.compat import CACHE
+from fot.compat import CACHE, given_cache
 from fot.config import CONFIG_KEY, MemoryConfig
 from fot.families import attention_modules, check_supported, head, whole_layers
 from fot.generation import GeneratesWithMemory
+from fot.implementation import bind_wrapped, set_attention
 from fot.ingest import ingest
 from fot.inputs import Inputs
+from fot.local import LocalCache
 from fot.loss import chunked_loss
 from fot.recording import recorder_of
 from fot.windows import SINGLE_WINDOW_OPTIONS, read
@@ -47,17 +48,21 @@ def attach_memory(model: Any, config: MemoryConfig | None = None) -> "FoTForCaus
     resolved = _resolve(model, config)
     if not isinstance(model, FoTForCausalLM):
         model.__class__ = _with_memory(type(model))  # type: ignore[arg-type]
-        _bind_wrapped(model)
+        bind_wrapped(model)
     model.set_attn_implementation(model.config._attn_implementation)
     _remove_hooks(model)
     model.memory_config = resolved
     if model.config.model_type != "longllama":  # that has fields of its own
         setattr(model.config, CONFIG_KEY, config.to_dict() | {"mem_layers": list(resolved.layers)})
-    model.memory_hooks = []
+    hooks = [hand_over_window] if model.config.model_type == "falcon" else []
     if not resolved.mem_positionals:
-        for number, attention in enumerate(attention_modules(model)):
-            if number in resolved.layers:
-                model.memory_hooks.append(attention.register_forward_pre_hook(without_positions, with_kwargs=True))
+        hooks.append(without_positions)
+    model.memory_hooks = [
+        attention.register_forward_pre_hook(hook, with_kwargs=True)
+        for number, attention in enumerate(attention_modules(model))
+        if number in resolved.layers
+        for hook in hooks
+    ]
     return model
 
 
@@ -69,8 +74,8 @@ def detach_memory(model: Any) -> PreTrainedModel:
     _remove_hooks(model)
     vars(model.config).pop(CONFIG_KEY, None)
     model.__class__ = _plain_class(model)
-    _bind_wrapped(model)
-    model.set_attn_implementation(model.config._attn_implementation.removeprefix(PREFIX))
+    bind_wrapped(model)
+    set_attention(model, model.config._attn_implementation.removeprefix(PREFIX))
     return model
 
 
@@ -273,9 +278,9 @@ class FoTForCausalLM(GeneratesWithMemory):
                     f"with {', '.join(IMPLEMENTATIONS)}: load the model with attn_implementation='eager', for instance"
                 )
             # First without the prefix: transformers refuses what a family does not have only by its own names.
-            super().set_attn_implementation(attn_implementation, *args, **kwargs)
+            set_attention(self, attn_implementation, *args, **kwargs)
             attn_implementation = PREFIX + attn_implementation
-        super().set_attn_implementation(attn_implementation, *args, **kwargs)
+        set_attention(self, attn_implementation, *args, **kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class is made when memory is attached, so pickle could not find it by its name.
@@ -325,6 +330,14 @@ def without_positions(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     return args, kwargs
 
 
+def hand_over_window(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """A hook of Falcon's memory layers: its decoder hands its layers a cache, but no keywords."""
+    cache = given_cache(kwargs)
+    if isinstance(cache, LocalCache):
+        kwargs[CONTEXT] = cache
+    return args, kwargs
+
+
 def _plain_class(model: Any) -> Any:
     """The class of a model with memory, without it."""
     return next(c for c in type(model).__mro__ if issubclass(c, PreTrainedModel) and not issubclass(c, FoTForCausalLM))
@@ -340,10 +353,3 @@ def _remove_hooks(model: Any) -> None:
     for handle in model.memory_hooks:
         handle.remove()
     model.memory_hooks = []
-
-
-def _bind_wrapped(module: Any) -> None:
-    """Where accelerate's device_map has put a wrapper around ``forward``, let it wrap that of the module's class."""
-    if hasattr(module, "_old_forward"):
-        module._old_forward = types.MethodType(type(module).forward, module)
-        module.forward.__wrapped__ = module._old_forward  # generate() looks at the signature

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     Cohere2Config,
+    FalconConfig,
     Gemma3TextConfig,
     GPTNeoXConfig,
     GptOssConfig,
@@ -27,6 +28,7 @@ from transformers import (
 import fot
 from fot.attention import CONTEXT
 from fot.families import SUPPORTED_MODEL_TYPES, attention_modules
+from fot.implementation import set_attention
 from training.crossbatch import Contexts, enable_crossbatch
 
 Draw = Callable[..., Tensor]
@@ -38,6 +40,9 @@ YARN = {
     "original_max_position_embeddings": 16,
     "truncate": False,
 }
+FALCON = {
+    name: value for name, value in SHAPE.items() if name not in ("num_key_value_heads", "intermediate_size")
+} | {"ffn_hidden_size": 48}
 MIXED = ["sliding_attention", "full_attention", "sliding_attention", "full_attention", "sliding_attention"]
 
 # Sliding windows are shorter than the local window, so that they can be seen to stay.
@@ -60,6 +65,9 @@ ALL: dict[str, Callable[[], Any]] = FAMILIES | {
         num_local_experts=4,
         num_experts_per_tok=2,
     ),
+    "falcon": lambda: FalconConfig(**FALCON),
+    "falcon, grouped": lambda: FalconConfig(**FALCON, new_decoder_architecture=True, num_kv_heads=2),
+    "falcon, all heads": lambda: FalconConfig(**FALCON, multi_query=False, parallel_attn=False, bias=True),
 }
 
 
@@ -68,9 +76,9 @@ def name(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-def plain(name: str) -> Any:
+def plain(name: str, **options: Any) -> Any:
     set_seed(0)
-    return AutoModelForCausalLM.from_config(ALL[name]()).eval()
+    return AutoModelForCausalLM.from_config(ALL[name](), **options).eval()
 
 
 def attached(name: str, **settings: Any) -> Any:
@@ -90,8 +98,9 @@ class Written:
         for layer in self.memory_layers:
             self.modules[layer].register_forward_pre_hook(self._note, with_kwargs=True)
 
-    def _note(self, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+    def _note(self, module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         self.turned[module.layer_idx] = kwargs["position_embeddings"]
+        return args, kwargs | {CONTEXT: self}
 
     def attend(
         self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, scale: float, learnt_sinks: Tensor | None
@@ -134,9 +143,8 @@ def test_within_a_window_the_model_is_untouched(name: str, ids: Draw) -> None:
 @torch.no_grad()
 def test_attention_weights_are_those_of_the_untouched_model(name: str, ids: Draw) -> None:
     """A tuple with the weights of every layer, those with a memory as well."""
-    models = plain(name), attached(name)
-    for model in models:
-        model.set_attn_implementation("eager")
+    models = plain(name, attn_implementation="eager"), attached(name)
+    models[1].set_attn_implementation("eager")
     expected, found = (model(ids(WINDOW), output_attentions=True).attentions for model in models)
     assert len(found) == len(expected) == SHAPE["num_hidden_layers"]
     for mine, theirs in zip(found, expected, strict=True):
@@ -150,10 +158,10 @@ def test_ingest_and_a_window_equal_the_method_written_out(name: str, ids: Draw) 
     model.ingest(tokens[:, : 3 * WINDOW], memory)
     found = model(tokens[:, 3 * WINDOW :], memory=memory).logits
     reference = plain(name)
-    reference.set_attn_implementation("fot_eager")
-    written = Written(reference)
+    set_attention(reference, "fot_eager")
+    Written(reference)
     for window in tokens.split(WINDOW, dim=1):
-        logits = reference(window, use_cache=False, **{CONTEXT: written}).logits
+        logits = reference(window, use_cache=False).logits
     torch.testing.assert_close(found, logits, **CLOSE)
     assert (found - model(tokens[:, 3 * WINDOW :]).logits).abs().max() > 1e-3  # the memory matters
 
@@ -258,12 +266,12 @@ def test_the_loss_of_a_router_is_refused(ids: Draw) -> None:
 
 
 def test_every_supported_family_is_here() -> None:
-    assert set(SUPPORTED_MODEL_TYPES) == {*ALL, "longllama"}
+    assert set(SUPPORTED_MODEL_TYPES) == {name.split(",")[0] for name in ALL} | {"longllama"}
 
 
-@pytest.mark.parametrize("kind", ["falcon", "gemma2", "llama4_text"])
+@pytest.mark.parametrize("kind", ["gemma2", "llama4_text"])
 def test_families_outside_the_table_are_refused_by_name(kind: str) -> None:
-    """Falcon's attention does not go through transformers' interface; the others' has caps or chunks."""
+    """Their attention has caps or chunks."""
     model = AutoModelForCausalLM.from_config(plain("llama").config)
     model.config.model_type = kind
     with pytest.raises(ValueError, match=f"'{kind}' models have no memory attention here; supported: llama"):

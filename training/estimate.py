@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
 
 from fot.config import MemoryConfig
-from fot.families import head
+from fot.families import head, layers_of
 from fot.loading import load_config
 from fot.loss import token_losses
 from fot.model import FoTForCausalLM, detach_memory
@@ -274,7 +274,7 @@ def _adafactor_state(parameter: Tensor) -> int:
 
 def _saved_by_nf4(model: Any) -> int:
     """Bytes that the frozen linear layers of a decoder's layers take less in 4 bits."""
-    modules = [module for layer in model.base_model.layers for module in layer.modules()]
+    modules = [module for layer in layers_of(model.base_model) for module in layer.modules()]
     frozen = [m.weight for m in modules if isinstance(m, nn.Linear) and not m.weight.requires_grad]
     return sum(_bytes(weight) - int(weight.numel() * NF4_BYTES) for weight in frozen)
 
