@@ -25,6 +25,7 @@ SUPPORTED_MODEL_TYPES = (
     "gpt_neox",
     "gpt_oss",
     "falcon",
+    "llama4_text",
 )
 
 
@@ -41,7 +42,7 @@ def check_supported(model: Any) -> None:
             f"a {type(model).__name__} is no transformers model; attach memory to the model inside it, as "
             "peft_model.get_base_model() gives it"
         )
-    if model.get_output_embeddings() is None or model.base_model is model:
+    if model.get_output_embeddings() is None or decoder_of(model) is model:
         raise ValueError(
             f"{type(model).__name__} is not a causal language model; load {kind} with AutoModelForCausalLM"
         )
@@ -51,17 +52,48 @@ def check_supported(model: Any) -> None:
         )
     if getattr(config, "alibi", False):
         raise ValueError(
-            f"{type(model).__name__} has ALiBi positions (alibi=True), which weigh keys by their distance; memory attention "
-            "goes with rotary positions: use a Falcon checkpoint with alibi=False"
+            f"{type(model).__name__} has ALiBi positions (alibi=True), which weigh keys by their distance; memory "
+            "attention goes with rotary positions: use a Falcon checkpoint with alibi=False"
+        )
+
+
+def check_window(model: Any, window: int) -> None:
+    """Raise ValueError, naming the model, if a local window of so many tokens is too long for how it attends."""
+    config, name = model.config, type(model).__name__
+    sliding = getattr(config, "sliding_window", None)
+    if not whole_layers(config, window):
+        raise ValueError(
+            f"{name} attends within a sliding window of {sliding} tokens, shorter than the local window of {window}: "
+            f"use windows of at most {sliding} tokens (local_context={sliding})"
+        )
+    chunk = getattr(config, "attention_chunk_size", None)
+    if chunk and window > chunk and "chunked_attention" in config.layer_types:
+        raise ValueError(
+            f"{name} attends within chunks of {chunk} tokens, shorter than the local window of {window}: use windows "
+            f"of at most {chunk} tokens (local_context={chunk})"
+        )
+    # Llama 4 sharpens the attention of later tokens by their place in the cache, padding counted.
+    if getattr(config, "attn_temperature_tuning", False) and window >= config.floor_scale:
+        longest = config.floor_scale - 1
+        raise ValueError(
+            f"{name} attends with another temperature from token {config.floor_scale} on (attn_temperature_tuning), "
+            f"within the local window of {window}: use windows of at most {longest} tokens (local_context={longest})"
         )
 
 
 def whole_layers(config: Any, window: int) -> list[int]:
     """Layers that see a whole local window, so that the memory can continue it: all but those with a shorter sliding
-    window."""
+    window, and those that attend within chunks."""
     sliding = getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None) or ["sliding_attention" if sliding else ""] * config.num_hidden_layers
-    return [n for n, kind in enumerate(kinds) if kind != "sliding_attention" or not sliding or sliding >= window]
+    short = {"chunked_attention"} | ({"sliding_attention"} if sliding and sliding < window else set())
+    return [number for number, kind in enumerate(kinds) if kind not in short]
+
+
+def decoder_of(model: Any) -> Any:
+    """A causal language model's decoder: ``base_model``, or ``model`` where transformers finds none (Llama 4)."""
+    decoder = model.base_model
+    return getattr(model, "model", model) if decoder is model else decoder
 
 
 def layers_of(decoder: Any) -> nn.ModuleList:
@@ -71,8 +103,10 @@ def layers_of(decoder: Any) -> nn.ModuleList:
 
 def attention_modules(model: Any) -> Iterator[nn.Module]:
     """The attention module of each layer, from the lowest."""
-    for layer in layers_of(model.base_model):
-        yield next(getattr(layer, name) for name in ("self_attn", "attention", "self_attention") if hasattr(layer, name))
+    for layer in layers_of(decoder_of(model)):
+        yield next(
+            getattr(layer, name) for name in ("self_attn", "attention", "self_attention") if hasattr(layer, name)
+        )
 
 
 def key_value_shape(model: Any) -> tuple[int, int]:

@@ -15,7 +15,7 @@ from fot.attention import CONTEXT, IMPLEMENTATIONS, PREFIX
 from fot.cache import FoTCache
 from fot.compat import CACHE, given_cache
 from fot.config import CONFIG_KEY, MemoryConfig
-from fot.families import attention_modules, check_supported, head, whole_layers
+from fot.families import attention_modules, check_supported, check_window, decoder_of, head, whole_layers
 from fot.generation import GeneratesWithMemory
 from fot.implementation import bind_wrapped, set_attention
 from fot.ingest import ingest
@@ -87,13 +87,14 @@ def _resolve(model: Any, config: MemoryConfig) -> MemoryConfig:
         str(model.dtype).removeprefix("torch."),
     )
     resolved = config.resolve(*shape)
+    check_window(model, resolved.window)
     whole, sliding = whole_layers(model.config, resolved.window), getattr(model.config, "sliding_window", None)
-    if not whole:
-        raise ValueError(
-            f"{type(model).__name__} attends within a sliding window of {sliding} tokens, shorter than the local "
-            f"window of {resolved.window}: use windows of at most {sliding} tokens (local_context={sliding})"
-        )
     short = [layer for layer in resolved.layers if layer not in whole]
+    if short and config.mem_layers is not None and sliding is None:
+        raise ValueError(
+            f"layer {short[0]} of {type(model).__name__} attends within chunks of {model.config.attention_chunk_size} "
+            f"tokens, and so has no memory: choose mem_layers among {whole}"
+        )
     if short and config.mem_layers is not None:
         raise ValueError(
             f"layer {short[0]} of {type(model).__name__} attends within a sliding window of {sliding} tokens, shorter "
@@ -235,7 +236,7 @@ class FoTForCausalLM(GeneratesWithMemory):
                 f"of {self.memory_config.window}; pack fewer tokens, or give each text a row of its own"
             )
         given = {"input_ids": inputs.ids} if inputs.embeds is None else {"inputs_embeds": inputs.embeds}
-        outputs = self.base_model(**given, position_ids=inputs.positions, use_cache=False, **options)
+        outputs = decoder_of(self)(**given, position_ids=inputs.positions, use_cache=False, **options)
         outputs.last_hidden_state = outputs.last_hidden_state[:, -keep:]
         return outputs
 
@@ -248,7 +249,7 @@ class FoTForCausalLM(GeneratesWithMemory):
     def device(self) -> torch.device:
         """Where inputs go: to the parameters, or where accelerate brings them that it keeps elsewhere."""
         first: torch.device = super().device
-        hook = getattr(self.base_model.get_input_embeddings(), "_hf_hook", None) if first.type == "meta" else None
+        hook = getattr(decoder_of(self).get_input_embeddings(), "_hf_hook", None) if first.type == "meta" else None
         brought_to = getattr(hook, "execution_device", None)
         return first if brought_to is None else torch.device(brought_to)
 
@@ -325,8 +326,12 @@ def _with_memory(plain: type) -> type:
 def without_positions(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """A hook of memory layers that use no positions: where they attend to a memory, nothing is turned."""
     if kwargs.get(CONTEXT) is not None:
-        cos, sin = kwargs["position_embeddings"]
-        kwargs["position_embeddings"] = (torch.ones_like(cos), torch.zeros_like(sin))
+        given = kwargs["position_embeddings"]
+        if isinstance(given, Tensor):  # complex, of Llama 4
+            kwargs["position_embeddings"] = torch.ones_like(given)
+        else:
+            cos, sin = given
+            kwargs["position_embeddings"] = (torch.ones_like(cos), torch.zeros_like(sin))
     return args, kwargs
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from conftest import FAMILIES, PAPER, SHAPE, WINDOW
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
@@ -19,17 +20,22 @@ from transformers import (
     GPTNeoXConfig,
     GptOssConfig,
     GraniteConfig,
+    Llama4TextConfig,
     Olmo2Config,
     Phi3Config,
     SmolLM3Config,
     set_seed,
 )
+from transformers.models.llama4.modeling_llama4 import apply_rotary_emb
 
 import fot
 from fot.attention import CONTEXT
+from fot.compare.patterns import Streaming
+from fot.compare.turned import turned_by
 from fot.families import SUPPORTED_MODEL_TYPES, attention_modules
 from fot.implementation import set_attention
-from training.crossbatch import Contexts, enable_crossbatch
+from fot.rotary import rotary_of
+from training.crossbatch import Contexts, disable_crossbatch, enable_crossbatch
 
 Draw = Callable[..., Tensor]
 CLOSE = {"atol": 1e-4, "rtol": 1e-4}
@@ -40,9 +46,19 @@ YARN = {
     "original_max_position_embeddings": 16,
     "truncate": False,
 }
-FALCON = {
-    name: value for name, value in SHAPE.items() if name not in ("num_key_value_heads", "intermediate_size")
-} | {"ffn_hidden_size": 48}
+FALCON = {name: value for name, value in SHAPE.items() if name not in ("num_key_value_heads", "intermediate_size")} | {
+    "ffn_hidden_size": 48
+}
+# Chunks as long as the local window; layers 1 and 4 use no positions.
+LLAMA4 = SHAPE | {
+    "head_dim": 8,
+    "no_rope_layers": [1, 0, 1, 0, 1],
+    "attention_chunk_size": WINDOW,
+    "floor_scale": WINDOW + 1,
+    "intermediate_size_mlp": 48,
+    "interleave_moe_layer_step": 2,
+    "num_local_experts": 4,
+}
 MIXED = ["sliding_attention", "full_attention", "sliding_attention", "full_attention", "sliding_attention"]
 
 # Sliding windows are shorter than the local window, so that they can be seen to stay.
@@ -65,6 +81,7 @@ ALL: dict[str, Callable[[], Any]] = FAMILIES | {
         num_local_experts=4,
         num_experts_per_tok=2,
     ),
+    "llama4_text": lambda: Llama4TextConfig(**LLAMA4),
     "falcon": lambda: FalconConfig(**FALCON),
     "falcon, grouped": lambda: FalconConfig(**FALCON, new_decoder_architecture=True, num_kv_heads=2),
     "falcon, all heads": lambda: FalconConfig(**FALCON, multi_query=False, parallel_attn=False, bias=True),
@@ -225,7 +242,9 @@ def test_crossbatch_computes_what_a_memory_gives(name: str, positionals: bool, i
 
 def test_lora_on_top_trains(name: str, ids: Draw) -> None:
     """Adapters inside the model, a loss over several windows."""
-    around = get_peft_model(plain(name), LoraConfig(target_modules="all-linear"))
+    # Llama 4's router is a linear layer that gives two results, which peft does not know.
+    router = r".*\.router" if name == "llama4_text" else None
+    around = get_peft_model(plain(name), LoraConfig(target_modules="all-linear", exclude_modules=router))
     model = fot.attach_memory(
         around.get_base_model(), fot.MemoryConfig(mem_layers=(1, 3), local_context=WINDOW, index="exact")
     )
@@ -265,13 +284,87 @@ def test_the_loss_of_a_router_is_refused(ids: Draw) -> None:
     assert model(ids(4), output_router_logits=False).logits.isfinite().all()
 
 
+@pytest.mark.parametrize(
+    ("changes", "settings", "message"),
+    [
+        (
+            {},
+            {"mem_layers": (1, 2)},
+            r"layer 2 of \w+ attends within chunks of 16 tokens.*: choose mem_layers among \[1, 3",
+        ),
+        (
+            {"attention_chunk_size": 12},
+            {},
+            r"within chunks of 12 tokens, shorter than .* of 16: .*\(local_context=12\)",
+        ),
+        ({"floor_scale": 16}, {}, r"another temperature from token 16 on .*\(local_context=15\)"),
+    ],
+)
+def test_what_llama_4_has_no_memory_for_is_refused(
+    changes: dict[str, Any], settings: dict[str, Any], message: str
+) -> None:
+    model = AutoModelForCausalLM.from_config(Llama4TextConfig(**(LLAMA4 | changes)))
+    with pytest.raises(ValueError, match=message):
+        fot.attach_memory(model, fot.MemoryConfig(**({"local_context": WINDOW} | settings)))
+
+
+def test_memory_layers_of_llama_4_are_those_without_chunks() -> None:
+    assert attached("llama4_text", mem_layers=None).memory_config.layers == (1, 3)
+
+
+def test_keys_of_llama_4_are_turned_back() -> None:
+    """Neighbouring numbers are turned together: what its window keeps is moved so when the oldest tokens leave."""
+    model = plain("llama4_text")
+    keys = torch.randn(2, 7, 2, 8, generator=torch.Generator().manual_seed(0))  # (B, T, G, D)
+    positions = torch.arange(14).view(2, 7)
+    turned = apply_rotary_emb(keys, keys, model.model.rotary_emb(keys, positions))[1]
+    found = rotary_of(model).back(0, turned.transpose(1, 2), positions)
+    torch.testing.assert_close(found, keys.transpose(1, 2))
+    assert (turned - keys).abs().max() > 0.1
+
+
+def test_falcon_attends_by_a_pattern(ids: Draw) -> None:
+    """As methods of ``fot compare`` do: within their window the plain model, past it not."""
+    model, text = plain("falcon, grouped"), ids(40)
+    pattern = Streaming(0, 20)
+    expected = model(text).logits
+    with turned_by(model, pattern):
+        found = model(text).logits
+    torch.testing.assert_close(found[:, :20], expected[:, :20], **CLOSE)
+    assert (found[:, 20:] - expected[:, 20:]).abs().max() > 1e-3
+    assert torch.equal(model(text).logits, expected)
+
+
+def test_falcon_with_alibi_is_refused() -> None:
+    model = AutoModelForCausalLM.from_config(FalconConfig(**FALCON, alibi=True))
+    with pytest.raises(
+        ValueError, match=r"FalconForCausalLM has ALiBi positions \(alibi=True\).*use a Falcon checkpoint"
+    ):
+        fot.attach_memory(model)
+
+
+def test_falcons_layers_are_their_own_again() -> None:
+    """After detaching and after training, under accelerate's wrappers as well."""
+    model = plain("falcon")
+    for attention in attention_modules(model):
+        add_hook_to_module(attention, ModelHook())
+    before = [type(attention) for attention in attention_modules(model)]
+    fot.attach_memory(model, fot.MemoryConfig(mem_layers=(1, 3), local_context=WINDOW))
+    assert not set(before) & {type(attention) for attention in attention_modules(model)}
+    assert all(attention._old_forward.__func__ is type(attention).forward for attention in attention_modules(model))
+    fot.detach_memory(model)
+    disable_crossbatch(model, enable_crossbatch(model, attached("falcon").memory_config))
+    assert [type(attention) for attention in attention_modules(model)] == before
+    assert all(attention._old_forward.__func__ is type(attention).forward for attention in attention_modules(model))
+
+
 def test_every_supported_family_is_here() -> None:
     assert set(SUPPORTED_MODEL_TYPES) == {name.split(",")[0] for name in ALL} | {"longllama"}
 
 
-@pytest.mark.parametrize("kind", ["gemma2", "llama4_text"])
+@pytest.mark.parametrize("kind", ["gemma2", "bloom"])
 def test_families_outside_the_table_are_refused_by_name(kind: str) -> None:
-    """Their attention has caps or chunks."""
+    """The attention of the one has caps, and the other's positions are no rotary ones."""
     model = AutoModelForCausalLM.from_config(plain("llama").config)
     model.config.model_type = kind
     with pytest.raises(ValueError, match=f"'{kind}' models have no memory attention here; supported: llama"):
