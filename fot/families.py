@@ -9,6 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from fot.config import MemoryConfig
+
 # Each is run through tests/test_families.py. Others may work, but nobody has looked.
 SUPPORTED_MODEL_TYPES = (
     "llama",
@@ -57,9 +59,41 @@ def check_supported(model: Any) -> None:
         )
 
 
-def check_window(model: Any, window: int) -> None:
-    """Raise ValueError, naming the model, if a local window of so many tokens is too long for how it attends."""
-    config, name = model.config, type(model).__name__
+def resolve_settings(settings: MemoryConfig, config: Any, dtype: str, name: str) -> MemoryConfig:
+    """Settings filled in for a model, its memory layers those that see a whole window.
+
+    Args:
+        settings: of its memory.
+        config: of the model.
+        dtype: in which it computes.
+        name: of the model, for messages.
+
+    Raises:
+        ValueError: settings that do not fit it.
+    """
+    shape = (config.num_hidden_layers, config.max_position_embeddings, dtype)
+    resolved = settings.resolve(*shape)
+    _check_window(config, name, resolved.window)
+    whole, sliding = whole_layers(config, resolved.window), getattr(config, "sliding_window", None)
+    short = [layer for layer in resolved.layers if layer not in whole]
+    if short and settings.mem_layers is not None and sliding is None:
+        raise ValueError(
+            f"layer {short[0]} of {name} attends within chunks of {config.attention_chunk_size} tokens, and so has no "
+            f"memory: choose mem_layers among {whole}"
+        )
+    if short and settings.mem_layers is not None:
+        raise ValueError(
+            f"layer {short[0]} of {name} attends within a sliding window of {sliding} tokens, shorter than the local "
+            f"window of {resolved.window}: choose mem_layers among {whole}, or local_context={sliding}"
+        )
+    if short:
+        near = {min(whole, key=lambda one: abs(one - layer)) for layer in resolved.layers}
+        resolved = settings.resolve(*shape, default_layers=tuple(sorted(near)))
+    return resolved
+
+
+def _check_window(config: Any, name: str, window: int) -> None:
+    """Raise ValueError if a local window of so many tokens is too long for how a model attends."""
     sliding = getattr(config, "sliding_window", None)
     if not whole_layers(config, window):
         raise ValueError(

@@ -15,7 +15,7 @@ from fot.attention import CONTEXT, IMPLEMENTATIONS, PREFIX
 from fot.cache import FoTCache
 from fot.compat import CACHE, given_cache
 from fot.config import CONFIG_KEY, MemoryConfig
-from fot.families import attention_modules, check_supported, check_window, decoder_of, head, whole_layers
+from fot.families import attention_modules, check_supported, decoder_of, head, resolve_settings
 from fot.generation import GeneratesWithMemory
 from fot.implementation import bind_wrapped, set_attention
 from fot.ingest import ingest
@@ -45,7 +45,8 @@ def attach_memory(model: Any, config: MemoryConfig | None = None) -> "FoTForCaus
     """
     check_supported(model)
     config = config or MemoryConfig()
-    resolved = _resolve(model, config)
+    dtype = str(model.dtype).removeprefix("torch.")
+    resolved = resolve_settings(config, model.config, dtype, type(model).__name__)
     if not isinstance(model, FoTForCausalLM):
         model.__class__ = _with_memory(type(model))  # type: ignore[arg-type]
         bind_wrapped(model)
@@ -77,33 +78,6 @@ def detach_memory(model: Any) -> PreTrainedModel:
     bind_wrapped(model)
     set_attention(model, model.config._attn_implementation.removeprefix(PREFIX))
     return model
-
-
-def _resolve(model: Any, config: MemoryConfig) -> MemoryConfig:
-    """Settings filled in for a model, its memory layers those that see a whole window."""
-    shape = (
-        model.config.num_hidden_layers,
-        model.config.max_position_embeddings,
-        str(model.dtype).removeprefix("torch."),
-    )
-    resolved = config.resolve(*shape)
-    check_window(model, resolved.window)
-    whole, sliding = whole_layers(model.config, resolved.window), getattr(model.config, "sliding_window", None)
-    short = [layer for layer in resolved.layers if layer not in whole]
-    if short and config.mem_layers is not None and sliding is None:
-        raise ValueError(
-            f"layer {short[0]} of {type(model).__name__} attends within chunks of {model.config.attention_chunk_size} "
-            f"tokens, and so has no memory: choose mem_layers among {whole}"
-        )
-    if short and config.mem_layers is not None:
-        raise ValueError(
-            f"layer {short[0]} of {type(model).__name__} attends within a sliding window of {sliding} tokens, shorter "
-            f"than the local window of {resolved.window}: choose mem_layers among {whole}, or local_context={sliding}"
-        )
-    if short:
-        near = {min(whole, key=lambda one: abs(one - layer)) for layer in resolved.layers}
-        resolved = config.resolve(*shape, default_layers=tuple(sorted(near)))
-    return resolved
 
 
 class FoTForCausalLM(GeneratesWithMemory):

@@ -1,6 +1,7 @@
 """Every supported family, tiny and random, through the same checks."""
 
 import pickle
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -30,6 +31,7 @@ from transformers.models.llama4.modeling_llama4 import apply_rotary_emb
 
 import fot
 from fot.attention import CONTEXT
+from fot.cli import main
 from fot.compare.patterns import Streaming
 from fot.compare.turned import turned_by
 from fot.families import SUPPORTED_MODEL_TYPES, attention_modules
@@ -252,6 +254,15 @@ def test_lora_on_top_trains(name: str, ids: Draw) -> None:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     assert trained
     assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in trained[:-2])
+
+
+def test_info_says_what_a_memory_will_be(name: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """From the configuration alone: the layers and KV heads that a memory of the loaded model has."""
+    ALL[name]().save_pretrained(tmp_path)
+    assert main(["info", str(tmp_path), "--local-context", str(WINDOW)]) == 0
+    shown, memory = capsys.readouterr().out, attached(name, mem_layers=None).new_memory()
+    assert f"{memory.num_key_value_heads} key-value, size {memory.head_dim}" in shown
+    assert re.search(rf"memory layers +{', '.join(map(str, memory.layers))} *\n", shown)
 
 
 def test_a_loss_reaches_learnt_sinks(ids: Draw) -> None:
