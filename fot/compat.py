@@ -13,5 +13,5 @@ CACHE = "cache" if "cache" in inspect.signature(LlamaAttention.forward).paramete
 
 
 def given_cache(kwargs: dict[str, Any]) -> Any:
-    """The cache among keyword arguments, by either name; None without one."""
-    return kwargs.get(CACHE, kwargs.get("past_key_values"))
+    """The cache among keyword arguments, by any of its names (``layer_past`` is Falcon's); None without one."""
+    return next((kwargs[name] for name in (CACHE, "past_key_values", "layer_past") if name in kwargs), None)

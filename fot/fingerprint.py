@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fot.config import MemoryConfig
-from fot.families import key_value_shape, whole_layers
+from fot.families import decoder_of, key_value_shape, whole_layers
 from fot.rotary import rotary_of
 from fot.weights import sample_weights
 
@@ -35,6 +35,8 @@ _LATER_FIELDS = (
     *("embedding_multiplier", "attention_multiplier", "residual_multiplier"),
     *("num_experts_per_tok", "swiglu_alpha", "swiglu_limit"),
 )
+# Those of families that came later, only where a model has them: names of others' memories stay as they are.
+_OWN_FIELDS = ("layer_norm_epsilon", "activation", "use_qk_norm")
 # Memories of before say nothing of these: they are read whatever they are.
 _LATER = {*_LATER_SETTINGS, *_LATER_FIELDS, "sliding_layers", "unrotated_layers"}
 
@@ -70,7 +72,7 @@ class Fingerprint:
             ValueError: the weights are not loaded.
         """
         config = model.memory_config
-        samples = sample_weights(model.base_model, max(config.layers, default=-1))
+        samples = sample_weights(decoder_of(model), max(config.layers, default=-1))
         return cls(_settings(config), _computation(model), samples.digest, samples.values)
 
     @property
@@ -172,9 +174,11 @@ def _settings(config: MemoryConfig) -> dict[str, Any]:
 def _computation(model: Any) -> dict[str, Any]:
     config, last = model.config, max(model.memory_config.layers, default=-1)
     found = {name: _plain(getattr(config, name, None)) for name in (*_CONFIG_FIELDS, *_LATER_FIELDS)}
+    found |= {name: _plain(getattr(config, name)) for name in _OWN_FIELDS if hasattr(config, name)}
     whole = whole_layers(config, model.memory_config.window)
     shorter = [layer for layer in range(last) if layer not in whole]
-    found["sliding_layers"] = [config.sliding_window, shorter] if shorter else None
+    sliding = getattr(config, "sliding_window", None)
+    found["sliding_layers"] = [sliding, shorter] if shorter and sliding else None
     frequencies = rotary_of(model).frequencies[: last + 1]
     found["unrotated_layers"] = [layer for layer, frequency in enumerate(frequencies) if frequency is None]
     rope = dict(getattr(config, "rope_parameters", None) or {"rope_theta": getattr(config, "rope_theta", None)})
@@ -238,7 +242,7 @@ def first_fingerprint(model: Any) -> str:
         repr((config.layers, config.local_context, config.mem_positionals, config.isolated_windows)).encode()
     )
     last = max(config.layers, default=-1)
-    for name, parameter in sorted(model.base_model.named_parameters()):
+    for name, parameter in sorted(decoder_of(model).named_parameters()):
         parts = name.split(".")
         if parts[0] == "layers" and int(parts[1]) > last:
             continue

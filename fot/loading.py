@@ -13,6 +13,7 @@ from fot.adapter import apply_adapter, read_description, replaced_modules
 from fot.auto import load_plain
 from fot.checkpoint import Checkpoint, gguf_options
 from fot.config import CONFIG_KEY, MemoryConfig, merged
+from fot.families import resolve_settings
 from fot.model import FoTForCausalLM, attach_memory
 from fot.names import lasting_name
 from fot.quantized import spare
@@ -65,8 +66,7 @@ def load_config(name_or_path: str | Path, dtype: str, **settings: Any) -> tuple[
     options = {} if checkpoint.gguf_file is None else {"gguf_file": checkpoint.gguf_file}
     with pretrained.hub_errors(checkpoint):
         config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False, **options)
-    merged = _merge(config, checkpoint, settings)
-    return config, merged.resolve(config.num_hidden_layers, config.max_position_embeddings, dtype)
+    return config, resolve_settings(_merge(config, checkpoint, settings), config, dtype, f"a {config.model_type} model")
 
 
 def _merge(config: Any, checkpoint: Checkpoint, settings: dict[str, Any]) -> MemoryConfig:

@@ -1,7 +1,6 @@
 """A Hugging Face causal language model with an external memory: attach, forward, generate, ingest."""
 
 import functools
-import types
 from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -14,12 +13,14 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from fot.attention import CONTEXT, IMPLEMENTATIONS, PREFIX
 from fot.cache import FoTCache
-from fot.compat import CACHE
+from fot.compat import CACHE, given_cache
 from fot.config import CONFIG_KEY, MemoryConfig
-from fot.families import attention_modules, check_supported, head, whole_layers
+from fot.families import attention_modules, check_supported, decoder_of, head, resolve_settings
 from fot.generation import GeneratesWithMemory
+from fot.implementation import bind_wrapped, set_attention
 from fot.ingest import ingest
 from fot.inputs import Inputs
+from fot.local import LocalCache
 from fot.loss import chunked_loss
 from fot.recording import recorder_of
 from fot.windows import SINGLE_WINDOW_OPTIONS, read
@@ -44,20 +45,25 @@ def attach_memory(model: Any, config: MemoryConfig | None = None) -> "FoTForCaus
     """
     check_supported(model)
     config = config or MemoryConfig()
-    resolved = _resolve(model, config)
+    dtype = str(model.dtype).removeprefix("torch.")
+    resolved = resolve_settings(config, model.config, dtype, type(model).__name__)
     if not isinstance(model, FoTForCausalLM):
         model.__class__ = _with_memory(type(model))  # type: ignore[arg-type]
-        _bind_wrapped(model)
+        bind_wrapped(model)
     model.set_attn_implementation(model.config._attn_implementation)
     _remove_hooks(model)
     model.memory_config = resolved
     if model.config.model_type != "longllama":  # that has fields of its own
         setattr(model.config, CONFIG_KEY, config.to_dict() | {"mem_layers": list(resolved.layers)})
-    model.memory_hooks = []
+    hooks = [hand_over_window] if model.config.model_type == "falcon" else []
     if not resolved.mem_positionals:
-        for number, attention in enumerate(attention_modules(model)):
-            if number in resolved.layers:
-                model.memory_hooks.append(attention.register_forward_pre_hook(without_positions, with_kwargs=True))
+        hooks.append(without_positions)
+    model.memory_hooks = [
+        attention.register_forward_pre_hook(hook, with_kwargs=True)
+        for number, attention in enumerate(attention_modules(model))
+        if number in resolved.layers
+        for hook in hooks
+    ]
     return model
 
 
@@ -69,35 +75,9 @@ def detach_memory(model: Any) -> PreTrainedModel:
     _remove_hooks(model)
     vars(model.config).pop(CONFIG_KEY, None)
     model.__class__ = _plain_class(model)
-    _bind_wrapped(model)
-    model.set_attn_implementation(model.config._attn_implementation.removeprefix(PREFIX))
+    bind_wrapped(model)
+    set_attention(model, model.config._attn_implementation.removeprefix(PREFIX))
     return model
-
-
-def _resolve(model: Any, config: MemoryConfig) -> MemoryConfig:
-    """Settings filled in for a model, its memory layers those that see a whole window."""
-    shape = (
-        model.config.num_hidden_layers,
-        model.config.max_position_embeddings,
-        str(model.dtype).removeprefix("torch."),
-    )
-    resolved = config.resolve(*shape)
-    whole, sliding = whole_layers(model.config, resolved.window), getattr(model.config, "sliding_window", None)
-    if not whole:
-        raise ValueError(
-            f"{type(model).__name__} attends within a sliding window of {sliding} tokens, shorter than the local "
-            f"window of {resolved.window}: use windows of at most {sliding} tokens (local_context={sliding})"
-        )
-    short = [layer for layer in resolved.layers if layer not in whole]
-    if short and config.mem_layers is not None:
-        raise ValueError(
-            f"layer {short[0]} of {type(model).__name__} attends within a sliding window of {sliding} tokens, shorter "
-            f"than the local window of {resolved.window}: choose mem_layers among {whole}, or local_context={sliding}"
-        )
-    if short:
-        near = {min(whole, key=lambda one: abs(one - layer)) for layer in resolved.layers}
-        resolved = config.resolve(*shape, default_layers=tuple(sorted(near)))
-    return resolved
 
 
 class FoTForCausalLM(GeneratesWithMemory):
@@ -230,7 +210,7 @@ class FoTForCausalLM(GeneratesWithMemory):
                 f"of {self.memory_config.window}; pack fewer tokens, or give each text a row of its own"
             )
         given = {"input_ids": inputs.ids} if inputs.embeds is None else {"inputs_embeds": inputs.embeds}
-        outputs = self.base_model(**given, position_ids=inputs.positions, use_cache=False, **options)
+        outputs = decoder_of(self)(**given, position_ids=inputs.positions, use_cache=False, **options)
         outputs.last_hidden_state = outputs.last_hidden_state[:, -keep:]
         return outputs
 
@@ -243,7 +223,7 @@ class FoTForCausalLM(GeneratesWithMemory):
     def device(self) -> torch.device:
         """Where inputs go: to the parameters, or where accelerate brings them that it keeps elsewhere."""
         first: torch.device = super().device
-        hook = getattr(self.base_model.get_input_embeddings(), "_hf_hook", None) if first.type == "meta" else None
+        hook = getattr(decoder_of(self).get_input_embeddings(), "_hf_hook", None) if first.type == "meta" else None
         brought_to = getattr(hook, "execution_device", None)
         return first if brought_to is None else torch.device(brought_to)
 
@@ -273,9 +253,9 @@ class FoTForCausalLM(GeneratesWithMemory):
                     f"with {', '.join(IMPLEMENTATIONS)}: load the model with attn_implementation='eager', for instance"
                 )
             # First without the prefix: transformers refuses what a family does not have only by its own names.
-            super().set_attn_implementation(attn_implementation, *args, **kwargs)
+            set_attention(self, attn_implementation, *args, **kwargs)
             attn_implementation = PREFIX + attn_implementation
-        super().set_attn_implementation(attn_implementation, *args, **kwargs)
+        set_attention(self, attn_implementation, *args, **kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class is made when memory is attached, so pickle could not find it by its name.
@@ -320,8 +300,20 @@ def _with_memory(plain: type) -> type:
 def without_positions(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """A hook of memory layers that use no positions: where they attend to a memory, nothing is turned."""
     if kwargs.get(CONTEXT) is not None:
-        cos, sin = kwargs["position_embeddings"]
-        kwargs["position_embeddings"] = (torch.ones_like(cos), torch.zeros_like(sin))
+        given = kwargs["position_embeddings"]
+        if isinstance(given, Tensor):  # complex, of Llama 4
+            kwargs["position_embeddings"] = torch.ones_like(given)
+        else:
+            cos, sin = given
+            kwargs["position_embeddings"] = (torch.ones_like(cos), torch.zeros_like(sin))
+    return args, kwargs
+
+
+def hand_over_window(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """A hook of Falcon's memory layers: its decoder hands its layers a cache, but no keywords."""
+    cache = given_cache(kwargs)
+    if isinstance(cache, LocalCache):
+        kwargs[CONTEXT] = cache
     return args, kwargs
 
 
@@ -340,10 +332,3 @@ def _remove_hooks(model: Any) -> None:
     for handle in model.memory_hooks:
         handle.remove()
     model.memory_hooks = []
-
-
-def _bind_wrapped(module: Any) -> None:
-    """Where accelerate's device_map has put a wrapper around ``forward``, let it wrap that of the module's class."""
-    if hasattr(module, "_old_forward"):
-        module._old_forward = types.MethodType(type(module).forward, module)
-        module.forward.__wrapped__ = module._old_forward  # generate() looks at the signature

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fot.families import decoder_of
+
 
 @dataclass(frozen=True)
 class Rotary:
@@ -14,7 +16,7 @@ class Rotary:
 
     Attributes:
         frequencies: for each layer, (R / 2,) by which the first R numbers of a head are turned; None: not at all.
-        interleaved: whether neighbours are turned together (Cohere), or numbers half of R apart (Llama).
+        interleaved: whether neighbours are turned together (Cohere, Llama 4), or numbers half of R apart (Llama).
     """
 
     frequencies: tuple[Tensor | None, ...]
@@ -56,7 +58,7 @@ def rotary_of(model: Any, without: Collection[int] = ()) -> Rotary:
         model: of a supported family.
         without: layers that are not rotated, besides those that the model does not rotate.
     """
-    config, rotary = model.config, model.base_model.rotary_emb
+    config, rotary = model.config, decoder_of(model).rotary_emb
     kinds = getattr(config, "layer_types", None) or [None] * config.num_hidden_layers
     rotated = getattr(config, "no_rope_layers", None) or [True] * config.num_hidden_layers
     if config.model_type == "cohere2":
@@ -71,5 +73,5 @@ def rotary_of(model: Any, without: Collection[int] = ()) -> Rotary:
             frequency if rotated[layer] and layer not in without else None
             for layer, frequency in enumerate(frequencies)
         ),
-        interleaved=config.model_type in ("cohere", "cohere2"),
+        interleaved=config.model_type in ("cohere", "cohere2", "llama4_text"),
     )

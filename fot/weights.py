@@ -13,13 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fot.families import layers_of
+
 # Numbers looked at in each tensor. Thousands in all: no training step leaves every one of them as it was.
 SAMPLES = 32
 
 # Of the last memory layer, what its keys and values come from.
 _LAST_LAYER = (
     *("input_layernorm", "self_attn.k_proj", "self_attn.v_proj", "self_attn.k_norm"),
-    *("self_attn.qkv_proj", "attention.query_key_value"),  # with the queries, in one
+    *("self_attn.qkv_proj", "attention.query_key_value", "self_attention.query_key_value"),  # with the queries, in one
+    "ln_attn",
 )
 
 # Where else accelerate keeps tensors that are on the meta device: maps, each with the name there so far.
@@ -53,7 +56,7 @@ def sample_weights(decoder: Any, last_layer: int) -> WeightSamples:
     """Samples of what decides the keys and values up to those of a layer.
 
     Args:
-        decoder: with ``embed_tokens``, ``layers`` and ``rotary_emb``, as transformers' Llama.
+        decoder: of a supported family.
         last_layer: the last memory layer; -1 for none.
 
     Raises:
@@ -74,7 +77,7 @@ def _deciding(decoder: Any, last_layer: int) -> Iterator[_Weight]:
     embedding = decoder.get_input_embeddings()
     name = next(name for name, module in decoder.named_children() if module is embedding)
     yield from _walk(embedding, name, _kept_elsewhere(decoder, f"{name}."))
-    for number, layer in enumerate(decoder.layers[: last_layer + 1]):
+    for number, layer in enumerate(layers_of(decoder)[: last_layer + 1]):
         name = f"layers.{number}"
         for weight in _walk(layer, name, _kept_elsewhere(decoder, f"{name}.")):
             inside = weight.name.removeprefix(f"{name}.")

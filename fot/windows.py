@@ -12,6 +12,7 @@ from fot.attention import CONTEXT
 from fot.cache import FoTCache, Row
 from fot.compat import CACHE
 from fot.config import check_memory_layers
+from fot.families import decoder_of, layers_of
 from fot.inputs import Inputs
 from fot.local import LocalCache, WindowStored, local_window
 from memory import Memory
@@ -124,7 +125,7 @@ def run_window(model: Any, inputs: Inputs, local: LocalCache, options: dict[str,
     positions = local.extend(inputs.ids, inputs.positions, inputs.mask)
     given = {"input_ids": inputs.ids} if inputs.embeds is None else {"inputs_embeds": inputs.embeds}
     mask = None if local.mask is None else local.mask.long()
-    return model.base_model(
+    return decoder_of(model)(
         **given,
         attention_mask=mask,
         position_ids=positions,
@@ -339,7 +340,7 @@ def _refuse_single_window_options(model: Any, options: dict[str, Any]) -> None:
 
 def _refuse_checkpointing(model: Any) -> None:
     # Checkpointed layers are called without a cache, and it is the cache that brings them the memory.
-    if model.training and getattr(model.base_model.layers[0], "gradient_checkpointing", False):
+    if model.training and getattr(layers_of(decoder_of(model))[0], "gradient_checkpointing", False):
         raise ValueError(
             "gradient checkpointing hides the memory from its layers: call model.gradient_checkpointing_disable(), or "
             "give inputs that fit one window"

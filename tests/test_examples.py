@@ -77,8 +77,8 @@ def test_passkey(run_here: Run, make_plain: ModelMaker, tokenizer: PreTrainedTok
     assert "answered:" in shown
 
 
-def test_finetune_openllama(tmp_path: Path) -> None:
-    shown = run(EXAMPLES / "finetune_openllama.py", tmp_path, "steps=8", "--tiny").splitlines()
+def test_finetune_openllama(run_here: Run, tmp_path: Path) -> None:
+    shown = run_here("finetune_openllama.py", tmp_path, "steps=8", "--tiny").splitlines()
     first, last = re.findall(r"[\d.]+(?= at step)", shown[0])
     assert "at step 8" in shown[0]
     assert float(last) < float(first)

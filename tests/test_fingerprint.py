@@ -193,6 +193,11 @@ FIELDS = [
     ("gpt_oss", {"num_experts_per_tok": 1}),
     ("gpt_oss", {"swiglu_limit": 0.1}),
     ("gpt_oss", {"swiglu_alpha": 1.0}),
+    ("falcon", {"layer_norm_epsilon": 0.1}),
+    ("falcon", {"activation": "relu"}),
+    ("llama4_text", {"use_qk_norm": False}),
+    ("llama4_text", {"num_experts_per_tok": 2}),
+    ("llama4_text", {"no_rope_layers": [0, 0, 1, 0, 1]}),
 ]
 
 

@@ -16,7 +16,7 @@ import torch
 import yaml
 from peft import PeftModel
 from safetensors.torch import load_file
-from train_helpers import SMALL, losses, on_processes, write_recipe
+from train_helpers import SMALL, losses, on_forks, on_processes, write_recipe
 from transformers import LlamaForCausalLM
 
 import fot
@@ -242,10 +242,11 @@ def launch(processes: int, *arguments: str | Path) -> None:
 @pytest.mark.slow
 def test_several_processes_end_after_their_result(recipe: Path, tmp_path: Path) -> None:
     """Twenty times, as a gloo group's end hung now and then."""
-    for number in range(20):
-        out = tmp_path / str(number)
-        on_processes(2, recipe, out, "steps=2")
-        assert (out / "model/model.safetensors").exists()
+    outs = [tmp_path / str(number) for number in range(20)]
+    commands = [["train", str(recipe), "steps=2", "--out", str(out)] for out in outs]
+    on_processes(2, recipe, tmp_path / "started", "steps=2")
+    on_forks(2, commands, timeout=600)
+    assert all((out / "model/model.safetensors").exists() for out in (*outs, tmp_path / "started"))
 
 
 @pytest.mark.slow

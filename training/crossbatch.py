@@ -24,6 +24,7 @@ from torch.utils.hooks import RemovableHandle
 from fot.attention import CONTEXT, PREFIX, with_sinks
 from fot.config import MemoryConfig
 from fot.families import attention_modules
+from fot.implementation import set_attention
 from fot.model import without_positions
 from fot.rotary import Rotary, rotary_of
 from memory import attend, merge
@@ -129,7 +130,7 @@ def enable_crossbatch(model: Any, config: MemoryConfig) -> Crossbatch:
     without = () if config.mem_positionals else config.layers
     crossbatch = Crossbatch(config, rotary_of(model, without), model.config._attn_implementation)
     if not crossbatch.before.startswith(PREFIX):
-        model.set_attn_implementation(PREFIX + crossbatch.before)
+        set_attention(model, PREFIX + crossbatch.before)
     for number, attention in enumerate(attention_modules(model)):
         if number in config.layers:
             handle = attention.register_forward_pre_hook(partial(_hand_over, crossbatch), with_kwargs=True)
@@ -143,7 +144,7 @@ def disable_crossbatch(model: Any, crossbatch: Crossbatch) -> None:
     """Undo ``enable_crossbatch``."""
     for handle in crossbatch.hooks:
         handle.remove()
-    model.set_attn_implementation(crossbatch.before)
+    set_attention(model, crossbatch.before)
 
 
 def _hand_over(

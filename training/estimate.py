@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
 
 from fot.config import MemoryConfig
-from fot.families import head
+from fot.families import decoder_of, head, layers_of
 from fot.loading import load_config
 from fot.loss import token_losses
 from fot.model import FoTForCausalLM, detach_memory
@@ -240,7 +240,7 @@ def forward_and_backward(
     before = live.now
     half = torch.autocast("cpu", torch.bfloat16, enabled=recipe.precision() == torch.bfloat16)
     with live.phase(), half:
-        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        hidden = decoder_of(model)(input_ids=ids, use_cache=False).last_hidden_state
         peak = live.peak
     kept = live.now - before
     with live.phase(), half:
@@ -274,7 +274,7 @@ def _adafactor_state(parameter: Tensor) -> int:
 
 def _saved_by_nf4(model: Any) -> int:
     """Bytes that the frozen linear layers of a decoder's layers take less in 4 bits."""
-    modules = [module for layer in model.base_model.layers for module in layer.modules()]
+    modules = [module for layer in layers_of(decoder_of(model)) for module in layer.modules()]
     frozen = [m.weight for m in modules if isinstance(m, nn.Linear) and not m.weight.requires_grad]
     return sum(_bytes(weight) - int(weight.numel() * NF4_BYTES) for weight in frozen)
 

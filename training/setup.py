@@ -73,7 +73,7 @@ def _loading_options(recipe: Recipe) -> dict[str, Any]:
     if recipe.trainable == "memory":  # what is trained cannot be in 4 bits
         config, _ = load_config(recipe.model, "float32")
         trained = resolve_memory(recipe, config).layers
-        spared = [rf".*\.layers\.{layer}\.(self_attn|attention)" for layer in trained]
+        spared = [rf".*\.(layers|h)\.{layer}\.(self_attn|self_attention|attention)" for layer in trained]
     return options | {"quantization_config": nf4(recipe.precision(), spared)}
 
 

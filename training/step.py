@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from fot.families import head
+from fot.families import decoder_of, head
 from fot.loss import token_losses
 from training.batches import Batch
 from training.contexts import Rows, choose_all, held_by, rows_of
@@ -34,7 +34,7 @@ class Step(nn.Module):
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Sums over this batch, by the names in ``SUMS``: ``loss`` is weighted and ``weight`` what it is divided by;
         ``labels`` count tokens with loss and ``answers`` those that are answers, of which so many are ``correct``."""
-        hidden = self.model.base_model(input_ids=batch.input_ids, use_cache=False).last_hidden_state
+        hidden = decoder_of(self.model)(input_ids=batch.input_ids, use_cache=False).last_hidden_state
         counts = (batch.weights > 0) & (batch.labels != -100)
         targets, weights = batch.labels[counts], batch.weights[counts]
         losses, correct = token_losses(hidden[counts], targets, partial(head, self.model))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fot.compare.caches import cache_bytes
 from fot.compat import CACHE
-from fot.families import head
+from fot.families import decoder_of, head
 from fot.retrieval.words import WordIndex
 from fot.tasks.haystack import bos
 from memory import Memory
@@ -79,7 +79,7 @@ class CachedReader:
 
     def _hidden(self, cache: Any, ids: Sequence[int]) -> Tensor:
         asked = torch.tensor([list(ids)], device=self.model.device)
-        hidden: Tensor = self.model.base_model(asked, use_cache=True, **{CACHE: cache}).last_hidden_state[0]
+        hidden: Tensor = decoder_of(self.model)(asked, use_cache=True, **{CACHE: cache}).last_hidden_state[0]
         return hidden
 
 

@@ -20,6 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from fot.compare.rope import NONE, check_rotary, rotated
 from fot.compat import given_cache
 from fot.families import attention_modules
+from fot.implementation import set_attention
 from fot.rotary import Rotary, rotary_of
 from memory import attend, merge
 
@@ -97,12 +98,12 @@ def turned_by(model: Any, pattern: Pattern) -> Iterator[None]:
     hooks = [module.register_forward_pre_hook(hand_over, with_kwargs=True) for module in attention_modules(model)]
     try:
         with rotated(model, {"rope_type": NONE}):
-            model.set_attn_implementation(NAME)
+            set_attention(model, NAME)
             yield
     finally:
         for hook in hooks:
             hook.remove()
-        model.set_attn_implementation(before)
+        set_attention(model, before)
 
 
 def _hand_over(pattern: Pattern, rotary: Rotary, module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, Any]:

@@ -9,6 +9,7 @@ from rich.table import Table
 
 from fot.config import MemoryConfig
 from fot.evaluation.drawing import render
+from fot.families import key_value_shape
 
 # Bytes of one number.
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
@@ -19,8 +20,9 @@ TOKEN_BYTES = 16
 
 def info_text(name: str, config: Any, settings: MemoryConfig, dtype: torch.dtype) -> str:
     """What a model is, what its memory costs, and how much of it fits in this machine."""
-    heads, head_dim = config.num_key_value_heads, config.head_dim
-    weights = weight_bytes(config, dtype)
+    model = _without_weights(config)
+    heads, head_dim = key_value_shape(model)
+    weights = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
     token = memory_bytes_per_token(settings, heads, head_dim)
     free = psutil.virtual_memory().available
     room = max(0, free - weights - (1 << 30))  # 1 GiB for Python, torch and one window
@@ -54,10 +56,9 @@ def memory_bytes_per_token(settings: MemoryConfig, num_key_value_heads: int, hea
     return len(settings.layers) * num_key_value_heads * pair + TOKEN_BYTES
 
 
-def weight_bytes(config: Any, dtype: torch.dtype) -> int:
-    """Bytes of the model's weights, from its configuration alone."""
+def _without_weights(config: Any) -> Any:
+    """The model of a configuration, on the meta device."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    return sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
+        return AutoModelForCausalLM.from_config(config)

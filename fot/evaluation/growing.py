@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 from fot.config import MemoryConfig
-from fot.families import head
+from fot.families import decoder_of, head
 from fot.loss import token_losses
 from fot.windows import Inputs, store_isolated
 from memory import Memory
@@ -209,7 +209,7 @@ def _window_losses(model: Any, window: Tensor, memory: Memory) -> Tensor:
 def _plain_losses(model: Any, ids: Tensor, window: int) -> Tensor:
     """Under attention to all of these tokens: without a context, memory layers are plain ones."""
     ids = ids.to(model.device)
-    hidden = model.base_model(input_ids=ids[None], use_cache=False).last_hidden_state[0, -window:-1]
+    hidden = decoder_of(model)(input_ids=ids[None], use_cache=False).last_hidden_state[0, -window:-1]
     return token_losses(hidden, ids[-window + 1 :], partial(head, model))[0].cpu()
 
 
