@@ -15,8 +15,9 @@ from serve_helpers import make_library, make_model, running
 from transformers import PreTrainedTokenizerFast
 
 from fot.ask import Conversation
+from fot.memories import short_name
 from fot.serve import answering
-from fot.serve.library import Library, short_name, titles
+from fot.serve.library import Library, titles
 from fot.serve.server import Settings
 from fot.serve.stops import StopText
 

@@ -65,6 +65,11 @@ def annotations(entry: Entry, passages: Sequence[Passage]) -> list[dict[str, Any
     return found
 
 
+def cited(passage: Passage) -> dict[str, Any]:
+    """A passage for programs that know no citations."""
+    return {"document": passage.document, "text": passage.text, "characters": passage.span}
+
+
 def envelope(answer_id: str, kind: str, entry: Entry, choices: list[dict[str, Any]]) -> dict[str, Any]:
     """What is around every answer and every piece of one."""
     return {
