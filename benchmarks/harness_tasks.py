@@ -1,6 +1,6 @@
 """Tasks for ``fot eval harness`` where the hub cannot be reached: from TREC's questions and a novel.
 
-    python benchmarks/harness_tasks.py OUT --trec train_5500.label TREC_10.label --novels persuasion.txt pride_and_prejudice.txt
+    python benchmarks/harness_tasks.py OUT --trec train_5500.label TREC_10.label --novels NOVEL.txt ...
     fot eval harness smollm2-135m-fot --include-path OUT --tasks trec_kind,next_sentence,last_word --limit 100
 
 ``trec_kind``: what a question asks for, among six, with examples of the training set before it (``--shots``).

@@ -83,7 +83,7 @@ _PROGRAMS = ("fot", "llm")
 
 
 def _is_command() -> bool:
-    """Whether this process is such a program, or ``python -m`` of it, whose ``sys.argv[0]`` is ``-m`` while it starts."""
+    """Whether this process is such a program, or ``python -m`` of it; ``sys.argv[0]`` is ``-m`` while that starts."""
     if sys.argv[0] == "-m":
         pairs = list(zip(sys.orig_argv, sys.orig_argv[1:], strict=False))
         return any(f"-m{name}" in sys.orig_argv or ("-m", name) in pairs for name in _PROGRAMS)

@@ -101,7 +101,7 @@ def test_memories_are_listed_quickly(program: Program) -> None:
     assert [line for line in done.stdout.splitlines() if "fot" in line] == ["fot memory: fot/emma"]
     loaded = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
     assert "fot.commands.options" in loaded  # import_module, by which llm loads plugins, is not timed
-    assert not loaded & {"torch", "transformers", "numpy"}
+    assert not loaded & {"torch", "transformers"}  # NumPy comes with the openai package
     none = program("models", "list", FOT_MEMORIES="not-there")
     assert none.returncode == 0
     assert "fot" not in none.stdout

@@ -19,8 +19,8 @@ def add(kinds: Any) -> None:
     parser = kinds.add_parser(
         "harness",
         help="run tasks of the lm-evaluation-harness",
-        description="Run tasks of EleutherAI's lm-evaluation-harness with the model in this process. Inputs that do not "
-        "fit the window are read into a memory; the program lm_eval would load the weights alone.",
+        description="Run tasks of EleutherAI's lm-evaluation-harness with the model in this process. What does not fit "
+        "the window is read into a memory; the program lm_eval would load the weights alone.",
     )
     parser.add_argument("model", help="alias, folder, GGUF file or hub id")
     add_memory_options(parser)
@@ -33,9 +33,10 @@ def add(kinds: Any) -> None:
     parser.add_argument(
         "--shots", type=whole, metavar="N", help="examples before each document (default: what the task says)"
     )
-    parser.add_argument("--batch-size", type=positive, default=1, metavar="N", help="inputs at once (default: 1)")
+    parser.add_argument("--batch-size", type=positive, default=1, metavar="N",
+                        help="inputs at once; padding moves the windows of longer inputs (default: 1)")  # fmt: skip
     parser.add_argument("--max-length", type=positive, metavar="N",
-                        help="tokens of an input, from its end (default: the model's max_position_embeddings)")  # fmt: skip
+                        help="most tokens of an input, its last (default: max_position_embeddings)")  # fmt: skip
     parser.add_argument("--json", type=named_path, metavar="OUT", help="file to write the results to")
     parser.set_defaults(command=_eval_harness)
 
@@ -47,8 +48,7 @@ def _eval_harness(args: argparse.Namespace) -> int:
 
     if args.include_path is not None and not args.include_path.is_dir():
         raise ValueError(f"--include-path {args.include_path} is not a folder")
-    manager = harness.task_manager(args.include_path)
-    harness.check_tasks(args.tasks, manager)
+    manager = harness.find_tasks(args.tasks, args.include_path)
     model = load(args)
     found = harness.run(
         model,

@@ -1,4 +1,4 @@
-"""A plugin of the program ``llm`` (https://llm.datasette.io): each memory in the user's folder is a model, ``fot/NAME``.
+"""A plugin of the program ``llm`` (https://llm.datasette.io): each memory in the user's folder is a model.
 
     llm -m fot/emma "Who is the vicar of Highbury?"
 

@@ -12,28 +12,30 @@ from typing import Any
 BOOTSTRAPS = 1000  # for the errors of scores that are no means
 
 
-def task_manager(include_path: Path | None) -> Any:
-    """All tasks that are known: those of the package, and those in a folder.
+def find_tasks(tasks: Sequence[str], include_path: Path | None) -> Any:
+    """A task manager that knows all of these, from a folder or from the package.
 
     Raises:
         ImportError: the package is missing.
+        ValueError: a name that is no task, group or tag.
     """
     try:
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise ImportError(f"fot eval harness needs {error.name}: pip install 'fot[harness]'") from error
-    return TaskManager(include_path=None if include_path is None else str(include_path))
-
-
-def check_tasks(tasks: Sequence[str], manager: Any) -> None:
-    """Raise ValueError for a name that is no task."""
-    known = set(manager.all_tasks)
-    unknown = [task for task in tasks if task not in known]
+    folder = None if include_path is None else str(include_path)
+    if folder is not None:  # the package has thousands of files, which take long to find
+        manager = TaskManager(include_path=folder, include_defaults=False)
+        if set(tasks) <= set(manager.all_tasks):
+            return manager
+    manager = TaskManager(include_path=folder)
+    unknown = [task for task in tasks if task not in manager.all_tasks]
     if unknown:
         raise ValueError(
             f"there is no task {unknown[0]!r}: lm_eval ls tasks lists those of the harness, and --include-path names a "
             "folder of others"
         )
+    return manager
 
 
 def run(
@@ -51,10 +53,10 @@ def run(
     Args:
         model: a ``FoTForCausalLM`` with its tokenizer.
         tasks: names of tasks, groups or tags.
-        manager: of ``task_manager``.
+        manager: of ``find_tasks``.
         limit: documents of each task; None for all.
         shots: examples before each; None for what the task says.
-        batch_size: requests at once.
+        batch_size: inputs at once. Padding moves the windows of inputs that are longer than one.
         max_length: tokens of an input, from its end; what does not fit the window is read into a memory. None for the
             model's ``max_position_embeddings``.
 
@@ -80,7 +82,7 @@ def run(
                 log_samples=False,
                 bootstrap_iters=BOOTSTRAPS,
             )
-            found += [_entry(name, scores) for name in scores["results"]]
+            found += [task_scores(name, scores) for name in scores["results"]]
     except KeyboardInterrupt:
         interrupted = True
     return {"results": found, "interrupted": interrupted}
@@ -91,7 +93,7 @@ def _is_no_reproach(record: logging.LogRecord) -> bool:
     return "`pretrained` model kwarg is not of type `str`" not in record.getMessage()
 
 
-def _entry(name: str, scores: dict[str, Any]) -> dict[str, Any]:
+def task_scores(name: str, scores: dict[str, Any]) -> dict[str, Any]:
     """The scores of one task; the harness names them ``metric,filter``, and their errors ``metric_stderr,filter``."""
     numbers = {key: value for key, value in scores["results"][name].items() if "," in key}
     metrics = {}

@@ -120,7 +120,9 @@ def completion_logprobs(entry: Entry, scored: Sequence[Scored | int], offset: in
         text = _text(entry, each if isinstance(each, int) else each.token)
         tokens.append(text)
         logprobs.append(None if isinstance(each, int) else each.logprob)
-        tops.append(None if isinstance(each, int) else {_text(entry, token): value for token, value in each.top})
+        # Several tokens may have one text, such as halves of characters: the likeliest of them counts.
+        top = None if isinstance(each, int) else {_text(entry, token): value for token, value in reversed(each.top)}
+        tops.append(top)
         offsets.append(offset)
         offset += len(text)
     return {"tokens": tokens, "token_logprobs": logprobs, "top_logprobs": tops, "text_offset": offsets}
