@@ -78,14 +78,20 @@ def _check_own_packages() -> None:
 _check_own_packages()
 
 
+# Programs that find fot by themselves, and need no torch for most of what they do: ours, and that of fot.commands.llm.
+_PROGRAMS = ("fot", "llm")
+
+
 def _is_command() -> bool:
-    """Whether this process is ``fot`` or ``python -m fot``, whose ``sys.argv[0]`` is ``-m`` while it is imported."""
+    """Whether this process is such a program, or ``python -m`` of it; ``sys.argv[0]`` is ``-m`` while that starts."""
     if sys.argv[0] == "-m":
-        return "-mfot" in sys.orig_argv or ("-m", "fot") in zip(sys.orig_argv, sys.orig_argv[1:], strict=False)
-    return Path(sys.argv[0]).stem == "fot"
+        pairs = list(zip(sys.orig_argv, sys.orig_argv[1:], strict=False))
+        return any(f"-m{name}" in sys.orig_argv or ("-m", name) in pairs for name in _PROGRAMS)
+    path = Path(sys.argv[0])  # llm.py would be a program of the user's own
+    return (path.parent.name if path.name == "__main__.py" else path.name.removesuffix(".exe")) in _PROGRAMS
 
 
-# The command registers LongLLaMA when it loads a model, so that `fot --help` need not wait for torch.
+# These programs register LongLLaMA when they load a model, so that `fot --help` need not wait for torch.
 if not _is_command():
     import_module("fot.longllama")
     import_module("fot.auto")

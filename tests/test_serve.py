@@ -15,8 +15,9 @@ from serve_helpers import make_library, make_model, running
 from transformers import PreTrainedTokenizerFast
 
 from fot.ask import Conversation
+from fot.memories import short_name
 from fot.serve import answering
-from fot.serve.library import Library, short_name, titles
+from fot.serve.library import Library, titles
 from fot.serve.server import Settings
 from fot.serve.stops import StopText
 
@@ -230,6 +231,10 @@ def test_echoed_prompts_have_probabilities(client: openai.OpenAI, library: Libra
     assert found.token_logprobs[0] is None
     assert found.token_logprobs[1:-1] == pytest.approx(wanted.tolist(), abs=1e-4)
     assert len(found.tokens) == ids.shape[1] + 1
+    many = client.completions.create(model="emma", prompt=ids[0].tolist(), max_tokens=1, logprobs=20, echo=True)
+    for place, top in enumerate(many.choices[0].logprobs.top_logprobs[1:-1]):  # half characters share one text
+        assert len(top) < 20
+        assert max(top.values()) == pytest.approx(float(logits[place].max()), abs=1e-4)
     alone = client.completions.create(model="emma", prompt="The vicar", max_tokens=0, logprobs=2, echo=True)
     assert alone.choices[0].text == "The vicar"
     assert alone.usage.completion_tokens == 0

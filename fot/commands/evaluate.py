@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from fot.commands import evaluate_heads, evaluate_questions
+from fot.commands import evaluate_harness, evaluate_heads, evaluate_questions
 from fot.commands.evaluate_long import add_few_shot, add_ruler
 from fot.commands.options import (
     about,
@@ -36,6 +36,7 @@ def add(commands: Any) -> None:
         add_kind(kinds)
     evaluate_heads.add(kinds)
     evaluate_questions.add(kinds)
+    evaluate_harness.add(kinds)
 
 
 def _add_dictionary(kinds: Any) -> None:

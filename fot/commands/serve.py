@@ -30,7 +30,8 @@ def add(commands: Any) -> None:
     serve.add_argument("--max-new-tokens", type=positive, default=512, metavar="N",
                        help="most tokens in an answer, where the client does not say (default: 512)")  # fmt: skip
     serve.add_argument("--new", type=named_path, metavar="FOLDER",
-                       help="folder for memories made from uploads (default: in the cache folder)")  # fmt: skip
+                       help="folder for memories made from uploads (default: $FOT_MEMORIES, or "
+                       "~/.local/share/fot/memories)")  # fmt: skip
     serve.add_argument("--no-uploads", action="store_true", help="make no memories from uploads")
     serve.set_defaults(command=_serve)
     mcp = commands.add_parser(
@@ -55,7 +56,8 @@ def _add_memories(parser: argparse.ArgumentParser) -> None:
 def _library(args: argparse.Namespace) -> Any:
     """The memories, each model loaded once, and the models alone."""
     from fot.hub import memory_folder
-    from fot.serve.library import Library, short_name
+    from fot.memories import short_name
+    from fot.serve.library import Library
     from memory import Memory
 
     library, models = Library(), dict[str, Any]()
@@ -86,7 +88,7 @@ def _serve(args: argparse.Namespace) -> int:
         from fot.serve.server import Settings
     except ImportError as error:
         raise ImportError(f"fot serve needs {error.name}: pip install 'fot[serve]'") from error
-    from fot.checkpoint import cache_dir
+    from fot.memories import memories_dir
 
     key = args.api_key or os.environ.get(KEY_VARIABLE) or None
     if args.host not in LOOPBACK and key is None:
@@ -95,7 +97,7 @@ def _serve(args: argparse.Namespace) -> int:
             "this machine alone (leave out --host)"
         )
     library = _library(args)
-    new = None if args.no_uploads else args.new or cache_dir() / "memories"
+    new = None if args.no_uploads else args.new or memories_dir()
     private = [str(Path(given.rpartition("=")[2]).absolute()) for given in args.memories]
     settings = Settings(key, args.waiting, args.max_new_tokens, new)
     settings.private_paths += private

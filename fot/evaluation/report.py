@@ -222,6 +222,27 @@ def distraction_table(result: dict[str, Any]) -> str:
     return render(pooled) + "\n" + render(layers) + _note(result)
 
 
+def harness_table(result: dict[str, Any]) -> str:
+    """Scores of the harness's tasks: one row a metric."""
+    table = Table(box=box.SIMPLE_HEAD, title=f"lm-evaluation-harness, {result['model']} ({result['dtype']})")
+    table.add_column("task", overflow="fold")
+    for name in ("version", "shots", "documents"):
+        table.add_column(name, justify="right")
+    table.add_column("metric", overflow="fold")
+    for name in ("score", "standard error"):
+        table.add_column(name, justify="right")
+    for entry in result["results"]:
+        about = [
+            str(entry[name] if entry[name] is not None else "-") for name in ("task", "version", "shots", "documents")
+        ]
+        for metric, score in entry["metrics"].items():
+            value = score["value"]
+            shown = f"{value:.4f}" if isinstance(value, float) else str(value)
+            table.add_row(*about, metric, shown, _number(score["stderr"], "{:.4f}"))
+            about = [""] * len(about)
+    return render(table) + _note(result)
+
+
 def _accuracy(entry: dict[str, Any] | None) -> str:
     if entry is None:
         return "-"

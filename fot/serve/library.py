@@ -1,7 +1,6 @@
 """What is served: memories and the models that made them, by the names that clients use."""
 
 import os
-import re
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -10,10 +9,6 @@ from typing import Any
 
 from fot.ask import Conversation
 from memory import Memory
-
-# Names of models end up in addresses and in configuration files.
-ODD = re.compile(r"[^\w.-]+")
-SUFFIXES = (".memory", ".mem")
 
 
 @dataclass
@@ -79,14 +74,6 @@ class Library:
     def entries(self) -> list[Entry]:
         """Everything, in the order of its coming."""
         return list(self._entries.values())
-
-
-def short_name(path: Path | str) -> str:
-    """What to call a memory's folder or a model: the last part of its path, without ``.memory``."""
-    name = Path(path).name or Path(os.path.abspath(path)).name
-    for suffix in SUFFIXES:
-        name = name.removesuffix(suffix)
-    return ODD.sub("-", name).strip("-.") or "memory"
 
 
 def titles(names: Iterable[str]) -> Callable[[str], str]:

@@ -13,7 +13,7 @@ from fot import __version__
 from fot.sampling import GREEDY
 from fot.serve.answering import Conversations, chat
 from fot.serve.library import Entry, Library
-from fot.trace import Passage
+from fot.serve.wire import cited
 
 MOST_PASSAGES = 20
 MOST_TOKENS = 2048
@@ -73,7 +73,7 @@ def create_server(library: Library) -> MCPServer:
                 on_text=lambda *_: None,
                 stopped=lambda: False,
             )
-        return {"memory": entry.name, "answer": reply.text, "passages": [_shown(one) for one in reply.passages]}
+        return {"memory": entry.name, "answer": reply.text, "passages": [cited(one) for one in reply.passages]}
 
     @server.tool()
     def passages(question: str, memory: str | None = None, count: int = 5) -> dict[str, Any]:
@@ -87,7 +87,7 @@ def create_server(library: Library) -> MCPServer:
         entry = chosen(memory)
         with in_turn():
             found = entry.blank.find(question, max(1, min(count, MOST_PASSAGES)))
-        return {"memory": entry.name, "passages": [_shown(one) for one in found]}
+        return {"memory": entry.name, "passages": [cited(one) for one in found]}
 
     for entry in entries:
         _add_resource(server, entry)
@@ -101,7 +101,3 @@ def _add_resource(server: MCPServer, entry: Entry) -> None:
     @server.resource(f"memory://{quote(entry.name)}", name=entry.name, description=about, mime_type="application/json")
     def documents() -> dict[str, Any]:
         return {"memory": entry.name, "tokens": entry.tokens, "documents": entry.documents()}
-
-
-def _shown(passage: Passage) -> dict[str, Any]:
-    return {"document": passage.document, "text": passage.text, "characters": passage.span}

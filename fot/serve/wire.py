@@ -65,6 +65,11 @@ def annotations(entry: Entry, passages: Sequence[Passage]) -> list[dict[str, Any
     return found
 
 
+def cited(passage: Passage) -> dict[str, Any]:
+    """A passage for programs that know no citations."""
+    return {"document": passage.document, "text": passage.text, "characters": passage.span}
+
+
 def envelope(answer_id: str, kind: str, entry: Entry, choices: list[dict[str, Any]]) -> dict[str, Any]:
     """What is around every answer and every piece of one."""
     return {
@@ -115,7 +120,9 @@ def completion_logprobs(entry: Entry, scored: Sequence[Scored | int], offset: in
         text = _text(entry, each if isinstance(each, int) else each.token)
         tokens.append(text)
         logprobs.append(None if isinstance(each, int) else each.logprob)
-        tops.append(None if isinstance(each, int) else {_text(entry, token): value for token, value in each.top})
+        # Several tokens may have one text, such as halves of characters: the likeliest of them counts.
+        top = None if isinstance(each, int) else {_text(entry, token): value for token, value in reversed(each.top)}
+        tops.append(top)
         offsets.append(offset)
         offset += len(text)
     return {"tokens": tokens, "token_logprobs": logprobs, "top_logprobs": tops, "text_offset": offsets}
