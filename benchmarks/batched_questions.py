@@ -36,7 +36,6 @@ QUESTIONS = (
     "Whom did Anne once refuse to marry?",
     "Who is Mrs Smith?",
 )
-PASSAGES = 3
 
 
 def padded(prompts: list[list[int]], pad: int) -> tuple[Tensor, Tensor]:
@@ -54,6 +53,7 @@ def main() -> None:
     parser.add_argument("memory", type=Path, help="of any text")
     parser.add_argument("--rows", default="1,2,4,8", help="questions at once")
     parser.add_argument("--tokens", type=int, default=32, help="of each answer")
+    parser.add_argument("--passages", type=int, default=3, help="in front of each question")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
@@ -63,8 +63,8 @@ def main() -> None:
     conversation = Conversation(model, memory)
     prompts = []
     for question in QUESTIONS:
-        found = [(passage.document, passage.text) for passage in conversation.find(question, PASSAGES)]
-        content = with_passages(question, found)
+        found = [(passage.document, passage.text) for passage in conversation.find(question, args.passages)]
+        content = with_passages(question, found) if found else question
         prompts.append(prompt_ids(model.tokenizer, [{"role": "user", "content": content}]))
     clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
 
@@ -97,7 +97,9 @@ def main() -> None:
         }
         for rows in sizes
     ]
-    print(f"{'rows':>4} {'prompt':>7} {'first s':>8} {'whole tok/s':>12} {'ratio':>6} {'decode tok/s':>13} {'ratio':>6}")
+    print(
+        f"{'rows':>4} {'prompt':>7} {'first s':>8} {'whole tok/s':>12} {'ratio':>6} {'decode tok/s':>13} {'ratio':>6}"
+    )
     for row in table:
         ratios = {name: row[name] / table[0][name] for name in ("whole_tokens_per_s", "decode_tokens_per_s")}
         print(
