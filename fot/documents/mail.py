@@ -14,7 +14,7 @@ HEADERS = ("From", "To", "Cc", "Date", "Subject")
 # The line before each message of a mailbox. Its file often has no suffix.
 FROM_LINE = re.compile(rb"From \S.*\d\d:\d\d.*\d{4}.*\r?\n(>?[!-9;-~]+:|\r?\n)")
 
-# A line of a text in a mailbox that would be such a line: who writes the mailbox puts a ">" in front (mboxrd, RFC 4155).
+# A line of a message that would be such a line: who writes the mailbox puts a ">" in front (the mboxrd form).
 QUOTED_FROM_LINE = re.compile(rb"^>(>*From )", re.MULTILINE)
 
 
