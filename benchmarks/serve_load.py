@@ -10,6 +10,7 @@ Every five minutes and at the end: requests of each kind so far, and the server'
 
 import argparse
 import random
+import socket
 import statistics
 import subprocess
 import sys
@@ -27,7 +28,6 @@ import psutil
 
 QUESTIONS = ("Who is it?", "What happened then?", "Where do they live?", "Why did she say so?", "When was that?")
 KINDS = ("whole", "streamed", "going on", "leaving")
-PORT = 8329
 REPORT = 300.0  # seconds between reports
 
 
@@ -158,12 +158,15 @@ def tiny_server(waiting: int) -> Iterator[tuple[str, int]]:
     """The address and the process of ``fot serve`` with two memories of a tiny random model."""
     with tempfile.TemporaryDirectory() as folder:
         memories = make_memories(Path(folder))
-        command = [sys.executable, "-m", "fot", "serve", *map(str, memories), "--port", str(PORT), "--no-uploads"]
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        command = [sys.executable, "-m", "fot", "serve", *map(str, memories), "--port", port, "--no-uploads"]
         process = subprocess.Popen([*command, "--waiting", str(waiting), "--device", "cpu"], stdout=subprocess.PIPE)
         try:
             assert process.stdout is not None
             process.stdout.readline()  # it has loaded everything
-            address = f"http://127.0.0.1:{PORT}"
+            address = f"http://127.0.0.1:{port}"
             client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=20)
             client.models.list()
             yield address, process.pid
