@@ -244,14 +244,29 @@ def attend_memory(
     Returns:
         output (B, H, T, D), log-sum-exp (B, H, T) float32, -inf for a row whose memories are empty.
     """
-    outputs, lses = [], []
-    for query, row in zip(queries, memories, strict=True):  # (H, T, D)
-        read = [memory for memory in row if len(memory)]
-        found = [memory[layer].attend(_fold(query, memory.num_key_value_heads), scale=scale) for memory in read]
-        output, lse = merge(found) if found else _nothing(query)
-        outputs.append(output.reshape(query.shape))
-        lses.append(lse.reshape(query.shape[:-1]))
-    return torch.stack(outputs), torch.stack(lses)
+    found: list[list[tuple[Tensor, Tensor]]] = [[] for _ in memories]
+    for memory, rows in _readers(memories, together=queries.shape[2] == 1):
+        folded = torch.cat([_fold(queries[row], memory.num_key_value_heads) for row in rows], dim=1)
+        output, lse = memory[layer].attend(folded, scale=scale)  # (G, rows x H / G x T, D)
+        for row, part, part_lse in zip(rows, output.chunk(len(rows), 1), lse.chunk(len(rows), 1), strict=True):
+            found[row].append((part, part_lse))
+    merged = [merge(parts) if parts else _nothing(query) for query, parts in zip(queries, found, strict=True)]
+    outputs = [output.reshape(queries.shape[1:]) for output, _ in merged]
+    return torch.stack(outputs), torch.stack([lse.reshape(queries.shape[1:3]) for _, lse in merged])
+
+
+def _readers(memories: Sequence[Sequence[Memory]], *, together: bool) -> list[tuple[Memory, list[int]]]:
+    """Each memory that is not empty, with the rows that read it; one row at a time unless ``together``.
+
+    For one token a row, going through the keys costs more than computing with them: all rows go through them at once.
+    For many, kernels are busy with one row.
+    """
+    readers: dict[tuple[int, int], tuple[Memory, list[int]]] = {}
+    for row, read in enumerate(memories):
+        for memory in read:
+            if len(memory):
+                readers.setdefault((id(memory), 0 if together else row), (memory, []))[1].append(row)
+    return list(readers.values())
 
 
 def _fold(queries: Tensor, num_key_value_heads: int) -> Tensor:

@@ -5,7 +5,7 @@ memory: until that moment the folder holds the old memory, from then on the new 
 written again, so those who read keep what they opened.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,19 +126,20 @@ def flush(content: Content, folder: Folder, learnt: dict[int, Learnt] | None) ->
     _swap(content, [map_segment(folder.path, manifest, part) for part in new], start)
 
 
-def drop(folder: Folder, name: str, keep: Tensor, learnt: dict[int, Learnt]) -> None:
-    """Mark a document as dropped in the manifest, if it is there.
+def drop(folder: Folder, names: Collection[str], keep: Tensor, learnt: dict[int, Learnt]) -> None:
+    """Mark documents as dropped in the manifest, those that are there.
 
     Args:
-        folder: of the memory, which still holds the document.
-        name: of the document.
+        folder: of the memory, which still holds the documents.
+        names: of the documents.
         keep: (M,) int64, slots of the other tokens.
         learnt: layer -> what its index learnt, for the slots kept.
     """
     manifest, stored = deepcopy(folder.manifest), int((keep < folder.stored).sum())
-    on_disk = [document for document in manifest.documents if document.name == name and not document.dropped]
+    on_disk = [document for document in manifest.documents if document.name in names and not document.dropped]
     if on_disk:
-        on_disk[0].dropped = True
+        for document in on_disk:
+            document.dropped = True
         with changing(folder.path):
             short = {layer: one.kept(torch.arange(stored)) for layer, one in learnt.items()}
             _write_learnt(folder.path, manifest, short)

@@ -3,7 +3,7 @@
 Per memory layer and KV head, keys and values in append order; once per token, its id and where it came from.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -205,32 +205,39 @@ class Memory(MemoryFacts):
             raise
 
     def drop_document(self, name: str) -> int:
-        """Remove one document. The slots after it move up, and indexes are built again.
+        """Remove one document; see ``drop_documents``."""
+        return self.drop_documents([name])
 
-        If the memory was opened from a folder, the document is marked as dropped there at once. ``compact`` frees its
-        space.
+    def drop_documents(self, names: Collection[str]) -> int:
+        """Remove documents, all at once. The slots after them move up, and indexes are built again.
+
+        If the memory was opened from a folder, the documents are marked as dropped there at once. ``compact`` frees
+        their space.
 
         Returns:
             The number of tokens that were removed.
 
         Raises:
-            KeyError: No stored token belongs to a document of this name.
+            KeyError: No stored token belongs to a document of one of these names; nothing is removed.
             ValueError: The memory was opened read-only.
         """
         self._check_open()
-        slots = self._content.tokens.slots_outside(name)
+        if not names:
+            return 0
+        slots = self._content.tokens.slots_outside(names)
         dropped, keep, saved = len(self) - len(slots), torch.from_numpy(slots), {}
         if self._folder is not None:
             saved = {number: one.kept(keep) for number, one in self._learnt().items()}
-            disk.drop(self._folder, name, keep, saved)
+            disk.drop(self._folder, names, keep, saved)
         try:
-            self._content.tokens.keep(slots, name)
+            self._content.tokens = self._content.tokens.kept(slots)
             for number, layer in self._indexed.items():
                 layer.keep(keep, saved.get(number))
         except BaseException:
             self.close()  # what is on disk is right; half of this object must not be written there
             raise
-        self.notes.pop(name, None)
+        for name in names:
+            self.notes.pop(name, None)
         return dropped
 
     def rename_documents(self, names: Mapping[str, str]) -> None:

@@ -1,6 +1,6 @@
 """What is known of each stored token: its id, and where it came from."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -110,10 +110,12 @@ class TokenTable:
         slots = np.unique(firsts[:, None] + np.arange(count))
         return slots[(slots >= start) & (slots < stop)]
 
-    def slots_outside(self, document: str) -> np.ndarray:
-        if document not in self._names:
-            raise KeyError(f"no document {document!r} in this memory; it holds {', '.join(self._names) or 'none'}")
-        return np.flatnonzero(self._columns[: self._length, 1] != self._names.index(document))
+    def slots_outside(self, documents: Collection[str]) -> np.ndarray:
+        for document in documents:
+            if document not in self._names:
+                raise KeyError(f"no document {document!r} in this memory; it holds {', '.join(self._names) or 'none'}")
+        numbers = [self._names.index(document) for document in documents]
+        return np.flatnonzero(~np.isin(self._columns[: self._length, 1], numbers))
 
     def kept(self, slots: np.ndarray) -> "TokenTable":
         """A copy of these slots, (n,) int64 ascending, without the documents that lose all their tokens."""
@@ -122,13 +124,6 @@ class TokenTable:
         lost = np.setdiff1d(numbers[numbers >= 0], rows[:, 1])
         rows[:, 1] -= np.searchsorted(lost, rows[:, 1]).astype(np.int32)
         return TokenTable(rows, [name for number, name in enumerate(self._names) if number not in lost])
-
-    def keep(self, slots: np.ndarray, dropped: str) -> None:
-        self._columns = self._columns[: self._length][slots].copy()
-        self._length = len(slots)
-        number = self._names.index(dropped)
-        self._names.pop(number)
-        self._columns[:, 1] -= self._columns[:, 1] > number
 
     def rename(self, names: Mapping[str, str]) -> None:
         self._names = [names.get(name, name) for name in self._names]

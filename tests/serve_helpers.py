@@ -15,9 +15,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerF
 
 import fot
 from fot.serve.app import create_app
-from fot.serve.library import Library
+from fot.serve.library import Library, OnDisk
 from fot.serve.server import Settings
-from memory import Memory
 
 TEXTS = {
     "books/emma.txt": "The vicar of Highbury is Mr Elton. Tea is at five in the garden.\n" * 12,
@@ -25,7 +24,7 @@ TEXTS = {
 }
 
 
-def make_model(tokenizer: PreTrainedTokenizerFast, window: int = 256) -> Any:
+def make_model(tokenizer: PreTrainedTokenizerFast, window: int = 256, seed: int = 0) -> Any:
     """A tiny model that chats in ChatML, byte by byte."""
     import copy
 
@@ -34,7 +33,7 @@ def make_model(tokenizer: PreTrainedTokenizerFast, window: int = 256) -> Any:
     made.add_special_tokens({"additional_special_tokens": [*marks, end]})
     made.add_tokens([AddedToken("th", normalized=False)])
     made.eos_token, made.chat_template = end, template
-    set_seed(0)
+    set_seed(seed)
     config = LlamaConfig(**SHAPE | {"max_position_embeddings": 4096, "num_hidden_layers": 3})
     plain = AutoModelForCausalLM.from_config(config).eval()
     model = fot.attach_memory(plain, fot.MemoryConfig(mem_layers=(1, 2), local_context=window, index="exact"))
@@ -50,8 +49,8 @@ def make_library(model: Any, folder: Path) -> Library:
         model.ingest(text, memory, source=f"/home/somebody/{name}")
     memory.save(folder / "emma.memory")
     model.new_memory().save(folder / "empty")
-    library.add("emma", model, Memory.open(folder / "emma.memory"))
-    library.add("empty", model, Memory.open(folder / "empty"))
+    for name, place in (("emma", OnDisk(folder / "emma.memory")), ("empty", OnDisk(folder / "empty"))):
+        library.add(name, model, place.open(), place)
     library.add("tiny", model, None)
     return library
 

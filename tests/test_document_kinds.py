@@ -124,6 +124,8 @@ def test_docx_is_its_text_with_tables(tmp_path: Path) -> None:
     make_docx(tmp_path / "a.docx", paragraph("Mr. Elton") + f"<w:tbl><w:tr>{cells}</w:tr></w:tbl>" + paragraph("end"))
     text = read_document(tmp_path / "a.docx")
     assert text.split() == ["Mr.", "Elton", "a", "b", "end"]
+    make_docx(tmp_path / "rows.docx", f"<w:tbl>{2 * f'<w:tr>{cells}</w:tr>'}</w:tbl>")
+    assert read_document(tmp_path / "rows.docx") == "a\tb\na\tb"
     (tmp_path / "b.docx").write_bytes(b"\xd0\xcf\x11\xe0 as encrypted ones begin")
     with pytest.raises(ValueError, match=r"b\.docx cannot be read as DOCX \(BadZipFile"):
         read_document(tmp_path / "b.docx")
@@ -192,6 +194,15 @@ def test_mail_is_headers_and_text(tmp_path: Path) -> None:
         text = read_document(tmp_path / name)
         assert text.count("From: Emma") == 2
         assert text.endswith("only a page")
+    for text in ("From here to there\n\nFrom me.", "quoted:\n>From here\n>>From there"):  # mailboxes quote such lines
+        box = mailbox.mbox(tmp_path / "from.mbox")
+        box.clear()
+        box.add(_message("lines", text, None))
+        box.close()
+        unquoted = (tmp_path / "from.mbox").read_bytes()
+        if text.startswith("quoted"):  # as mboxrd does it, which can be undone
+            (tmp_path / "from.mbox").write_bytes(unquoted.replace(b"\n>", b"\n>>"))
+        assert read_document(tmp_path / "from.mbox").endswith("\n\n" + text)
     folder = mailbox.Maildir(tmp_path / "Mail")
     folder.add(two)
     found = find_documents([tmp_path / "Mail"])

@@ -144,6 +144,43 @@ def test_flushing_on_the_way_changes_nothing(model: Any, tmp_path: Path) -> None
     assert_same(Memory.open(tmp_path / "m"), wanted)
 
 
+@pytest.mark.parametrize("seconds", [30.0, 0.0])
+def test_short_documents_share_a_file(
+    seconds: float, model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are written together, unless long is passed; interrupted, those that were read are there."""
+    for number in range(12):
+        (tmp_path / "docs").mkdir(exist_ok=True)
+        (tmp_path / "docs" / f"{number:02}.txt").write_text(f"Text {number}. " * (1 + number % 3))
+    monkeypatch.setattr(add_module, "FLUSH_SECONDS", seconds)
+    left, append = [7], Memory.append
+
+    def interrupting(self: Memory, *args: Any, **kwargs: Any) -> None:
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        append(self, *args, **kwargs)
+
+    with opened(model, tmp_path / "m") as memory:
+        found = find_documents([tmp_path / "docs"])
+        with monkeypatch.context() as context:
+            context.setattr(Memory, "append", interrupting)
+            with pytest.raises(KeyboardInterrupt):
+                add_documents(model, memory, found)
+        part = Memory.open(tmp_path / "m")
+        assert len(part) == len(memory) > 0
+        done = [name for name, note in part.notes.items() if note.complete]
+        assert set(part.documents()) - set(done) in (set(), {max(part.documents())})
+        added = add_documents(model, memory, find_documents([tmp_path / "docs"]))
+        assert added.same == len(done)
+    whole = Memory.open(tmp_path / "m")
+    assert len(whole.documents()) == 12
+    assert all(note.complete for note in whole.notes.values())
+    files = len(list((tmp_path / "m").glob("segment*")))
+    assert files == 2 if seconds else files >= 12
+    assert verify(tmp_path / "m") == []
+
+
 @pytest.mark.usefixtures("small_pieces")
 @pytest.mark.parametrize("overlap", [0, 5])
 @pytest.mark.parametrize("stop", [1, 7, 23, 10_000])

@@ -1,6 +1,7 @@
 """``generate`` of transformers, on prompts and answers of any length."""
 
 import copy
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,9 @@ import torch
 from conftest import WINDOW, ModelMaker
 from transformers import GenerationConfig, StoppingCriteria
 from transformers.generation import BaseStreamer
+
+from memory import Memory
+from memory.layer import LayerMemory
 
 Draw = Callable[..., torch.Tensor]
 
@@ -85,6 +89,31 @@ def test_left_padded_rows_give_what_they_give_alone(family: str, make_model: Mod
     together = model.generate(tokens, attention_mask=mask, **options)[:, 75:]
     for row, answer in zip(rows, together, strict=True):
         assert answer.tolist() == model.generate(row, **options)[0, row.shape[1] :].tolist()
+
+
+def test_rows_read_one_memory_together(make_model: ModelMaker, ids: Draw, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For each new token the keys are gone through once, however many rows ask; each row gets what it gets alone."""
+    model, attend, calls = make_model(), LayerMemory.attend, list[int]()
+    memory, other = model.new_memory(), model.new_memory()
+    model.ingest(ids(60, seed=1), memory)
+    model.ingest(ids(50, seed=2), other)
+
+    def counted(self: LayerMemory, queries: torch.Tensor, **options: Any) -> Any:
+        calls.append(queries.shape[1])
+        return attend(self, queries, **options)
+
+    monkeypatch.setattr(LayerMemory, "attend", counted)
+    prompts = ids(10, rows=3)
+    for given in (memory, [memory, other, memory]):
+        calls.clear()
+        together = model.generate(prompts, memory=given, **GREEDY | {"max_new_tokens": 5})
+        each = [given] * 3 if isinstance(given, Memory) else given
+        new_tokens = [count for count in calls if count in (2, 4, 6)]  # 2 query heads of a KV head, a row
+        per_step = {6: 1} if isinstance(given, Memory) else {4: 1, 2: 1}
+        assert Counter(new_tokens) == {count: 4 * 2 * times for count, times in per_step.items()}  # 4 steps, 2 layers
+        for row, one in enumerate(each):
+            alone = model.generate(prompts[row : row + 1], memory=one, **GREEDY | {"max_new_tokens": 5})
+            assert together[row].tolist() == alone[0].tolist()
 
 
 def test_a_memory_for_each_row(make_model: ModelMaker, ids: Draw) -> None:

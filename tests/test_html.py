@@ -51,6 +51,8 @@ def test_pre_is_as_it_stands() -> None:
     [
         ("<tr><th>name<th>age<tr><td>Emma<td>21", "name\tage\nEmma\t21"),
         ("<tr> <td> <p>Mr. <b>K</b>nightley</p> </td> <td><p>37</p></td> </tr>", "Mr. Knightley\t37"),
+        ("<tr><td><p>a</p><td><p>b</p><tr><td><p>c</p><td>d<tr><td><p>e</p>", "a\tb\nc\td\ne"),
+        ("<tr><td><p>a</p><p>b</p><td>c<tr><td>d<td>e", "a\n\nb\n\nc\nd\te"),
         ("<tr><td></td><td>x</td><td></td><td>y</td><td></td></tr><tr><td>z</td></tr>", "\tx\t\ty\nz"),
         ("<tr><td>nav<br>igation</td><td><p>long</p><p>text</p></td></tr>", "nav\nigation\n\nlong\n\ntext"),
         ("<tr><td><table><tr><td>a<td>b<tr><td>c<td>d</table><td>e<tr><td>f<td>g", "a\tb\nc\td\n\ne\nf\tg"),

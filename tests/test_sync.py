@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from fot.cli import main
 from fot.documents import Plan, plan_sync
 from fot.documents import find as find_module
-from memory import Memory
+from memory import Memory, disk
 
 OPTIONS = ["--mem-layers", "1,3", "--local-context", "16", "--dtype", "float32", "--device", "cpu"]
 
@@ -106,6 +106,26 @@ def test_what_changed_is_read_what_is_gone_is_dropped_what_moved_is_renamed(
     assert main(["memory", "compact", "m"]) == 0
     assert held() == texts
     assert sync() == 0
+
+
+def test_what_is_gone_goes_at_once(place: Path, held: Held, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many documents are dropped, the folder is changed once for that; those who read see all or none go."""
+    for number in range(6):
+        write(f"docs/more{number}.txt", f"This is text {number}. " * 3)
+    assert sync() == 0
+    seen, commit = list[int](), disk.commit
+
+    def counted(folder: Path, manifest: Any) -> None:
+        commit(folder, manifest)
+        seen.append(len(Memory.open(folder).documents()))
+
+    monkeypatch.setattr(disk, "commit", counted)
+    for number in range(6):
+        Path(f"docs/more{number}.txt").unlink()
+    assert sync() == 0
+    assert len(held()) == 4
+    assert seen[0] == 4
+    assert len(seen) == 2  # then the state of the files is written
 
 
 def test_names_that_swap(place: Path, held: Held) -> None:

@@ -16,7 +16,8 @@ def add(commands: Any) -> None:
         "serve",
         help="serve memories to programs that speak the OpenAI interface, with a web page",
         description="Serve memories over HTTP: each is a model of the OpenAI interface, and the page at / asks them. "
-        "The memories do not change.",
+        "The server changes no memory. If another command changes one (fot memory sync), the next question reads it as "
+        "it is then.",
     )
     _add_memories(serve)
     serve.add_argument("--host", default="127.0.0.1", metavar="NAME",
@@ -57,19 +58,19 @@ def _library(args: argparse.Namespace) -> Any:
     """The memories, each model loaded once, and the models alone."""
     from fot.hub import memory_folder
     from fot.memories import short_name
-    from fot.serve.library import Library
-    from memory import Memory
+    from fot.serve.library import Library, OnDisk
 
     library, models = Library(), dict[str, Any]()
     for given in args.memories:
         name, _, folder = given.rpartition("=") if "=" in given and not Path(given).exists() else ("", "", given)
-        memory = Memory.open(memory_folder(Path(folder)), index=args.index, top_k=args.top_k)
+        place = OnDisk(memory_folder(Path(folder)), index=args.index, top_k=args.top_k)
+        memory = place.open()
         wanted = argparse.Namespace(**vars(args) | {"memory": Path(folder)})
         known = f"{args.model or memory.metadata.get('model')} {memory.metadata.get('memory')}"
         if known not in models:
             models[known] = load_for(wanted, memory)
         models[known].check_memory(memory)
-        library.add(name or short_name(folder), models[known], memory)
+        library.add(name or short_name(folder), models[known], memory, place)
     if not models:
         args.model = args.model or "smollm2-135m-fot"
         models[args.model] = load(args)

@@ -2,7 +2,9 @@
 
 import hashlib
 import io
+import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -18,8 +20,10 @@ from fot.ingest import Piece, ingest_pieces, text_pieces
 from fot.inspection.texts import one_line
 from memory import DocumentNote, Memory
 
-# A long document is written to disk each time that so many tokens have been read.
+# What was read goes to disk once it is so many tokens, or was read so long ago (seconds). Each time makes a new file,
+# and writes the manifest anew: thousands of short documents would take longer to write than to read.
 FLUSH_TOKENS = 65_536
+FLUSH_SECONDS = 30.0
 
 CHARACTERS_PER_TOKEN = 4  # a first guess for the progress bar
 
@@ -46,7 +50,8 @@ def add_documents(
 ) -> Added:
     """Read documents into a memory that was opened to grow, under one progress bar; see ``add_document``.
 
-    A file that can be read no longer is left out and noted in ``found``. A text that the memory holds is not stored
+    Interrupted, all whole windows are on disk; killed, what was read in the last ``FLUSH_SECONDS`` may be missing. A
+    file that can be read no longer is left out and noted in ``found``. A text that the memory holds is not stored
     again under another name. The next file is read while the one before goes through the model.
 
     Args:
@@ -57,9 +62,13 @@ def add_documents(
         bar: makes the progress bar; None: one on the terminal.
     """
     after, read, same = sum(found.characters), 0, 0
+    disk = _Disk(memory)
     held = {note.sha256: known for known, note in memory.notes.items() if note.complete and note.sha256}
     make_bar = bar or tqdm
-    with make_bar(total=after // CHARACTERS_PER_TOKEN, unit="tok", desc="documents", disable=None) as shown:
+    with (
+        make_bar(total=after // CHARACTERS_PER_TOKEN, unit="tok", desc="documents", disable=None) as shown,
+        disk.whole_at_the_end(),
+    ):
         for path, characters, text in ahead(_texts(found), 1):
             after -= characters
             shown.set_postfix_str(one_line(path.name))
@@ -69,11 +78,11 @@ def add_documents(
             digest = text_digest(text)
             new = 0
             if held.get(digest, name(path)) == name(path):
-                new = add_document(model, memory, name(path), text, progress=shown, characters_after=after)
+                new = _add(model, memory, name(path), text, shown, after, disk)
                 held[digest] = name(path)
             note_file(memory, name(path), found.states[path], digest)
             read, same = read + new, same + (new == 0)
-        memory.flush()
+            disk.after_document()
         shown.total = shown.n
     return Added(read, same)
 
@@ -116,6 +125,15 @@ def add_document(
             have lone surrogates.
         OSError: the disk is full, or the folder cannot be written.
     """
+    disk = _Disk(memory)
+    with disk.whole_at_the_end():
+        return _add(model, memory, name, text, progress, characters_after, disk)
+
+
+def _add(
+    model: Any, memory: Memory, name: str, text: str, progress: tqdm | None, characters_after: int, disk: "_Disk"
+) -> int:
+    """What ``add_document`` does, but that the end of the document need not be on disk."""
     check_unicode(name, "the name of a document")
     check_unicode(text, name)
     digest, stored = text_digest(text), memory.documents().get(name, 0)
@@ -132,18 +150,46 @@ def add_document(
     pieces = ahead(text_pieces(io.StringIO(text, newline=""), len(text.encode()), model.tokenizer), 2)
     pieces = _rest(pieces, stored - context)
     first, read = next(pieces, None), 0
-    try:
-        if first is not None:  # otherwise it was killed just before it could be called complete
-            rest = _estimating(chain([first], pieces), bar, stored - context, len(text), characters_after)
-            read = ingest_pieces(model, _flushing(rest, memory), memory, name, bar, stored=context)
-    except OSError:
-        raise
-    except BaseException:
-        memory.flush()
-        raise
+    if first is not None:  # otherwise it was killed just before it could be called complete
+        rest = _estimating(chain([first], pieces), bar, stored - context, len(text), characters_after)
+        read = ingest_pieces(model, _flushing(rest, disk), memory, name, bar, stored=context)
     memory.notes[name] = DocumentNote(digest, complete=True)
-    memory.flush()
     return read
+
+
+class _Disk:
+    """Writes what a memory was given to its folder, from time to time."""
+
+    def __init__(self, memory: Memory) -> None:
+        self._memory = memory
+        self._tokens, self._time = len(memory), time.monotonic()
+
+    def after_piece(self) -> None:
+        """Write, if it is much."""
+        if len(self._memory) - self._tokens >= FLUSH_TOKENS:
+            self._write()
+
+    def after_document(self) -> None:
+        """Write, if it is much or was read long ago."""
+        if time.monotonic() - self._time >= FLUSH_SECONDS:
+            self._write()
+        self.after_piece()
+
+    @contextmanager
+    def whole_at_the_end(self) -> Iterator[None]:
+        """When the block ends, by whatever but a full disk, all is on disk."""
+        try:
+            yield
+        except OSError:
+            raise
+        except BaseException:
+            self._write()
+            raise
+        self._write()
+
+    def _write(self) -> None:
+        self._memory.flush()
+        self._tokens, self._time = len(self._memory), time.monotonic()
 
 
 def _estimating(pieces: Iterator[Piece], bar: tqdm, tokens: int, characters: int, after: int) -> Iterator[Piece]:
@@ -155,14 +201,11 @@ def _estimating(pieces: Iterator[Piece], bar: tqdm, tokens: int, characters: int
         yield piece
 
 
-def _flushing(pieces: Iterator[Piece], memory: Memory) -> Iterator[Piece]:
+def _flushing(pieces: Iterator[Piece], disk: _Disk) -> Iterator[Piece]:
     """The same pieces; between them, what is stored goes to disk once it is enough."""
-    flushed = len(memory)
     for piece in pieces:
         yield piece
-        if len(memory) - flushed >= FLUSH_TOKENS:
-            memory.flush()
-            flushed = len(memory)
+        disk.after_piece()
 
 
 def _rest(pieces: Iterable[Piece], skip: int) -> Iterator[Piece]:

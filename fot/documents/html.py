@@ -170,7 +170,8 @@ class _Page:
             self.kept -= 1
         if name == "tr":
             self.tabs = None
-            self.rows.pop()
+            if self.rows.pop() == "line":  # paragraphs in its cells take no empty line
+                self.breaks = min(self.breaks, 1)
             self.rows[-1:] = ["lines"] * len(self.rows[-1:])  # of a table in a cell
         if name != "br":
             self._break(name)

@@ -14,6 +14,9 @@ HEADERS = ("From", "To", "Cc", "Date", "Subject")
 # The line before each message of a mailbox. Its file often has no suffix.
 FROM_LINE = re.compile(rb"From \S.*\d\d:\d\d.*\d{4}.*\r?\n(>?[!-9;-~]+:|\r?\n)")
 
+# A line of a message that would be such a line: who writes the mailbox puts a ">" in front (the mboxrd form).
+QUOTED_FROM_LINE = re.compile(rb"^>(>*From )", re.MULTILINE)
+
 
 def is_mailbox(head: bytes) -> bool:
     """Whether a file that begins so is a mailbox in mbox format."""
@@ -34,7 +37,8 @@ def read_mailbox(path: Path) -> str:
     """All messages of a file in mbox format, two empty lines between them."""
     box = mailbox.mbox(path, create=False)
     try:
-        messages = [email.message_from_bytes(box.get_bytes(key), policy=email.policy.default) for key in box.iterkeys()]
+        contents = (QUOTED_FROM_LINE.sub(rb"\1", box.get_bytes(key)) for key in box.iterkeys())
+        messages = [email.message_from_bytes(content, policy=email.policy.default) for content in contents]
         return "\n\n\n".join(_text(message) for message in messages)
     finally:
         box.close()

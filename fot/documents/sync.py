@@ -93,8 +93,8 @@ def carry_out(plan: Plan, model: Any, memory: Memory) -> Added:
         model: that made the memory, with its tokenizer.
         memory: opened with ``mode="a"``.
     """
+    memory.drop_documents(plan.drop)
     for name in plan.drop:
-        memory.drop_document(name)
         memory.metadata.get(FILES, {}).pop(name, None)
     if plan.rename:
         memory.rename_documents(plan.rename)

@@ -56,6 +56,9 @@ class Conversations:
     def take(self, entry: Entry, history: Sequence[Message]) -> Conversation:
         """The conversation that has this history, or whose last answer is to be given anew; else a new one."""
         key = _key(entry, history)
+        for known, conversation in list(self._known.items()):
+            if known[0] == entry.name and conversation.memory is not entry.memory:  # as it was before it changed
+                del self._known[known]
         if history:
             for known in reversed(self._known):
                 if known == key or known[:-2] == key:

@@ -30,17 +30,14 @@ def create_server(library: Library) -> MCPServer:
 
     Tools ``ask`` and ``passages``; each memory is a resource, ``memory://NAME``, that lists its documents.
     """
-    entries = [entry for entry in library.entries() if entry.memory is not None]
+    names = [entry.name for entry in library.entries() if entry.memory is not None]
     server, turn = MCPServer("fot", instructions=INSTRUCTIONS, version=__version__), threading.Lock()
 
     def chosen(memory: str | None) -> Entry:
-        if memory is None and len(entries) == 1:
-            return entries[0]
-        named = [entry for entry in entries if entry.name == memory]
-        if not named:
-            known = ", ".join(entry.name for entry in entries) or "none"
-            raise ToolError(f"choose a memory: there are {known}")
-        return named[0]
+        name = names[0] if memory is None and len(names) == 1 else memory
+        if name not in names:
+            raise ToolError(f"choose a memory: there are {', '.join(names) or 'none'}")
+        return library[name]
 
     @contextmanager
     def in_turn() -> Iterator[None]:
@@ -89,15 +86,17 @@ def create_server(library: Library) -> MCPServer:
             found = entry.blank.find(question, max(1, min(count, MOST_PASSAGES)))
         return {"memory": entry.name, "passages": [cited(one) for one in found]}
 
-    for entry in entries:
-        _add_resource(server, entry)
+    for name in names:
+        _add_resource(server, library, name)
     return server
 
 
-def _add_resource(server: MCPServer, entry: Entry) -> None:
+def _add_resource(server: MCPServer, library: Library, name: str) -> None:
     """The memory's documents, as a resource."""
+    entry = library[name]
     about = f"{entry.tokens:,} tokens in {len(entry.documents()):,} documents"
 
-    @server.resource(f"memory://{quote(entry.name)}", name=entry.name, description=about, mime_type="application/json")
+    @server.resource(f"memory://{quote(name)}", name=name, description=about, mime_type="application/json")
     def documents() -> dict[str, Any]:
+        entry = library[name]
         return {"memory": entry.name, "tokens": entry.tokens, "documents": entry.documents()}

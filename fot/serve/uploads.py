@@ -18,6 +18,7 @@ from fot.documents.read import read
 from fot.documents.record import State
 from fot.serve import wire
 from fot.serve.errors import ApiError
+from fot.serve.library import OnDisk
 from fot.serve.line import Stopped
 from fot.serve.server import Server, server_of
 from fot.serve.stream import Send, events
@@ -124,7 +125,8 @@ def _make(server: Server, name: str, folder: Path, send: Send, stopped: Stopped)
     except BaseException:
         shutil.rmtree(target, ignore_errors=True)
         raise
-    return {"done": wire.model_card(server.library.add(name, model, Memory.open(target))), "left_out": wrong}
+    place = OnDisk(target)
+    return {"done": wire.model_card(server.library.add(name, model, place.open(), place)), "left_out": wrong}
 
 
 def _names(paths: list[Path]) -> dict[Path, str]:
