@@ -12,11 +12,14 @@ from pydantic import BaseModel, Field, ValidationError
 
 from fot.config import MemoryConfig
 from fot.machine import default_dtype, find_device
+from training.methods import METHODS, Method
+from training.methods.fitting import check_method
 from training.schedule import ContextSchedule, schedule_from
 from training.schema import (
     AboveZeroShare,
     Contexts,
     Decay,
+    Factor,
     Lora,
     Memory,
     Natural,
@@ -40,6 +43,10 @@ class Recipe:
     """One training run.
 
     Attributes:
+        method: how the model is trained for long texts, a name in ``training.methods``: ``crossbatch`` on windows, or on
+            whole sequences ``interpolation`` of positions, ``yarn``, or ``longlora``.
+        length: tokens of a sequence, for methods that train on whole ones.
+        factor: by which these methods stretch the positions that the model was trained with; at least 1.
         model: name, folder or hub id of a model; or the settings of a new model with random weights.
         memory: settings of ``MemoryConfig``: ``mem_layers``, ``local_context``, ``mem_positionals``.
         sources: texts to train on, entries of ``training.sources.DataSource``.
@@ -85,6 +92,9 @@ class Recipe:
         trackers: further trackers for the log's figures, by accelerate: ``wandb``, ``mlflow``, ``comet_ml``, ...
     """
 
+    method: Literal["crossbatch", "interpolation", "yarn", "longlora"] = "crossbatch"
+    length: Positive | None = None
+    factor: Factor = 1.0
     model: Annotated[str, Field(min_length=1)] | dict[str, Any] = "smollm2-135m"
     memory: Memory = field(default_factory=dict)
     sources: Sequence[Source] = ()
@@ -136,6 +146,7 @@ class Recipe:
 
     def _check_together(self) -> None:
         """What one entry alone does not show."""
+        check_method(self)
         if not self.sources and not self.tasks:
             raise ValueError("recipe: neither sources nor tasks are given, so there is nothing to train on")
         if self.schedule().kind == "accuracy" and not self.tasks:
@@ -183,9 +194,13 @@ class Recipe:
                     "to a smaller number of steps"
                 )
 
+    def tuning(self) -> Method:
+        """``method``, by its name."""
+        return METHODS[self.method]
+
     def schedule(self) -> ContextSchedule:
-        """``contexts``, checked."""
-        return schedule_from(self.contexts)
+        """``contexts``, checked; whole sequences see no others."""
+        return ContextSchedule(values=(0,)) if self.tuning().whole else schedule_from(self.contexts)
 
     def memory_config(self) -> MemoryConfig:
         """``memory``, checked."""

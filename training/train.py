@@ -111,6 +111,8 @@ def train(
     trained = choose_trainable(model, recipe, config)
     start_weights = {name: tensor.detach().clone() for name, tensor in trained.items()} if recipe.strength < 1 else {}
     crossbatch = enable_crossbatch(model, config)
+    if recipe.tuning().attention is not None:
+        model.set_attn_implementation(recipe.tuning().attention)
     if recipe.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     loader = build_loader(
@@ -127,7 +129,7 @@ def train(
         start = restore(checkpoint.path, trained, optimizer, accelerator)
         loader.load_state_dict(start.data)
     on_main(accelerator, lambda: claim(out, recipe, data, checkpoint.path if checkpoint else None))
-    if not recipe.held_out and accelerator.is_main_process:
+    if not recipe.held_out and config.layers and accelerator.is_main_process:
         print(
             "the recipe names no held_out texts, so the log will not show whether the memory helps on text",
             file=sys.stderr,

@@ -1,0 +1,18 @@
+"""Training methods, by the name that a recipe gives: one file for each that needs code of its own."""
+
+from fot.compare import rope
+from training.methods import longlora
+from training.methods.method import Method
+
+METHODS = {
+    method.name: method
+    for method in (
+        Method("crossbatch", whole=False),
+        # SuperHOT (kaiokendev 2023) and arXiv 2306.15595.
+        Method("interpolation", rope=rope.interpolation),
+        Method("yarn", rope=rope.yarn),
+        Method("longlora", rope=rope.interpolation, attention=longlora.NAME, trains=longlora.TRAINS),
+    )
+}
+
+__all__ = ["METHODS", "Method"]

@@ -1,0 +1,38 @@
+"""Which entries of a recipe fit its method."""
+
+from typing import Any
+
+from training.methods import METHODS
+from training.methods.longlora import bounds
+
+
+def check_method(recipe: Any) -> None:
+    """Refuse entries that the method of a recipe would not use, or that it cannot do without.
+
+    Args:
+        recipe: a ``training.recipe.Recipe``.
+
+    Raises:
+        ValueError: names the entry, its value and a remedy.
+    """
+    method = METHODS[recipe.method]
+    said = f"but method is {recipe.method!r}, which"
+    if not method.whole:
+        for name, value, unused in (("length", recipe.length, None), ("factor", recipe.factor, 1)):
+            if value != unused:
+                raise ValueError(f"recipe: {name} is {value}, {said} reads windows: omit {name}")
+        return
+    for name, unused in (("memory", {}), ("contexts", {}), ("held_out_memory", []), ("tasks", [])):
+        value = getattr(recipe, name)
+        if value and value != unused:
+            raise ValueError(f"recipe: {name} is {value!r:.60}, {said} trains on whole sequences of text: omit {name}")
+    if recipe.length is None:
+        raise ValueError(f"recipe: length is not given, {said} reads whole sequences: set length, such as 4096 tokens")
+    if recipe.windows != 1:
+        raise ValueError(f"recipe: windows is {recipe.windows}, {said} reads a sequence as one: set windows: 1")
+    if recipe.trainable not in ("all", "lora"):
+        raise ValueError(f"recipe: trainable is {recipe.trainable!r}, {said} has no memory layers: set trainable: lora")
+    if method.trains and recipe.trainable != "lora":
+        raise ValueError(f"recipe: trainable is {recipe.trainable!r}, {said} trains a LoRA: set trainable: lora")
+    if recipe.method == "longlora":
+        bounds(recipe.length)
