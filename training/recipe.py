@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -43,8 +43,8 @@ class Recipe:
     """One training run.
 
     Attributes:
-        method: how the model is trained for long texts, a name in ``training.methods``: ``crossbatch`` on windows, or on
-            whole sequences ``interpolation`` of positions, ``yarn``, or ``longlora``.
+        method: how the model is trained for long texts, a name in ``training.methods``: ``crossbatch`` or
+            ``memorizing`` on windows; ``interpolation`` of positions, ``yarn`` or ``longlora`` on whole sequences.
         length: tokens of a sequence, for methods that train on whole ones.
         factor: by which these methods stretch the positions that the model was trained with; at least 1.
         model: name, folder or hub id of a model; or the settings of a new model with random weights.
@@ -92,7 +92,7 @@ class Recipe:
         trackers: further trackers for the log's figures, by accelerate: ``wandb``, ``mlflow``, ``comet_ml``, ...
     """
 
-    method: Literal["crossbatch", "interpolation", "yarn", "longlora"] = "crossbatch"
+    method: Literal["crossbatch", "memorizing", "interpolation", "yarn", "longlora"] = "crossbatch"
     length: Positive | None = None
     factor: Factor = 1.0
     model: Annotated[str, Field(min_length=1)] | dict[str, Any] = "smollm2-135m"
@@ -199,8 +199,11 @@ class Recipe:
         return METHODS[self.method]
 
     def schedule(self) -> ContextSchedule:
-        """``contexts``, checked; whole sequences see no others."""
-        return ContextSchedule(values=(0,)) if self.tuning().whole else schedule_from(self.contexts)
+        """``contexts``, checked. Whole sequences see no others, and memories of one document no negatives."""
+        if self.tuning().whole:
+            return ContextSchedule(values=(0,))
+        found = schedule_from(self.contexts)
+        return replace(found, segments=((found.previous_windows, 0),)) if self.method == "memorizing" else found
 
     def memory_config(self) -> MemoryConfig:
         """``memory``, checked."""

@@ -56,14 +56,17 @@ def write_result(
         "torch": torch.__version__,
         "python": sys.version.split()[0],
     }
+    memory = recipe.memory_config().to_dict() | {"mem_layers": list(config.layers)}
+    if (settings := recipe.tuning().settings) is not None:
+        memory |= settings(parameters, config)
+        trained = [name for name in trained if name in parameters]
     # Positions are in the configuration, which an adapter has none of.
     as_model = recipe.trainable == "all" or recipe.tuning().whole
     final = out / RESULTS[not as_model]
     with whole_folder(final) as folder:
         if as_model:
             if not recipe.tuning().whole:
-                settings = recipe.memory_config().to_dict() | {"mem_layers": list(config.layers)}
-                setattr(model.config, CONFIG_KEY, settings)
+                setattr(model.config, CONFIG_KEY, memory)
             if recipe.trainable == "lora":
                 merged_model(recipe, parameters).save_pretrained(folder)
             else:
@@ -71,8 +74,8 @@ def write_result(
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder)
         else:
-            memory = MemoryConfig.from_dict(recipe.memory_config().to_dict() | {"mem_layers": config.layers})
-            description = AdapterDescription(lasting_name(str(recipe.model)), memory, made_by)
+            from_recipe = MemoryConfig.from_dict(memory)
+            description = AdapterDescription(lasting_name(str(recipe.model)), from_recipe, made_by)
             if recipe.trainable == "lora":
                 wrapper = model.__dict__[PEFT_WRAPPER]
                 wrapper.peft_config["default"].base_model_name_or_path = description.base

@@ -135,7 +135,9 @@ class PlacedError(ValueError):
 
 
 def choose_trainable(model: Any, recipe: Recipe, config: MemoryConfig) -> dict[str, Tensor]:
-    """Freeze what is not trained; the rest by name, in float32."""
+    """Add what the recipe's method adds, and freeze what is not trained; the rest by name, in float32."""
+    if (prepare := recipe.tuning().prepare) is not None:
+        prepare(model, config)
     if recipe.trainable == "lora":
         # Into the dictionary: as an attribute, the wrapper would become a submodule of what it wraps.
         model.__dict__[PEFT_WRAPPER] = with_lora(model, recipe)

@@ -110,7 +110,7 @@ def train(
     model, config, tokenizer = build_model(recipe)
     trained = choose_trainable(model, recipe, config)
     start_weights = {name: tensor.detach().clone() for name, tensor in trained.items()} if recipe.strength < 1 else {}
-    crossbatch = enable_crossbatch(model, config)
+    crossbatch = enable_crossbatch(model, config, recipe.tuning().switch)
     if recipe.tuning().attention is not None:
         model.set_attn_implementation(recipe.tuning().attention)
     if recipe.checkpointing:

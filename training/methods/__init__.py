@@ -1,18 +1,20 @@
 """Training methods, by the name that a recipe gives: one file for each that needs code of its own."""
 
 from fot.compare import rope
-from training.methods import longlora
+from training.methods import longlora, memorizing
 from training.methods.method import Method
 
 METHODS = {
     method.name: method
     for method in (
         Method("crossbatch", whole=False),
+        Method("memorizing", whole=False, prepare=memorizing.add_gates, switch=memorizing.Memorizing,
+               settings=memorizing.settings_of, trains=(memorizing.GATE,)),
         # SuperHOT (kaiokendev 2023) and arXiv 2306.15595.
         Method("interpolation", rope=rope.interpolation),
         Method("yarn", rope=rope.yarn),
         Method("longlora", rope=rope.interpolation, attention=longlora.NAME, trains=longlora.TRAINS),
     )
-}
+}  # fmt: skip
 
 __all__ = ["METHODS", "Method"]

@@ -21,6 +21,8 @@ def check_method(recipe: Any) -> None:
         for name, value, unused in (("length", recipe.length, None), ("factor", recipe.factor, 1)):
             if value != unused:
                 raise ValueError(f"recipe: {name} is {value}, {said} reads windows: omit {name}")
+        if recipe.method == "memorizing":
+            _check_memorizing(recipe, said)
         return
     for name, unused in (("memory", {}), ("contexts", {}), ("held_out_memory", []), ("tasks", [])):
         value = getattr(recipe, name)
@@ -32,7 +34,20 @@ def check_method(recipe: Any) -> None:
         raise ValueError(f"recipe: windows is {recipe.windows}, {said} reads a sequence as one: set windows: 1")
     if recipe.trainable not in ("all", "lora"):
         raise ValueError(f"recipe: trainable is {recipe.trainable!r}, {said} has no memory layers: set trainable: lora")
-    if method.trains and recipe.trainable != "lora":
+    if recipe.method == "longlora" and recipe.trainable != "lora":
         raise ValueError(f"recipe: trainable is {recipe.trainable!r}, {said} trains a LoRA: set trainable: lora")
     if recipe.method == "longlora":
         bounds(recipe.length)
+
+
+def _check_memorizing(recipe: Any, said: str) -> None:
+    if recipe.memory.get("top_k") is None:
+        raise ValueError(f"recipe: memory.top_k is not given, {said} reads the nearest keys: set it, such as 32")
+    if "memory_gates" in recipe.memory:
+        raise ValueError(f"recipe: memory.memory_gates is given, {said} learns its gates: omit memory_gates")
+    unused = sorted(set(recipe.contexts) - {"previous_windows"})
+    if unused:
+        raise ValueError(
+            f"recipe: contexts.{unused[0]} is {recipe.contexts[unused[0]]!r}, {said} sees earlier windows of its own "
+            f"document alone: omit {unused[0]}"
+        )

@@ -4,7 +4,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from fot.compare.rope import check_rotary, rotate
+from fot.config import MemoryConfig
+from training.crossbatch import Crossbatch
 
 
 @dataclass(frozen=True)
@@ -17,13 +21,20 @@ class Method:
             Otherwise rows are windows, and memory layers see other windows.
         rope: (model, factor) -> ``rope_parameters`` of its configuration; None: positions stay as they are.
         attention: implementation, registered with transformers, that all layers have; None: the model's.
-        trains: parts of names of parameters that are trained besides the LoRA; if there are any, it takes a LoRA.
+        prepare: (model, resolved memory settings) -> None: adds parameters of the method to a model; None: there are none.
+        switch: what memory layers are handed in training.
+        settings: (trained parameters, resolved memory settings) -> settings of the result that hold what ``prepare``
+            added, which is taken out of the parameters; None: nothing is.
+        trains: parts of names of parameters that are trained besides a LoRA.
     """
 
     name: str
     whole: bool = True
     rope: Callable[[Any, float], dict[str, Any]] | None = None
     attention: str | None = None
+    prepare: Callable[[Any, MemoryConfig], None] | None = None
+    switch: type[Crossbatch] = Crossbatch
+    settings: Callable[[dict[str, Tensor], MemoryConfig], dict[str, Any]] | None = None
     trains: tuple[str, ...] = ()
 
     def stretch(self, model: Any, factor: float) -> None:
