@@ -42,9 +42,10 @@ class MemoryConfig:
             paper.
         retrieval_heads: (layer, head) of the query heads whose attention finds the passages that a question is about;
             ``fot eval heads`` chooses them. None takes all heads of the memory layers.
-        memory_gates: for each memory layer, a number between 0 and 1 for each query head: the share of attention that the
-            memory gets, as in Memorizing Transformers (arXiv 2203.08913), whose gates are learnt. None, as in the
-            Focused Transformer: memory and window compete in one softmax.
+        memory_gates: for each memory layer, a number between 0 and 1 for each query head: the share of attention that
+            the memory gets, as in Memorizing Transformers (arXiv 2203.08913), whose gates are learnt; the size of the
+            memory then changes nothing (``full_weight_tokens``). None, as in the Focused Transformer: memory and
+            window compete in one softmax.
         mem_positionals: whether memory layers use rotary positions. LongLLaMA uses them; the paper's small models do
             not.
         key_dtype: dtype in which keys are stored: float32, bfloat16, float16 or int8. None takes the model's dtype.
@@ -130,8 +131,8 @@ class MemoryConfig:
                 )
         if self.memory_gates is not None and len(self.memory_gates) != len(mem_layers):
             raise ValueError(
-                f"memory_gates are of {len(self.memory_gates)} layers, but the memory layers are {list(mem_layers)}: give "
-                "as many, or omit memory_gates"
+                f"memory_gates are of {len(self.memory_gates)} layers, but the memory layers are {list(mem_layers)}: "
+                "give as many, or omit memory_gates"
             )
         window = self.local_context or min(max_position_embeddings, LONGEST_DEFAULT_WINDOW)
         if window > max_position_embeddings:

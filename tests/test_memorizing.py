@@ -121,7 +121,8 @@ def test_runs_learn_gates_and_their_results_have_them(trainable: str, tmp_path: 
     assert not any(GATE in name for name in model.state_dict())
     if trainable == "all":
         plain, about = LlamaForCausalLM.from_pretrained(folder, output_loading_info=True)
-        assert not about["unexpected_keys"] and not about["missing_keys"]
+        assert not about["unexpected_keys"]
+        assert not about["missing_keys"]
         assert plain.config.fot_memory["memory_gates"] == [list(gates)]
 
 

@@ -127,8 +127,7 @@ def test_a_run_is_resumed_and_its_result_is_a_plain_model(method: str, checkpoin
     assert model.config.rope_parameters["rope_type"] == ("yarn" if method == "yarn" else "linear")
     assert list(model.state_dict()) == list(before.state_dict())
     # The result's loss on the held-out text, in full attention, is what the run said.
-    recipe_ = load_recipe(whole / "recipe.json")
-    _, config, tokenizer = build_model(recipe_)
+    _, _, tokenizer = build_model(load_recipe(whole / "recipe.json"))
     text = tokenizer((texts / "c.txt").read_text(), return_tensors="pt").input_ids
     framed = torch.cat([torch.tensor([[1]]), text, torch.tensor([[2]])], dim=1)[0]
     last = json.loads((whole / "log.jsonl").read_text().splitlines()[-1])
@@ -189,7 +188,7 @@ def test_tuned_recipes_have_one_budget() -> None:
     recipes = {method: load_recipe(f"tuned-{method}") for method in METHODS}
     for method, recipe in recipes.items():
         assert recipe.method == method
-        window = recipe.length or recipe.memory_config().local_context
+        window = recipe.length or recipe.memory_config().window
         assert recipe.lanes * recipe.windows * window == 2048
     own = ("method", "length", "factor", "lanes", "windows", "memory", "contexts")
     shared = [{key: value for key, value in recipe.to_dict().items() if key not in own} for recipe in recipes.values()]

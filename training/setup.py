@@ -73,7 +73,7 @@ def stretch(model: Any, recipe: Recipe) -> None:
     positions = model.config.max_position_embeddings
     if recipe.length is not None and recipe.length > positions:
         raise ValueError(
-            f"recipe: length is {recipe.length}, but the model has {positions} positions with factor {recipe.factor:g}: "
+            f"recipe: length is {recipe.length}, but with factor {recipe.factor:g} it has {positions} positions: "
             "lower length, or raise factor"
         )
 

@@ -15,6 +15,7 @@ from fot.evaluation.answers import without_memory
 from fot.loading import load_model
 
 RECIPE = "recipe.json"  # that ``fot train`` leaves in a result's folder
+WITH_MEMORY = ("crossbatch", "memorizing")  # of the methods that train
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Tuned:
 
     def as_method(self) -> Method:
         """For a plan of trials."""
-        attends = MEMORY if self.method == "crossbatch" else WHOLE
+        attends = MEMORY if self.method in WITH_MEMORY else WHOLE
         return Method(self.name, f"tuned by {self.method}", str(self.folder), attends=attends)
 
 
@@ -80,11 +81,11 @@ def opened_tuned(tuned: Tuned, base: Any) -> Iterator[Reader]:
     Raises:
         ValueError: it has other tokens.
     """
-    options = {"index": "exact"} if tuned.method == "crossbatch" else {}
+    options = {"index": "exact"} if tuned.method in WITH_MEMORY else {}
     model: Any = load_model(tuned.folder, dtype=base.dtype, **options).to(base.device)
     if model.tokenizer is None or model.tokenizer.get_vocab() != base.tokenizer.get_vocab():
         raise ValueError(f"{tuned.folder} has other tokens than the model that is compared: name that one's base")
-    if tuned.method == "crossbatch":
+    if tuned.method in WITH_MEMORY:
         yield MemoryReader(model)
         return
     with without_memory(model) as plain:

@@ -24,9 +24,8 @@ def check_method(recipe: Any) -> None:
         if recipe.method == "memorizing":
             _check_memorizing(recipe, said)
         return
-    for name, unused in (("memory", {}), ("contexts", {}), ("held_out_memory", []), ("tasks", [])):
-        value = getattr(recipe, name)
-        if value and value != unused:
+    for name in ("memory", "contexts", "held_out_memory", "tasks"):
+        if value := getattr(recipe, name):
             raise ValueError(f"recipe: {name} is {value!r:.60}, {said} trains on whole sequences of text: omit {name}")
     if recipe.length is None:
         raise ValueError(f"recipe: length is not given, {said} reads whole sequences: set length, such as 4096 tokens")

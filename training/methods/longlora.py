@@ -55,12 +55,16 @@ def shifted_sparse(
         raise ValueError("shifted sparse attention trains on whole sequences: give no attention_mask")
     heads, length = queries.shape[1], queries.shape[2]
     repeat = heads // keys.shape[1]
-    triple = [queries, keys.repeat_interleave(repeat, dim=1), values.repeat_interleave(repeat, dim=1)]
-    triple = [tensor.to(values.dtype) for tensor in triple]  # under autocast rotations leave float32
-    straight = [tensor[:, : heads // 2] for tensor in triple]
-    shifted = [tensor[:, heads // 2 :] for tensor in triple]
-    parts = [_within(*straight, bounds(length), scaling), _within(*shifted, bounds(length, shift=True), scaling)]
-    return torch.cat(parts, dim=1).transpose(1, 2).contiguous(), None
+    queries = queries.to(values.dtype)  # under autocast rotations leave float32
+    keys, values = keys.to(values.dtype).repeat_interleave(repeat, dim=1), values.repeat_interleave(repeat, dim=1)
+    halves = []
+    for half, shift in ((slice(heads // 2), False), (slice(heads // 2, None), True)):
+        groups = []
+        for start, stop in bounds(length, shift=shift):
+            asked, known, read = (tensor[:, half, start:stop] for tensor in (queries, keys, values))
+            groups.append(scaled_dot_product_attention(asked, known, read, is_causal=True, scale=scaling))
+        halves.append(torch.cat(groups, dim=2))
+    return torch.cat(halves, dim=1).transpose(1, 2).contiguous(), None
 
 
 def bounds(length: int, *, shift: bool = False) -> list[tuple[int, int]]:
@@ -77,19 +81,6 @@ def bounds(length: int, *, shift: bool = False) -> list[tuple[int, int]]:
     size = length // GROUPS
     starts = [0, *range(size // 2, length, size)] if shift else list(range(0, length, size))
     return list(zip(starts, [*starts[1:], length], strict=True))
-
-
-def _within(
-    queries: Tensor, keys: Tensor, values: Tensor, groups: list[tuple[int, int]], scaling: float | None
-) -> Tensor:
-    """Causal attention within each group: (B, h, T, D) of each -> (B, h, T, D)."""
-    found = [
-        scaled_dot_product_attention(
-            *(tensor[:, :, start:stop] for tensor in (queries, keys, values)), is_causal=True, scale=scaling
-        )
-        for start, stop in groups
-    ]
-    return torch.cat(found, dim=2)
 
 
 AttentionInterface.register(NAME, shifted_sparse)

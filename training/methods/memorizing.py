@@ -1,8 +1,8 @@
 """Memorizing Transformers (arXiv 2203.08913), the closest ancestor of the Focused Transformer.
 
 In a memory layer a query attends to its window in one softmax and to the k nearest keys in memory in another. A learnt
-gate g = sigmoid(b) of each head adds the two, g V_m + (1 - g) V_c (section 3.2). The memory holds earlier windows of the
-same document alone, and no gradient reaches its keys and values: the difference that crossbatch makes.
+gate g = sigmoid(b) of each head adds the two, g V_m + (1 - g) V_c (section 3.2). The memory holds earlier windows of
+the same document alone, and no gradient reaches its keys and values: the difference that crossbatch makes.
 
 The paper normalises queries and keys. So do models such as Qwen3 on their own; those of others are taken as they are.
 """
@@ -27,7 +27,9 @@ def add_gates(model: Any, config: MemoryConfig) -> None:
     for number, attention in enumerate(attention_modules(model)):
         if number in config.layers:
             device = next(attention.parameters()).device
-            attention.register_parameter(GATE, nn.Parameter(torch.zeros(model.config.num_attention_heads, device=device)))
+            attention.register_parameter(
+                GATE, nn.Parameter(torch.zeros(model.config.num_attention_heads, device=device))
+            )
 
 
 def settings_of(parameters: dict[str, Tensor], config: MemoryConfig) -> dict[str, Any]:

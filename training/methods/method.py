@@ -21,7 +21,7 @@ class Method:
             Otherwise rows are windows, and memory layers see other windows.
         rope: (model, factor) -> ``rope_parameters`` of its configuration; None: positions stay as they are.
         attention: implementation, registered with transformers, that all layers have; None: the model's.
-        prepare: (model, resolved memory settings) -> None: adds parameters of the method to a model; None: there are none.
+        prepare: (model, resolved memory settings) -> None: adds the method's own parameters; None: it has none.
         switch: what memory layers are handed in training.
         settings: (trained parameters, resolved memory settings) -> settings of the result that hold what ``prepare``
             added, which is taken out of the parameters; None: nothing is.
