@@ -18,6 +18,7 @@ from training.recipe import Recipe, load_recipe
 from training.setup import build_loader, build_model, choose_trainable
 
 WHOLE = [name for name, method in METHODS.items() if method.whole]
+STRETCHED = [name for name, method in METHODS.items() if method.rope is not None]
 
 
 @pytest.fixture(scope="module")
@@ -89,12 +90,12 @@ def test_frequencies_and_length_of_stretched_models(make_plain: ModelMaker) -> N
 
 @pytest.mark.parametrize("method", WHOLE)
 def test_what_is_trained(method: str, checkpoint: Path, texts: Path) -> None:
-    recipe = Recipe(**settings(checkpoint, texts, method=method))
+    recipe = Recipe(**settings(checkpoint, texts, method=method, factor=2 if method in STRETCHED else 1))
     model, config, _ = build_model(recipe)
     trained = choose_trainable(model, recipe, config)
     besides = {name for name in trained if "lora_" not in name}
-    everything = {name for name, _ in model.named_parameters() if "norm" in name or "embed" in name}
-    assert besides == (everything if method == "longlora" else set())
+    parts = {"longlora": ("norm", "embed"), "landmark": ("embed",)}.get(method, ())
+    assert besides == {name for name, _ in model.named_parameters() if any(part in name for part in parts)}
     assert len(trained) - len(besides) == 5 * 4 * 2
     assert method != "longlora" or len(besides) == 1 + 2 * 5 + 1
 
@@ -111,7 +112,7 @@ def test_a_sequence_is_of_one_document(checkpoint: Path, texts: Path) -> None:
             assert len(set(row[~padding].tolist())) <= 1
 
 
-@pytest.mark.parametrize("method", WHOLE)
+@pytest.mark.parametrize("method", STRETCHED)
 def test_a_run_is_resumed_and_its_result_is_a_plain_model(method: str, checkpoint: Path, texts: Path,
                                                           tmp_path: Path) -> None:  # fmt: skip
     recipe, whole, parts = tmp_path / "recipe.yaml", tmp_path / "whole", tmp_path / "parts"
@@ -146,6 +147,7 @@ WRONG: list[tuple[dict[str, Any], list[str]]] = [
     ({"method": "crossbatch"}, ["length is 64", "omit length"]),
     ({"method": "crossbatch", "length": None}, ["factor is 2", "omit factor"]),
     ({"factor": 0.5}, ["factor is 0.5", "at least 1"]),
+    ({"method": "landmark"}, ["factor is 2", "omit factor"]),
     ({"length": None}, ["length is not given", "set length"]),
     ({"length": 60}, ["60 tokens", "multiple of 8"]),
     ({"length": 640}, ["length is 640", "128 positions", "lower length"]),

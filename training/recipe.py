@@ -44,7 +44,8 @@ class Recipe:
 
     Attributes:
         method: how the model is trained for long texts, a name in ``training.methods``: ``crossbatch`` or
-            ``memorizing`` on windows; ``interpolation`` of positions, ``yarn`` or ``longlora`` on whole sequences.
+            ``memorizing`` on windows; ``interpolation`` of positions, ``yarn``, ``longlora`` or
+            ``landmark`` on whole sequences.
         length: tokens of a sequence, for methods that train on whole ones.
         factor: by which these methods stretch the positions that the model was trained with; at least 1.
         model: name, folder or hub id of a model; or the settings of a new model with random weights.
@@ -92,7 +93,7 @@ class Recipe:
         trackers: further trackers for the log's figures, by accelerate: ``wandb``, ``mlflow``, ``comet_ml``, ...
     """
 
-    method: Literal["crossbatch", "memorizing", "interpolation", "yarn", "longlora"] = "crossbatch"
+    method: Literal["crossbatch", "memorizing", "interpolation", "yarn", "longlora", "landmark"] = "crossbatch"
     length: Positive | None = None
     factor: Factor = 1.0
     model: Annotated[str, Field(min_length=1)] | dict[str, Any] = "smollm2-135m"

@@ -17,7 +17,7 @@ from fot.model import detach_memory
 from fot.names import lasting_name
 from training.files import whole_folder
 from training.recipe import Recipe
-from training.setup import PEFT_WRAPPER, stretch, with_lora
+from training.setup import PEFT_WRAPPER, resolve_memory, stretch, with_lora
 
 # Folders of results: all weights, or an adapter.
 RESULTS = ("model", "adapter")
@@ -105,6 +105,8 @@ def merged_model(recipe: Recipe, parameters: dict[str, Tensor]) -> Any:
     """
     model = detach_memory(load_model(str(recipe.model), dtype=recipe.precision()))
     stretch(model, recipe)
+    if (prepare := recipe.tuning().prepare) is not None:
+        prepare(model, resolve_memory(recipe, model.config))
     wrapper = with_lora(model, recipe)
     for name, tensor in parameters.items():
         model.get_parameter(name).copy_(tensor)

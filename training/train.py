@@ -119,7 +119,9 @@ def train(
         recipe, config, tokenizer, shares=shares, process=accelerator.process_index, processes=processes
     )
     check_texts(recipe, config, tokenizer)
-    step_module = Step(model, crossbatch).train()  # loaded models are in eval mode, where nothing is checkpointed
+    step_module = Step(
+        model, crossbatch, recipe.tuning().rows
+    ).train()  # loaded models are in eval mode, where nothing is checkpointed
     optimizer = optimizer_for(recipe, trained)
     step_module, optimizer = accelerator.prepare(step_module, optimizer)
     trained = {name: parameter for name, parameter in model.named_parameters() if name in trained}  # FSDP replaces them

@@ -10,6 +10,7 @@ from typing import Any
 from transformers import DynamicCache
 
 from fot.compare.catalogue import MEMORY, METHODS, WHOLE, Method
+from fot.compare.landmark import LandmarkReader, reading_blocks
 from fot.compare.readers import CachedReader, MemoryReader, Reader
 from fot.evaluation.answers import without_memory
 from fot.loading import load_model
@@ -89,4 +90,8 @@ def opened_tuned(tuned: Tuned, base: Any) -> Iterator[Reader]:
         yield MemoryReader(model)
         return
     with without_memory(model) as plain:
-        yield CachedReader(plain, DynamicCache)
+        if tuned.method == "landmark":
+            with reading_blocks(plain):
+                yield LandmarkReader(plain)
+        else:
+            yield CachedReader(plain, DynamicCache)

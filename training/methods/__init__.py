@@ -1,7 +1,7 @@
 """Training methods, by the name that a recipe gives: one file for each that needs code of its own."""
 
 from fot.compare import rope
-from training.methods import longlora, memorizing
+from training.methods import landmark, longlora, memorizing
 from training.methods.method import Method
 
 METHODS = {
@@ -14,6 +14,8 @@ METHODS = {
         Method("interpolation", rope=rope.interpolation),
         Method("yarn", rope=rope.yarn),
         Method("longlora", rope=rope.interpolation, attention=longlora.NAME, trains=longlora.TRAINS),
+        Method("landmark", attention=landmark.NAME, prepare=landmark.add_landmark, rows=landmark.insert_landmarks,
+               trains=landmark.TRAINS),
     )
 }  # fmt: skip
 

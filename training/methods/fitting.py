@@ -33,6 +33,8 @@ def check_method(recipe: Any) -> None:
         raise ValueError(f"recipe: windows is {recipe.windows}, {said} reads a sequence as one: set windows: 1")
     if recipe.trainable not in ("all", "lora"):
         raise ValueError(f"recipe: trainable is {recipe.trainable!r}, {said} has no memory layers: set trainable: lora")
+    if method.rope is None and recipe.factor != 1:
+        raise ValueError(f"recipe: factor is {recipe.factor:g}, {said} leaves positions as they are: omit factor")
     if recipe.method == "longlora" and recipe.trainable != "lora":
         raise ValueError(f"recipe: trainable is {recipe.trainable!r}, {said} trains a LoRA: set trainable: lora")
     if recipe.method == "longlora":

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fot.compare.rope import check_rotary, rotate
 from fot.config import MemoryConfig
+from training.batches import Batch
 from training.crossbatch import Crossbatch
 
 
@@ -22,6 +23,7 @@ class Method:
         rope: (model, factor) -> ``rope_parameters`` of its configuration; None: positions stay as they are.
         attention: implementation, registered with transformers, that all layers have; None: the model's.
         prepare: (model, resolved memory settings) -> None: adds the method's own parameters; None: it has none.
+        rows: (batch, model) -> the batch as the model sees it; None: as it is.
         switch: what memory layers are handed in training.
         settings: (trained parameters, resolved memory settings) -> settings of the result that hold what ``prepare``
             added, which is taken out of the parameters; None: nothing is.
@@ -33,6 +35,7 @@ class Method:
     rope: Callable[[Any, float], dict[str, Any]] | None = None
     attention: str | None = None
     prepare: Callable[[Any, MemoryConfig], None] | None = None
+    rows: Callable[[Batch, Any], Batch] | None = None
     switch: type[Crossbatch] = Crossbatch
     settings: Callable[[dict[str, Tensor], MemoryConfig], dict[str, Any]] | None = None
     trains: tuple[str, ...] = ()
