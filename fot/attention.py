@@ -122,17 +122,20 @@ def memory_attention(
         learnt_sinks: (H,), see ``with_sinks``; they belong to the local part. None for a family that has none.
 
     Returns:
-        output (B, H, T, D); log-sum-exps (B, H, T) float32 of the local part, raised by ``memory_discount``, and, if
-        anything is stored, of the memory.
+        output (B, H, T, D); log-sum-exps (B, H, T) float32 of the local part, raised by ``memory_discount`` or set by
+        ``gated``, and, if anything is stored, of the memory.
     """
     parts = [with_sinks(*attend_local(queries, keys, values, mask, scale=scale), learnt_sinks)]
     if any(len(memory) for row in memories for memory in row):
         output, lse = parts[0]
+        found = attend_memory(queries, memories, layer, scale=scale)
         discounts = [memory_discount(row, config) for row in memories]
-        if any(discounts):
-            # Less for the memory is more for the window: so log-sum-exps of the memory stay those of its keys.
+        # Less for the memory is more for the window: so log-sum-exps of the memory stay those of its keys.
+        if config.memory_gates is not None:
+            lse = gated(lse, found[1], config.memory_gates[config.layers.index(layer)])
+        elif any(discounts):
             lse = raised(lse, discounts)
-        parts = [(output, lse), attend_memory(queries, memories, layer, scale=scale)]
+        parts = [(output, lse), found]
     output, _ = merge(parts)
     return output, [lse for _, lse in parts]
 
@@ -147,6 +150,28 @@ def memory_discount(memories: Sequence[Memory], config: MemoryConfig) -> float:
     if not config.full_weight_tokens:
         return 0.0
     return math.log(max(1.0, sum(map(len, memories)) / config.full_weight_tokens))
+
+
+def gated(lse: Tensor, memory_lse: Tensor, gates: Sequence[float]) -> Tensor:
+    """The local log-sum-exps with which ``merge`` gives the memory a share g of each head, whatever its keys' scores.
+
+    Memorizing Transformers (arXiv 2203.08913, section 3.2) add g V_m + (1 - g) V_c, of two softmaxes.
+
+    Args:
+        lse: (B, H, T), local.
+        memory_lse: (B, H, T), -inf where nothing is in memory; the window then gets all.
+        gates: g of each of the H heads.
+
+    Returns:
+        (B, H, T).
+
+    Raises:
+        ValueError: another number of heads.
+    """
+    if len(gates) != lse.shape[1]:
+        raise ValueError(f"memory_gates has {len(gates)} numbers for a layer of {lse.shape[1]} heads: give one a head")
+    share = torch.tensor(gates, device=lse.device).unsqueeze(-1)
+    return torch.where(memory_lse.isfinite(), memory_lse - share.logit(), lse)
 
 
 def raised(lse: Tensor, discounts: Sequence[float]) -> Tensor:

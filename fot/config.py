@@ -42,6 +42,10 @@ class MemoryConfig:
             paper.
         retrieval_heads: (layer, head) of the query heads whose attention finds the passages that a question is about;
             ``fot eval heads`` chooses them. None takes all heads of the memory layers.
+        memory_gates: for each memory layer, a number between 0 and 1 for each query head: the share of attention that
+            the memory gets, as in Memorizing Transformers (arXiv 2203.08913), whose gates are learnt; the size of the
+            memory then changes nothing (``full_weight_tokens``). None, as in the Focused Transformer: memory and
+            window compete in one softmax.
         mem_positionals: whether memory layers use rotary positions. LongLLaMA uses them; the paper's small models do
             not.
         key_dtype: dtype in which keys are stored: float32, bfloat16, float16 or int8. None takes the model's dtype.
@@ -66,6 +70,7 @@ class MemoryConfig:
     attention_sinks: int = 4
     full_weight_tokens: int | None = None
     retrieval_heads: tuple[tuple[int, int], ...] | None = None
+    memory_gates: tuple[tuple[float, ...], ...] | None = None
     mem_positionals: bool = True
     key_dtype: str | None = None
     value_dtype: str | None = None
@@ -80,6 +85,8 @@ class MemoryConfig:
             object.__setattr__(self, "mem_layers", _layers(self.mem_layers))
         if self.retrieval_heads is not None:
             object.__setattr__(self, "retrieval_heads", _heads(self.retrieval_heads))
+        if self.memory_gates is not None:
+            object.__setattr__(self, "memory_gates", _gates(self.memory_gates))
         for name in ("local_context", "last_context_length", "top_k"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -122,6 +129,11 @@ class MemoryConfig:
                     f"memory layer {layer} is out of range: the model has layers 0..{num_hidden_layers - 1}; "
                     f"for instance mem_layers={list(default_mem_layers(num_hidden_layers))}"
                 )
+        if self.memory_gates is not None and len(self.memory_gates) != len(mem_layers):
+            raise ValueError(
+                f"memory_gates are of {len(self.memory_gates)} layers, but the memory layers are {list(mem_layers)}: "
+                "give as many, or omit memory_gates"
+            )
         window = self.local_context or min(max_position_embeddings, LONGEST_DEFAULT_WINDOW)
         if window > max_position_embeddings:
             raise ValueError(
@@ -265,3 +277,10 @@ def _heads(heads: Sequence[Sequence[int]]) -> tuple[tuple[int, int], ...]:
             raise ValueError(f"retrieval_heads names {list(pair)}; it takes pairs of a layer and a head, from 0")
         pairs.append((int(pair[0]), int(pair[1])))
     return tuple(sorted(set(pairs)))
+
+
+def _gates(gates: Sequence[Sequence[float]]) -> tuple[tuple[float, ...], ...]:
+    for one in (one for layer in gates for one in layer):
+        if not 0 < one < 1:
+            raise ValueError(f"memory_gates has {one}; a gate lies between 0 and 1, both excluded")
+    return tuple(tuple(float(one) for one in layer) for layer in gates)

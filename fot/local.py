@@ -164,7 +164,12 @@ class LocalCache(DynamicCache):
         """As ``attend``, with the weights of the window's slots, (B, H, T, S).
 
         What they lack to 1 is the memory's, and the learnt sinks'.
+
+        Raises:
+            ValueError: the model has gates: what they take from the window is not known here.
         """
+        if self.config.memory_gates is not None:
+            raise ValueError("output_attentions is not known with memory_gates: call the model without it")
         output, lses = self._attend(layer, queries, keys, values, scale, learnt_sinks)
         first, mask = self.unstored()
         lse = torch.stack(lses).logsumexp(0)

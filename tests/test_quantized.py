@@ -10,6 +10,7 @@ import torch
 import yaml
 from peft import LoraConfig, PeftModel, get_peft_model
 from train_helpers import losses, train
+from transformers import AutoModelForCausalLM
 
 import fot
 from fot.cli import main
@@ -52,6 +53,23 @@ def test_runs_over_four_bits_resume_exactly(folder: Path, tmp_path: Path) -> Non
         assert train(folder / f"{out}.yaml", tmp_path / out, "--resume") == 0
         assert losses(tmp_path / out) == losses(folder / out)
         assert len(losses(tmp_path / out)) == 2
+
+
+def test_positions_are_tuned_over_four_bits_and_merged_without(folder: Path, tmp_path: Path) -> None:
+    recipe, out = tmp_path / "recipe.yaml", tmp_path / "out"
+    recipe.write_text(yaml.safe_dump({
+        "method": "longlora", "model": str(folder / "base"), "length": 64, "factor": 2, "windows": 1, "lanes": 1,
+        "sources": [{"path": str(folder / "text.txt")}], "trainable": "lora", "quantization": "nf4", "steps": 2,
+        "learning_rate": 0.01, "dtype": "float32",
+    }))  # fmt: skip
+    assert train(recipe, out) == 0
+    base, tuned = (AutoModelForCausalLM.from_pretrained(place) for place in (folder / "base", out / "model"))
+    assert not packed(tuned)
+    assert tuned.config.rope_parameters["rope_type"] == "linear"
+    assert (tuned.dtype, getattr(tuned.config, "quantization_config", None)) == (torch.float32, None)
+    before, after = base.state_dict(), tuned.state_dict()
+    changed = {name for name in before if not torch.equal(before[name].float(), after[name])}
+    assert changed == {name for name in before if "mlp" not in name}, "LoRA in attention, embeddings and norms"
 
 
 def load(place: Path, **options: Any) -> Any:

@@ -63,6 +63,7 @@ class Crossbatch:
         gather: (R, G, T, D) of this process -> (C, G, T, D) of all, differentiably.
         attention_mass: if a list, memory layers append (layer, (R, M) share of attention that each chosen row got).
         warned: it has been said that there are no negatives.
+        modules: attention modules of the memory layers.
         hooks: handles of what hands this to the memory layers.
         before: the model's attention implementation before.
     """
@@ -74,6 +75,7 @@ class Crossbatch:
     gather: Gather = field(default=lambda tensor: gather_from_all(tensor))
     attention_mass: list[tuple[int, list[Tensor]]] | None = None
     warned: bool = False
+    modules: dict[int, Any] = field(default_factory=dict)
     hooks: list[RemovableHandle] = field(default_factory=list)
 
     @property
@@ -117,22 +119,24 @@ class Crossbatch:
         return attend_batch(queries, keys, values, *candidates, contexts, scale=scale, learnt_sinks=learnt_sinks)
 
 
-def enable_crossbatch(model: Any, config: MemoryConfig) -> Crossbatch:
+def enable_crossbatch(model: Any, config: MemoryConfig, kind: type[Crossbatch] = Crossbatch) -> Crossbatch:
     """Let the memory layers of a Hugging Face model see the windows chosen for each row, in place.
 
     Args:
         model: a causal language model of a supported family, with or without memory attached.
         config: resolved memory settings; ``mem_layers`` and ``mem_positionals`` matter.
+        kind: of the switch.
 
     Returns:
         the switch. ``disable_crossbatch`` undoes it.
     """
     without = () if config.mem_positionals else config.layers
-    crossbatch = Crossbatch(config, rotary_of(model, without), model.config._attn_implementation)
+    crossbatch = kind(config, rotary_of(model, without), model.config._attn_implementation)
     if not crossbatch.before.startswith(PREFIX):
         set_attention(model, PREFIX + crossbatch.before)
     for number, attention in enumerate(attention_modules(model)):
         if number in config.layers:
+            crossbatch.modules[number] = attention
             handle = attention.register_forward_pre_hook(partial(_hand_over, crossbatch), with_kwargs=True)
             crossbatch.hooks.append(handle)
             if not config.mem_positionals:
@@ -298,16 +302,16 @@ class _FusedCrossbatch(torch.autograd.Function):
         grad_q = grad_q.float()
         # float32: many rows add to one candidate
         grad_ck, grad_cv = (torch.zeros_like(tensor, dtype=torch.float32) for tensor in (context_keys, context_values))
-        for rows, chosen in _rows_by_count(ctx.contexts):
+        for rows, chosen in rows_by_count(ctx.contexts):
             part_q, part_k, part_v = fused_backward(
-                _fold(grad[rows], heads),
-                _fold(queries[rows], heads),
-                _pick(context_keys, chosen),
-                _pick(context_values, chosen),
-                _fold(output[rows], heads),
+                fold(grad[rows], heads),
+                fold(queries[rows], heads),
+                pick(context_keys, chosen),
+                pick(context_values, chosen),
+                fold(output[rows], heads),
                 lse[rows].reshape(len(rows), heads, -1),
                 causal=False,
-                bias=_bias(ctx.contexts, rows, chosen, queries),
+                bias=bias_of(ctx.contexts, rows, chosen, queries),
                 scale=scale,
             )
             grad_q.index_add_(0, rows, part_q.reshape(len(rows), *queries.shape[1:]).float())
@@ -345,10 +349,10 @@ def _attend_in_parts(
     """Output (R, H, T, D) and log-sum-exp (R, H, T) of the joint softmax."""
     heads = keys.shape[1]
     output, lse = with_sinks(*attend(queries, keys, values, scale=scale, causal=True), learnt_sinks)
-    for rows, chosen in _rows_by_count(contexts):
-        picked = [_pick(tensor, chosen) for tensor in (context_keys, context_values)]
-        bias = _bias(contexts, rows, chosen, queries)
-        found = attend(_fold(queries[rows], heads), *picked, scale=scale, mask=bias)
+    for rows, chosen in rows_by_count(contexts):
+        picked = [pick(tensor, chosen) for tensor in (context_keys, context_values)]
+        bias = bias_of(contexts, rows, chosen, queries)
+        found = attend(fold(queries[rows], heads), *picked, scale=scale, mask=bias)
         there = (found[0].reshape(len(rows), *queries.shape[1:]), found[1].reshape(len(rows), *lse.shape[1:]))
         mixed = merge([(output[rows], lse[rows]), there])
         output = output.index_copy(0, rows, mixed[0])
@@ -356,7 +360,7 @@ def _attend_in_parts(
     return output, lse
 
 
-def _rows_by_count(contexts: Contexts) -> list[tuple[Tensor, Tensor]]:
+def rows_by_count(contexts: Contexts) -> list[tuple[Tensor, Tensor]]:
     """Rows that see equally many others, together: (r,) rows and (r, M) the chosen, for each M > 0."""
     by_count: dict[int, list[int]] = {}
     for row, chosen in enumerate(contexts.rows):
@@ -368,17 +372,17 @@ def _rows_by_count(contexts: Contexts) -> list[tuple[Tensor, Tensor]]:
     ]
 
 
-def _pick(candidates: Tensor, chosen: Tensor) -> Tensor:
+def pick(candidates: Tensor, chosen: Tensor) -> Tensor:
     """(C, G, T, D), (r, M) -> (r, G, M * T, D)."""
     return candidates[chosen].transpose(1, 2).flatten(2, 3)
 
 
-def _fold(tensor: Tensor, heads: int) -> Tensor:
+def fold(tensor: Tensor, heads: int) -> Tensor:
     """(r, H, T, D) -> (r, G, H / G * T, D): query heads of a KV head lie behind one another."""
     return tensor.reshape(len(tensor), heads, -1, tensor.shape[-1])
 
 
-def _bias(contexts: Contexts, rows: Tensor, chosen: Tensor, queries: Tensor) -> Tensor | None:
+def bias_of(contexts: Contexts, rows: Tensor, chosen: Tensor, queries: Tensor) -> Tensor | None:
     """What is added to the scores of ``rows`` over their ``chosen`` rows: (r, 1, 1, M * T), or None for nothing."""
     if contexts.padding is None and contexts.copies is None and not contexts.full_weight_tokens:
         return None

@@ -62,7 +62,9 @@ def build_held_out(recipe: Recipe, config: MemoryConfig, tokenizer: Any) -> Held
         return None
     documents = [ids for entry in recipe.held_out for ids in tokenised(entry, tokenizer)]
     longest, window = max(map(len, documents), default=0), config.window
-    if recipe.held_out_memory:
+    if not config.layers:
+        sizes: tuple[int, ...] = ()
+    elif recipe.held_out_memory:
         sizes = tuple(sorted(set(recipe.held_out_memory)))
     else:  # the largest is left out where no text has room for it
         sizes = tuple(count * window for count in DEFAULT_WINDOWS if (count + 1) * window <= longest)

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -12,11 +12,14 @@ from pydantic import BaseModel, Field, ValidationError
 
 from fot.config import MemoryConfig
 from fot.machine import default_dtype, find_device
+from training.methods import METHODS, Method
+from training.methods.fitting import check_method
 from training.schedule import ContextSchedule, schedule_from
 from training.schema import (
     AboveZeroShare,
     Contexts,
     Decay,
+    Factor,
     Lora,
     Memory,
     Natural,
@@ -40,6 +43,11 @@ class Recipe:
     """One training run.
 
     Attributes:
+        method: how the model is trained for long texts, a name in ``training.methods``: ``crossbatch`` or
+            ``memorizing`` on windows; ``interpolation`` of positions, ``yarn``, ``longlora`` or
+            ``landmark`` on whole sequences.
+        length: tokens of a sequence, for methods that train on whole ones.
+        factor: by which these methods stretch the positions that the model was trained with; at least 1.
         model: name, folder or hub id of a model; or the settings of a new model with random weights.
         memory: settings of ``MemoryConfig``: ``mem_layers``, ``local_context``, ``mem_positionals``.
         sources: texts to train on, entries of ``training.sources.DataSource``.
@@ -85,6 +93,9 @@ class Recipe:
         trackers: further trackers for the log's figures, by accelerate: ``wandb``, ``mlflow``, ``comet_ml``, ...
     """
 
+    method: Literal["crossbatch", "memorizing", "interpolation", "yarn", "longlora", "landmark"] = "crossbatch"
+    length: Positive | None = None
+    factor: Factor = 1.0
     model: Annotated[str, Field(min_length=1)] | dict[str, Any] = "smollm2-135m"
     memory: Memory = field(default_factory=dict)
     sources: Sequence[Source] = ()
@@ -136,6 +147,7 @@ class Recipe:
 
     def _check_together(self) -> None:
         """What one entry alone does not show."""
+        check_method(self)
         if not self.sources and not self.tasks:
             raise ValueError("recipe: neither sources nor tasks are given, so there is nothing to train on")
         if self.schedule().kind == "accuracy" and not self.tasks:
@@ -183,9 +195,16 @@ class Recipe:
                     "to a smaller number of steps"
                 )
 
+    def tuning(self) -> Method:
+        """``method``, by its name."""
+        return METHODS[self.method]
+
     def schedule(self) -> ContextSchedule:
-        """``contexts``, checked."""
-        return schedule_from(self.contexts)
+        """``contexts``, checked. Whole sequences see no others, and memories of one document no negatives."""
+        if self.tuning().whole:
+            return ContextSchedule(values=(0,))
+        found = schedule_from(self.contexts)
+        return replace(found, segments=((found.previous_windows, 0),)) if self.method == "memorizing" else found
 
     def memory_config(self) -> MemoryConfig:
         """``memory``, checked."""

@@ -12,10 +12,12 @@ from torch import Tensor
 from fot import __version__
 from fot.adapter import AdapterDescription, save_adapter, write_description
 from fot.config import CONFIG_KEY, MemoryConfig
+from fot.loading import load_model
+from fot.model import detach_memory
 from fot.names import lasting_name
 from training.files import whole_folder
 from training.recipe import Recipe
-from training.setup import PEFT_WRAPPER
+from training.setup import PEFT_WRAPPER, resolve_memory, stretch, with_lora
 
 # Folders of results: all weights, or an adapter.
 RESULTS = ("model", "adapter")
@@ -34,7 +36,8 @@ def write_result(
     """Write the result of a run.
 
     Args:
-        out: the run's folder; the result goes to ``out/model``, or ``out/adapter`` if only a part was trained.
+        out: the run's folder; the result goes to ``out/model``, or ``out/adapter`` if only a part was trained and the
+            model's positions are its own.
         recipe: of the run.
         model: as trained.
         tokenizer: of the model; None for a model started from random weights without one.
@@ -53,16 +56,26 @@ def write_result(
         "torch": torch.__version__,
         "python": sys.version.split()[0],
     }
-    final = out / RESULTS[recipe.trainable != "all"]
+    memory = recipe.memory_config().to_dict() | {"mem_layers": list(config.layers)}
+    if (settings := recipe.tuning().settings) is not None:
+        memory |= settings(parameters, config)
+        trained = [name for name in trained if name in parameters]
+    # Positions are in the configuration, which an adapter has none of.
+    as_model = recipe.trainable == "all" or recipe.tuning().whole
+    final = out / RESULTS[not as_model]
     with whole_folder(final) as folder:
-        if recipe.trainable == "all":
-            setattr(model.config, CONFIG_KEY, recipe.memory_config().to_dict() | {"mem_layers": list(config.layers)})
-            model.save_pretrained(folder, state_dict=parameters)
+        if as_model:
+            if not recipe.tuning().whole:
+                setattr(model.config, CONFIG_KEY, memory)
+            if recipe.trainable == "lora":
+                merged_model(recipe, parameters).save_pretrained(folder)
+            else:
+                model.save_pretrained(folder, state_dict=parameters)
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder)
         else:
-            settings = MemoryConfig.from_dict(recipe.memory_config().to_dict() | {"mem_layers": config.layers})
-            description = AdapterDescription(lasting_name(str(recipe.model)), settings, made_by)
+            from_recipe = MemoryConfig.from_dict(memory)
+            description = AdapterDescription(lasting_name(str(recipe.model)), from_recipe, made_by)
             if recipe.trainable == "lora":
                 wrapper = model.__dict__[PEFT_WRAPPER]
                 wrapper.peft_config["default"].base_model_name_or_path = description.base
@@ -77,3 +90,24 @@ def write_result(
         for path in folder.glob("*.safetensors"):  # safetensors makes its files readable by the owner alone
             shutil.copymode(folder / "recipe.json", path)
     return final
+
+
+@torch.no_grad()
+def merged_model(recipe: Recipe, parameters: dict[str, Tensor]) -> Any:
+    """The recipe's model, loaded anew and not quantised, with what was trained merged into it.
+
+    Args:
+        recipe: of a run that trained a LoRA.
+        parameters: what was trained, whole, by name.
+
+    Returns:
+        a plain model in the run's precision.
+    """
+    model = detach_memory(load_model(str(recipe.model), dtype=recipe.precision()))
+    stretch(model, recipe)
+    if (prepare := recipe.tuning().prepare) is not None:
+        prepare(model, resolve_memory(recipe, model.config))
+    wrapper = with_lora(model, recipe)
+    for name, tensor in parameters.items():
+        model.get_parameter(name).copy_(tensor)
+    return wrapper.merge_and_unload()

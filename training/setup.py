@@ -48,6 +48,7 @@ def build_model(recipe: Recipe) -> tuple[Any, MemoryConfig, Any]:
         config = new_config(recipe.model)
         with entry("model"):
             model = AutoModelForCausalLM.from_config(config)
+        stretch(model, recipe)
         return model, resolve_memory(recipe, config), None
     loaded: Any = load_model(recipe.model, **_loading_options(recipe))
     tokenizer = loaded.tokenizer
@@ -57,7 +58,24 @@ def build_model(recipe: Recipe) -> tuple[Any, MemoryConfig, Any]:
             f"recipe: model is {recipe.model!r}, whose LoRA cannot be merged with weights in 4 bits, so nothing can be "
             f"trained over it: fot merge {recipe.model} FOLDER, and set model: FOLDER"
         )
+    stretch(model, recipe)
     return model, resolve_memory(recipe, model.config), tokenizer
+
+
+def stretch(model: Any, recipe: Recipe) -> None:
+    """Give a plain model the positions of the recipe's method.
+
+    Raises:
+        ValueError: they do not fit the model, or its sequences are longer than they reach.
+    """
+    with entry("method"):
+        recipe.tuning().stretch(model, recipe.factor)
+    positions = model.config.max_position_embeddings
+    if recipe.length is not None and recipe.length > positions:
+        raise ValueError(
+            f"recipe: length is {recipe.length}, but with factor {recipe.factor:g} it has {positions} positions: "
+            "lower length, or raise factor"
+        )
 
 
 def _loading_options(recipe: Recipe) -> dict[str, Any]:
@@ -117,18 +135,15 @@ class PlacedError(ValueError):
 
 
 def choose_trainable(model: Any, recipe: Recipe, config: MemoryConfig) -> dict[str, Tensor]:
-    """Freeze what is not trained; the rest by name, in float32."""
+    """Add what the recipe's method adds, and freeze what is not trained; the rest by name, in float32."""
+    if (prepare := recipe.tuning().prepare) is not None:
+        prepare(model, config)
     if recipe.trainable == "lora":
-        from peft import LoraConfig, get_peft_model
-
-        settings: dict[str, Any] = {
-            "r": 16,
-            "lora_alpha": 32,
-            "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"],
-        } | recipe.lora
         # Into the dictionary: as an attribute, the wrapper would become a submodule of what it wraps.
-        with entry("lora"):
-            model.__dict__[PEFT_WRAPPER] = get_peft_model(model, LoraConfig(**settings))
+        model.__dict__[PEFT_WRAPPER] = with_lora(model, recipe)
+        for name, parameter in model.named_parameters():
+            if recipe.tuning().trains_besides(name):
+                parameter.requires_grad_(True)
     elif recipe.trainable == "memory":
         model.requires_grad_(False)
         for number, attention in enumerate(attention_modules(model)):
@@ -137,6 +152,23 @@ def choose_trainable(model: Any, recipe: Recipe, config: MemoryConfig) -> dict[s
     if recipe.trainable != "all" and recipe.precision() == torch.float32:
         compute_in_float32(model)
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def with_lora(model: Any, recipe: Recipe) -> Any:
+    """Put the recipe's LoRA into a model, in place; peft's wrapper around it.
+
+    Raises:
+        ValueError: peft does not take the settings.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    settings: dict[str, Any] = {
+        "r": 16,
+        "lora_alpha": 32,
+        "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"],
+    } | recipe.lora
+    with entry("lora"):
+        return get_peft_model(model, LoraConfig(**settings))
 
 
 def build_loader(
@@ -168,6 +200,7 @@ def build_loader(
             seed=recipe.seed,
             rank=number,
             world_size=shares,
+            align_documents=recipe.tuning().whole,
         )
 
     return LaneLoader(share, shares=shares, lanes=recipe.lanes, process=process, processes=processes)
@@ -296,7 +329,11 @@ def tokenised(settings: dict[str, Any], tokenizer: Any) -> Iterator[list[int]]:
 
 
 def resolve_memory(recipe: Recipe, config: Any) -> MemoryConfig:
-    """The recipe's memory settings, filled in for a model's configuration."""
+    """The recipe's memory settings, filled in for a model's configuration; a sequence is a window without memory."""
+    if recipe.tuning().whole:
+        assert recipe.length is not None, "the recipe was checked"
+        settings = MemoryConfig(mem_layers=(), local_context=recipe.length, window_overlap=0)
+        return settings.resolve(config.num_hidden_layers, recipe.length, "float32")
     with entry("memory"):
         return recipe.memory_config().resolve(config.num_hidden_layers, config.max_position_embeddings, "float32")
 

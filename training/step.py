@@ -2,7 +2,7 @@
 
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -26,14 +26,23 @@ SUMS = ("loss", "weight", "correct", "labels", "correct_answers", "answers")
 class Step(nn.Module):
     """What is done with one batch; a module, so that DDP and FSDP see every forward pass."""
 
-    def __init__(self, model: Any, crossbatch: Crossbatch) -> None:
+    def __init__(self, model: Any, crossbatch: Crossbatch, rows: Callable[[Batch, Any], Batch] | None = None) -> None:
+        """
+        Args:
+            model: to train.
+            crossbatch: its switch.
+            rows: see ``training.methods.method.Method``.
+        """
         super().__init__()
         self.model = model
         self.crossbatch = crossbatch
+        self.rows = rows
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Sums over this batch, by the names in ``SUMS``: ``loss`` is weighted and ``weight`` what it is divided by;
         ``labels`` count tokens with loss and ``answers`` those that are answers, of which so many are ``correct``."""
+        if self.rows is not None:
+            batch = self.rows(batch, self.model)
         hidden = decoder_of(self.model)(input_ids=batch.input_ids, use_cache=False).last_hidden_state
         counts = (batch.weights > 0) & (batch.labels != -100)
         targets, weights = batch.labels[counts], batch.weights[counts]

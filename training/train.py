@@ -110,14 +110,18 @@ def train(
     model, config, tokenizer = build_model(recipe)
     trained = choose_trainable(model, recipe, config)
     start_weights = {name: tensor.detach().clone() for name, tensor in trained.items()} if recipe.strength < 1 else {}
-    crossbatch = enable_crossbatch(model, config)
+    crossbatch = enable_crossbatch(model, config, recipe.tuning().switch)
+    if recipe.tuning().attention is not None:
+        model.set_attn_implementation(recipe.tuning().attention)
     if recipe.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     loader = build_loader(
         recipe, config, tokenizer, shares=shares, process=accelerator.process_index, processes=processes
     )
     check_texts(recipe, config, tokenizer)
-    step_module = Step(model, crossbatch).train()  # loaded models are in eval mode, where nothing is checkpointed
+    step_module = Step(
+        model, crossbatch, recipe.tuning().rows
+    ).train()  # loaded models are in eval mode, where nothing is checkpointed
     optimizer = optimizer_for(recipe, trained)
     step_module, optimizer = accelerator.prepare(step_module, optimizer)
     trained = {name: parameter for name, parameter in model.named_parameters() if name in trained}  # FSDP replaces them
@@ -127,7 +131,7 @@ def train(
         start = restore(checkpoint.path, trained, optimizer, accelerator)
         loader.load_state_dict(start.data)
     on_main(accelerator, lambda: claim(out, recipe, data, checkpoint.path if checkpoint else None))
-    if not recipe.held_out and accelerator.is_main_process:
+    if not recipe.held_out and config.layers and accelerator.is_main_process:
         print(
             "the recipe names no held_out texts, so the log will not show whether the memory helps on text",
             file=sys.stderr,

@@ -23,8 +23,8 @@ def add(commands: Any) -> None:
     parser = commands.add_parser(
         "compare",
         help="measure methods for long texts side by side: positions, windows, caches, memory, re-reading",
-        description="Measure methods that let one checkpoint read long texts, none of them trained for it, on the same "
-        "texts: a table and a picture a task, and every trial in a file.",
+        description="Measure methods that let one checkpoint read long texts, without training or, with --tuned, after "
+        "it, on the same texts: a table and a picture a task, and every trial in a file.",
     )
     parser.add_argument("model", nargs="?",
                         help="alias, folder, GGUF file or hub id (default: smollm2-135m)")  # fmt: skip
@@ -33,6 +33,9 @@ def add(commands: Any) -> None:
     parser.add_argument("--methods", metavar="NAME,NAME,...",
                         help=f"all, or some of those that --list shows (default: {','.join(DEFAULT)}); with "
                         "--positions, kinds of positions (default: all)")  # fmt: skip
+    parser.add_argument("--tuned", action="append", default=[], metavar="NAME=FOLDER",
+                        help="a result of fot train as one more method, read as it was trained to be; may be repeated"
+                        )  # fmt: skip
     parser.add_argument("--positions", action="store_true",
                         help="instead, train a small decoder with each kind of positions on short pieces of TEXT, and "
                         "read long ones; give texts alone, no MODEL")  # fmt: skip
@@ -68,6 +71,8 @@ def _compare(args: argparse.Namespace) -> int:
         print(_list())
         return 0
     _check_drawing()
+    if args.positions and args.tuned:
+        raise ValueError(f"--tuned {args.tuned[0]}: --positions trains decoders of its own: omit one")
     if args.positions:
         from fot.commands.compare_positions import compare_positions
 
@@ -81,7 +86,6 @@ def _compare(args: argparse.Namespace) -> int:
     if args.index is not None:
         raise ValueError("--index: methods have their own; choose among memory, memory-ivf and memory-clusters")
     lambdas = None if args.longrope_factors is None else _factors(args.longrope_factors)
-    model = load(args)
     from tqdm import tqdm
 
     from fot.compare.methods import Setting, missing
@@ -90,16 +94,21 @@ def _compare(args: argparse.Namespace) -> int:
     from fot.compare.run import plan, run, searched
     from fot.compare.show import pictures, score_text, tables
     from fot.compare.tasks import Material, check_texts
+    from fot.compare.tuned import find_tuned
     from fot.evaluation.texts import read_texts
 
+    tuned = find_tuned(args.tuned)
+    model = load(args)
     material = Material(model.tokenizer, read_texts(args.files, model.tokenizer), args.seed)
-    setting = Setting(max(args.lengths), args.window, lambdas, args.ssmax_scale)
+    setting = Setting(max(args.lengths), args.window, lambdas, args.ssmax_scale, tuned)
     without = missing([method.name for method in methods], model, setting)
     methods = [method for method in methods if method.name not in without]
+    methods += [one.as_method() for one in tuned.values()]
     settings = {
         **about(model, args.model), "seed": args.seed, "files": [str(path) for path in args.files],
         "longest": setting.longest, "window": args.window, "longrope_factors": lambdas,
         "longrope_search": args.longrope_search, "ssmax_scale": args.ssmax_scale,
+        "tuned": {name: str(one.folder) for name, one in tuned.items()} or None,
     }  # fmt: skip
     planned = plan(methods, tasks, args.lengths, args.trials, args.whole_up_to)
     search = args.longrope_search is not None and any(method.name == "longrope" for method in methods)
@@ -119,7 +128,7 @@ def _compare(args: argparse.Namespace) -> int:
 
         found = run(model, planned, setting, material, args.out, done, report=report, progress=bar)
     summary, trained = rows(found["trials"]), trained_length(model)
-    print(tables(summary, trained, without, args.whole_up_to))
+    print(tables(summary, trained, without, args.whole_up_to, tuned))
     drawn = pictures(args.out, summary, args.model, trained)
     print(f"every trial: {args.out / 'results.jsonl'}; pictures: {', '.join(path.name for path in drawn)}")
     if found["interrupted"]:

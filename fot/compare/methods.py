@@ -1,9 +1,9 @@
 """How each method of the catalogue makes a reader of a model."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -14,6 +14,7 @@ from fot.compare import frequencies, patterns, rope
 from fot.compare.caches import cache_for
 from fot.compare.readers import CachedReader, MemoryReader, PassageReader, Reader
 from fot.compare.streaming import check_sizes
+from fot.compare.tuned import Tuned, opened_tuned
 from fot.compare.turned import Pattern, turned_by
 from fot.evaluation.answers import without_memory
 from fot.families import key_value_shape
@@ -37,12 +38,14 @@ class Setting:
         window: last tokens that ``window`` and ``streaming`` see.
         lambdas: LongRoPE's factors; None for YaRN's.
         ssmax: its s; None for 1 / ln L, which leaves the trained length as it was.
+        tuned: tuned checkpoints by their names, which are methods, too.
     """
 
     longest: int
     window: int = 1020
     lambdas: tuple[float, ...] | None = None
     ssmax: float | None = None
+    tuned: Mapping[str, Tuned] = field(default_factory=dict)
 
     def factor(self, model: Any) -> float:
         """By which the longest text is longer than the trained length; at least 1."""
@@ -57,14 +60,15 @@ def opened(name: str, model: Any, setting: Setting) -> Iterator[Reader]:
     """A method's reader; the model is as before after the block.
 
     Args:
-        name: of the catalogue.
+        name: of the catalogue, or of a tuned checkpoint.
         model: a ``FoTForCausalLM`` with its tokenizer.
         setting: what it is set up for.
 
     Raises:
         ValueError: the method cannot be had on this model or machine.
     """
-    with OPENERS[name](model, setting) as reader:
+    tuned = setting.tuned.get(name)
+    with OPENERS[name](model, setting) if tuned is None else opened_tuned(tuned, model) as reader:
         yield reader
 
 

@@ -115,7 +115,18 @@ def no_positions(model: Any, factor: float) -> dict[str, Any]:
 
 @contextmanager
 def rotated(model: Any, parameters: dict[str, Any]) -> Iterator[None]:
-    """Within, a model's positions are these.
+    """Within, a model's positions are these; see ``rotate``."""
+    before, rotary = model.config.rope_parameters, model.base_model.rotary_emb
+    try:
+        rotate(model, parameters)
+        yield
+    finally:
+        model.config.rope_parameters = before
+        model.base_model.rotary_emb = rotary
+
+
+def rotate(model: Any, parameters: dict[str, Any]) -> None:
+    """Give a model other positions, in its configuration, too.
 
     Args:
         model: checked.
@@ -125,12 +136,7 @@ def rotated(model: Any, parameters: dict[str, Any]) -> Iterator[None]:
     before, rotary = config.rope_parameters, decoder.rotary_emb
     kept = {name: before[name] for name in ("rope_theta", "partial_rotary_factor") if before.get(name) is not None}
     config.rope_parameters = kept | parameters
-    try:
-        decoder.rotary_emb = type(rotary)(config).to(rotary.inv_freq.device)
-        yield
-    finally:
-        config.rope_parameters = before
-        decoder.rotary_emb = rotary
+    decoder.rotary_emb = type(rotary)(config).to(rotary.inv_freq.device)
 
 
 def _added(formula: Callable[[int, float, dict[str, Any], int], Tensor]) -> Callable[..., tuple[Tensor, float]]:

@@ -9,6 +9,7 @@ from rich.table import Table
 from fot.compare.catalogue import METHODS
 from fot.compare.cost import Cost
 from fot.compare.results import Row
+from fot.compare.tuned import Tuned
 from fot.evaluation.drawing import new_figure, render, save_figure
 
 SCORES = {
@@ -17,10 +18,16 @@ SCORES = {
     "needles": "right",
     "fluency": "repeated 4-grams",
 }
-WANTS_TUNING = {method.name: method.wants_tuning for method in METHODS}
+UNTUNED = {method.name: "no, wants it" if method.wants_tuning else "no" for method in METHODS}
 
 
-def tables(rows: Sequence[Row], trained_length: int, missing: Mapping[str, str], whole_up_to: int) -> str:
+def tables(
+    rows: Sequence[Row],
+    trained_length: int,
+    missing: Mapping[str, str],
+    whole_up_to: int,
+    tuned: Mapping[str, Tuned] | None = None,
+) -> str:
     """A table a task, and why methods are not in it.
 
     Args:
@@ -28,15 +35,16 @@ def tables(rows: Sequence[Row], trained_length: int, missing: Mapping[str, str],
         trained_length: tokens of the longest text that the model was trained on.
         missing: methods that cannot be had, and why.
         whole_up_to: longest text for methods that attend to all of it.
+        tuned: tuned checkpoints by their names.
     """
-    parts = [_table(task, [row for row in rows if row.task == task], trained_length) for task in SCORES]
+    parts = [_table(task, [row for row in rows if row.task == task], trained_length, tuned or {}) for task in SCORES]
     notes = [f"{name}: left out, {reason}" for name, reason in missing.items()]
     if any(row.length > whole_up_to for row in rows):
         notes.append(f"methods that attend to the whole text: up to {whole_up_to:,} tokens (--whole-up-to)")
     return "\n".join([part for part in parts if part] + notes)
 
 
-def _table(task: str, rows: Sequence[Row], trained_length: int) -> str:
+def _table(task: str, rows: Sequence[Row], trained_length: int, tuned: Mapping[str, Tuned]) -> str:
     if not rows:
         return ""
     table = Table(box=box.SIMPLE_HEAD, title=task)
@@ -48,8 +56,8 @@ def _table(task: str, rows: Sequence[Row], trained_length: int) -> str:
     for row in rows:
         table.add_row(
             row.method,
-            "no, wants it" if WANTS_TUNING[row.method] else "no",
-            f"{trained_length:,}",
+            f"yes, {tuned[row.method].method}" if row.method in tuned else UNTUNED[row.method],
+            f"{tuned[row.method].trained_length if row.method in tuned else trained_length:,}",
             f"{row.length:,}",
             score_text(row.task, row.score),
             f"{score_text(row.task, row.low)} - {score_text(row.task, row.high)}",
