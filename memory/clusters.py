@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from memory.cluster_table import ClusterTable
+from memory.cluster_table import ClusterTable, coarse_groups
 from memory.clustered import SEGMENT, Clusters, LearntClusters
 from memory.clustering import assign, cluster
 from memory.index import ExactIndex, Index, Starts
@@ -85,6 +85,7 @@ class ClusterIndex(Index):
         self._starts = starts
         self._exact = ExactIndex(keys, values)
         self._parts: list[Clusters] = []
+        self._groups: list[Tensor] = []  # coarse clusters of full groups of stretches
         self._table: ClusterTable | None = None
         self._shares = [self._plan.share] * keys.num_heads
         self._sample = torch.empty(keys.num_heads, 0, keys.head_dim)  # scaled queries, to try shares on
@@ -129,7 +130,8 @@ class ClusterIndex(Index):
         if not self._parts or min(self._shares) == 1.0:
             return self._exact.attend(queries, scale=scale)
         if self._table is None:
-            self._table = ClusterTable(Clusters.join(self._parts), self._keys, self._values)
+            coarse = coarse_groups(self._parts, self._groups)
+            self._table = ClusterTable(Clusters.join(self._parts), coarse, self._keys, self._values)
         self._table.read_loose(self._keys, self._values)
         asked = queries.float() * scale
         if self._plan.error is not None and len(self._keys) >= 2 * self._tried_at:
@@ -201,19 +203,15 @@ class ClusterIndex(Index):
 
     def _attend_head(self, head: int, queries: Tensor, table: ClusterTable, share: float) -> tuple[Tensor, Tensor]:
         """Of scaled queries (b, D) float32 that attend to the same clusters: to this share of the keys."""
-        weights, ranks, pull = table.estimate(head, queries)  # (b, L), (b, L), (b, 1)
-        chosen = table.choose(head, weights, ranks, share * len(self._keys))
-        slots = table.slots(head, chosen)
-        gathered = [blocks.gather_head(head, slots, torch.float32) for blocks in (self._keys, self._values)]
+        estimates, slots = table.ask(head, queries, share * len(self._keys))
         pairs = [(keys[head], values[head]) for keys, values in table.always]
+        gathered = [blocks.gather_head(head, slots, torch.float32) for blocks in (self._keys, self._values)]
         pairs.append((gathered[0], gathered[1]))
 
-        weights[:, chosen] = -torch.inf
         logits = [queries @ keys.T for keys, _ in pairs]
-        lse = torch.cat([weights, *logits], dim=1).logsumexp(1, keepdim=True)  # (b, 1)
-        shares = (weights - lse).exp()
-        drift = (torch.minimum(table.spreads[head], pull) * shares).sum(1, keepdim=True)
-        output = shares @ table.mean_values[head] + drift * (queries @ table.slope[head])
+        weights = [estimate.weights for estimate in estimates]
+        lse = torch.cat([*weights, *logits], dim=1).logsumexp(1, keepdim=True)  # (b, 1)
+        output = torch.stack([estimate.output(queries, lse) for estimate in estimates]).sum(0)
         for logit, (_, values) in zip(logits, pairs, strict=True):
             output = output + (logit - lse).exp() @ values
         return output, lse.squeeze(1)
