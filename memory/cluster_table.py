@@ -5,17 +5,35 @@ stretches. A query ranks the coarse clusters and ranks clusters only in the best
 themselves. So what a query costs hardly grows with the memory.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from memory.clustered import Clusters
-from memory.levels import Estimate, Level, coarse_of
+from memory.clustering import assign
+from memory.levels import Estimate, Level
 from memory.vectors import VectorBlocks
 
 COARSE = 64  # clusters in a coarse one, on the mean
 GROUP = 16  # stretches whose clusters are clustered together, once there are so many more
 COARSE_FROM = 4096  # clusters of a head; ranking fewer costs less than a second level saves
 OPENED = 12.5  # keys whose clusters are ranked, for each key that is attended to
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What scaled queries attend to.
+
+    Attributes:
+        estimates: of what is not attended to key by key.
+        slots: (G, m) int64 ascending, of the keys that are; rows of fewer end in some slot again and again.
+        held: (G,) int64, so many of each row count.
+    """
+
+    estimates: list[Estimate]
+    slots: Tensor
+    held: Tensor
 
 
 class ClusterTable:
@@ -38,21 +56,24 @@ class ClusterTable:
         self._order = clusters.order
         starts, lengths, outliers, numbers = clusters.stretches.unbind(1)
         device = clusters.order.device
-        # Counted over clusters alone, then the outliers that lie before.
-        firsts = clusters.counts.long().cumsum(1) - clusters.counts
-        firsts += outliers.cumsum(0).repeat_interleave(numbers).to(device)
-        starts_of = starts.repeat_interleave(numbers).to(device)
+        # Where each one's keys begin in ``order``: counted over clusters alone, then the outliers that lie before.
+        self._firsts = clusters.counts.long().cumsum(1) - clusters.counts
+        self._firsts += outliers.cumsum(0).repeat_interleave(numbers).to(device)
+        # The slot that these are counted from.
+        self._starts = starts.repeat_interleave(numbers).to(device).expand_as(self._firsts)
         sums = clusters.covariances.sum(1), clusters.slopes.sum(1)
-        self._heads = []
-        for g, own in enumerate(zip(*sums, strict=True)):
-            means = (clusters.mean_keys[g], clusters.mean_values[g])
-            level = Level.of(clusters.counts[g].float(), means, clusters.spreads[g], own)
-            if coarse is None:
-                self._heads.append(_Head(level, firsts[g], starts_of))
-                continue
+        means = clusters.mean_keys, clusters.mean_values
+        self._level = Level.of(clusters.counts.float(), means, clusters.spreads, sums)
+        self._size = float(max(1, lengths.sum() - outliers.sum()) / max(1, numbers.sum()))
+        self._coarse: Level | None = None
+        if coarse is not None:
+            number = int(coarse.max()) + 1
+            self._coarse = self._level.joined(coarse, number, sums)
             # Those of a coarse cluster behind one another, so that they are read in one go.
-            order, above = coarse[g].argsort(stable=True), level.joined(coarse[g], own)
-            self._heads.append(_Head(level.rows(order), firsts[g, order], starts_of[order], above, coarse[g].bincount()))
+            order = coarse.argsort(dim=1, stable=True)
+            self._level = self._level.rows(order, torch.ones_like(order, dtype=torch.bool))
+            self._firsts, self._starts = self._firsts.gather(1, order), self._starts.gather(1, order)
+            self._members = torch.stack([head.bincount(minlength=number) for head in coarse])
         places = torch.arange(int(lengths.sum())) - (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
         outlying = (places < outliers.repeat_interleave(lengths)).nonzero().flatten().to(device)
         slots = clusters.order[:, outlying].long() + starts.repeat_interleave(outliers).to(device)
@@ -63,60 +84,41 @@ class ClusterTable:
         loose = (blocks.pieces(self.end, len(blocks), torch.float32) for blocks in (keys, values))
         self.always[1:] = zip(*loose, strict=True)
 
-    def ask(self, head: int, queries: Tensor, budget: float) -> tuple[list[Estimate], Tensor]:
-        """What scaled queries (b, D) of one head attend to.
+    def ask(self, heads: slice, queries: Tensor, budgets: Tensor) -> Asked:
+        """What scaled queries (g, b, D) of these heads attend to, key by key to about so many keys (g,) float32."""
+        level, firsts, starts = self._level.of_heads(heads), self._firsts[heads], self._starts[heads]
+        if self._coarse is None:
+            estimate = level.estimate(queries)
+            chosen = estimate.look_into(budgets, estimate.total(), self._size)
+            return self._asked(heads, [estimate], chosen, firsts, starts)
+        above = self._coarse.of_heads(heads).estimate(queries)
+        total = above.total()
+        sizes = self._members[heads]
+        opened = above.look_into(OPENED * budgets, total, COARSE * self._size) > 0
+        places, _, valid = ranges(sizes.cumsum(1) - sizes, sizes * opened)
+        estimate = level.rows(places, valid).estimate(queries)
+        chosen = estimate.look_into(budgets, total, self._size)
+        return self._asked(heads, [above, estimate], chosen, firsts.gather(1, places), starts.gather(1, places))
 
-        Returns:
-            Estimates of what is not attended to key by key, and the slots of what is, (M,) int64 ascending: about
-            ``budget`` keys.
-        """
-        of = self._heads[head]
-        if of.above is None:
-            estimate = of.level.estimate(queries)
-            chosen = estimate.look_into(budget, estimate.weights.logsumexp(1, keepdim=True), of.size)
-            return [estimate], self._slots(head, estimate.level.counts[chosen].long(), chosen)
-        above = of.above.estimate(queries)
-        lse = above.weights.logsumexp(1, keepdim=True)
-        opened = of.members(above.look_into(OPENED * budget, lse, COARSE * of.size))
-        estimate = of.level.rows(opened).estimate(queries)
-        chosen = estimate.look_into(budget, lse, of.size)
-        return [above, estimate], self._slots(head, estimate.level.counts[chosen].long(), opened[chosen])
-
-    def _slots(self, head: int, counts: Tensor, places: Tensor) -> Tensor:
-        """The slots of the keys of these clusters, of so many keys each, ascending."""
-        of = self._heads[head]
-        rows = ranges(of.firsts[places], counts)
-        return (self._order[head].index_select(0, rows) + of.starts[places].repeat_interleave(counts)).sort().values
+    def _asked(self, heads: slice, estimates: list[Estimate], counts: Tensor, firsts: Tensor, starts: Tensor) -> Asked:
+        """With the keys of clusters of so many chosen keys each, (g, L); see ``__init__`` for the other two."""
+        rows, of, valid = ranges(firsts, counts)
+        slots = self._order[heads].gather(1, rows) + starts.gather(1, of)
+        return Asked(estimates, slots.masked_fill_(~valid, self.end - 1).sort().values, counts.sum(1))
 
 
-class _Head:
-    """Clusters of one KV head, and those of these clusters.
+def ranges(firsts: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """``firsts[i] .. firsts[i] + lengths[i] - 1`` for each i, behind one another, of each row; all int64.
 
-    Attributes:
-        level: the clusters, one coarse cluster after another.
-        firsts: (L,) int64, where each one's keys begin in the layer's order.
-        starts: (L,) int64, slot that these are counted from.
-        above: the coarse clusters; None if there are none.
-        size: keys in a cluster, on the mean.
+    Returns:
+        The numbers (G, m); the i that each is of, (G, m); and which are valid, (G, m): rows of fewer end in zeros.
     """
-
-    def __init__(
-        self, level: Level, firsts: Tensor, starts: Tensor, above: Level | None = None, sizes: Tensor | None = None
-    ) -> None:
-        self.level, self.firsts, self.starts, self.above = level, firsts, starts, above
-        self.size = max(1.0, float(level.counts.mean()))
-        if sizes is not None:
-            self._sizes, self._places = sizes, sizes.cumsum(0) - sizes
-
-    def members(self, coarse: Tensor) -> Tensor:
-        """Places of the clusters in these coarse ones."""
-        return ranges(self._places[coarse], self._sizes[coarse])
-
-
-def ranges(firsts: Tensor, lengths: Tensor) -> Tensor:
-    """``firsts[i] .. firsts[i] + lengths[i] - 1`` for each i, behind one another; all int64."""
-    starts = lengths.cumsum(0) - lengths
-    return torch.arange(int(lengths.sum()), device=firsts.device) + (firsts - starts).repeat_interleave(lengths)
+    ends = lengths.cumsum(1)
+    places = torch.arange(int(ends[:, -1].max()), device=ends.device).expand(len(ends), -1).contiguous()
+    of = torch.searchsorted(ends, places, right=True).clamp_(max=ends.shape[1] - 1)
+    valid = places < ends[:, -1:]
+    numbers = places + (firsts - ends + lengths).gather(1, of)
+    return numbers.masked_fill_(~valid, 0), of, valid
 
 
 def coarse_groups(parts: list[Clusters], known: list[Tensor]) -> Tensor | None:
@@ -129,12 +131,12 @@ def coarse_groups(parts: list[Clusters], known: list[Tensor]) -> Tensor | None:
     """
     if sum(part.counts.shape[1] for part in parts) < COARSE_FROM:
         return None
-    full = len(parts) // GROUP
-    groups = [parts[i * GROUP : (i + 1) * GROUP] for i in range(-(-len(parts) // GROUP))]
-    found = known[:full]
+    groups = [parts[first : first + GROUP] for first in range(0, len(parts), GROUP)]
+    found, full = list(known), len(parts) // GROUP
     for group in groups[len(found) :]:
         means = torch.cat([part.mean_keys for part in group], dim=1)
-        found.append(torch.stack([coarse_of(head, COARSE) for head in means]))
+        number = max(1, means.shape[1] // COARSE)
+        found.append(torch.stack([assign(head.cpu(), number) for head in means]).to(means.device))
     known[:] = found[:full]
     bases = torch.tensor([0, *(int(group.max()) + 1 for group in found)]).cumsum(0)
     return torch.cat([group + base for group, base in zip(found, bases.tolist(), strict=False)], dim=1)

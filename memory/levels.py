@@ -1,7 +1,8 @@
-"""One level of a KV head's clusters: what each weighs for a query, and what stands in for those not looked into.
+"""One level of clusters: what each weighs for a query, and what stands in for those not looked into.
 
 ``memory.clustering`` has the formulae. They hold for clusters of keys and for clusters of those clusters alike: a
-coarse cluster has its keys' count, mean key, mean value and spread, and a covariance and a slope of its level.
+coarse cluster has its keys' count, mean key, mean value and spread, and a covariance and a slope of its level. All KV
+heads are asked at once, for a large part of the time goes to starting small operations.
 """
 
 from dataclasses import dataclass
@@ -9,21 +10,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from memory.clustering import MOST_DRIFT, assign
+from memory.clustering import MOST_DRIFT
 
 DEVIATIONS = 2.0  # of its keys' logits by which a cluster is ranked above its mean; 1 and 3 are as good
 
 
 @dataclass(frozen=True)
 class Level:
-    """Clusters of one KV head.
+    """Clusters of G KV heads.
 
     Attributes:
-        mean_keys: (L, D) float32.
-        mean_values: (L, D) float32.
-        facts: (3, L) float32: keys of each; their log; their spread, the mean square distance from their mean.
-        covariance: (D, D) of these distances, of trace 1.
-        slope: (D, D), by which values move with them.
+        mean_keys: (G, L, D) float32.
+        mean_values: (G, L, D) float32.
+        facts: (3, G, L) float32: keys of each; their log; their spread, the mean square distance from their mean.
+        covariance: (G, D, D) of these distances, of trace 1.
+        slope: (G, D, D), by which values move with them.
     """
 
     mean_keys: Tensor
@@ -34,45 +35,62 @@ class Level:
 
     @classmethod
     def of(cls, counts: Tensor, means: tuple[Tensor, Tensor], spreads: Tensor, sums: tuple[Tensor, Tensor]) -> "Level":
-        """From counts (L,), mean keys and values (L, D), spreads (L,), and the sums (D, D) over all keys of the outer
-        products of their distances from their means: with themselves, and with those of values."""
-        trace = sums[0].diagonal().sum().clamp(min=1e-12)
+        """From counts (G, L), mean keys and values (G, L, D), spreads (G, L), and the sums (G, D, D) over all keys of
+        the outer products of their distances from their means: with themselves, and with those of values."""
+        trace = sums[0].diagonal(dim1=1, dim2=2).sum(1).clamp(min=1e-12)[:, None, None]
         # log 0 = -inf: an empty cluster weighs nothing.
-        facts = torch.stack([counts, counts.log(), spreads])
-        return cls(*means, facts, sums[0] / trace, sums[1] / trace)
+        return cls(*means, torch.stack([counts, counts.log(), spreads]), sums[0] / trace, sums[1] / trace)
 
-    @property
-    def counts(self) -> Tensor:
-        """(L,) float32, keys of each."""
-        return self.facts[0]
+    def of_heads(self, heads: slice) -> "Level":
+        """The same of some KV heads."""
+        means = self.mean_keys[heads], self.mean_values[heads]
+        return Level(*means, self.facts[:, heads], self.covariance[heads], self.slope[heads])
 
     def estimate(self, queries: Tensor) -> "Estimate":
-        """What they weigh for scaled queries (b, D)."""
-        variance = ((queries @ self.covariance) * queries).sum(1, keepdim=True).clamp(min=1e-12)  # (b, 1)
-        means = queries @ self.mean_keys.T  # (b, L)
-        weights = (variance / 2 * self.facts[2]).clamp_(max=MOST_DRIFT).add_(means).add_(self.facts[1])
+        """What they weigh for scaled queries (G, b, D)."""
+        counts, logs, spreads = self.facts.unsqueeze(2).unbind()  # each (G, 1, L)
+        variance = ((queries @ self.covariance) * queries).sum(2, keepdim=True).clamp(min=1e-12)  # (G, b, 1)
+        means = queries @ self.mean_keys.mT  # (G, b, L)
+        weights = (variance / 2 * spreads).clamp_(max=MOST_DRIFT).add_(means).add_(logs)
         # A cluster is worth a look for the largest logits that its keys may have, whatever it costs to read.
-        ranks = torch.addcmul(means, DEVIATIONS * variance.sqrt(), self.facts[2].sqrt())
-        return Estimate(self, weights, ranks, 2 * MOST_DRIFT / variance)
+        ranks = torch.addcmul(means, DEVIATIONS * variance.sqrt(), spreads.sqrt())
+        return Estimate(self, weights, ranks.masked_fill_(counts == 0, -torch.inf), 2 * MOST_DRIFT / variance)
 
-    def rows(self, places: Tensor) -> "Level":
-        """Some of them, (l,) int64."""
-        means = (self.mean_keys.index_select(0, places), self.mean_values.index_select(0, places))
-        return Level(*means, self.facts.index_select(1, places), self.covariance, self.slope)
+    def rows(self, places: Tensor, valid: Tensor) -> "Level":
+        """Some clusters of each head, (G, l) int64; those not valid, (G, l) bool, become empty ones."""
+        (heads, number), flat = places.shape, flattened(places, self.mean_keys.shape[1])
+        keys, values = (
+            means.flatten(0, 1).index_select(0, flat).view(heads, number, -1)
+            for means in (self.mean_keys, self.mean_values)
+        )
+        facts = self.facts.flatten(1).index_select(1, flat).view(3, heads, number)
+        facts[:2].masked_fill_(~valid, 0.0)
+        facts[1].masked_fill_(~valid, -torch.inf)
+        return Level(keys, values, facts, self.covariance, self.slope)
 
-    def joined(self, of: Tensor, sums: tuple[Tensor, Tensor]) -> "Level":
-        """Coarser clusters. ``of``: (L,) int64, the coarse cluster of each; ``sums`` as for ``of``, of this level."""
-        number, n = int(of.max()) + 1, self.counts.unsqueeze(1)  # (L, 1)
-        held = n.new_zeros(number, 1).index_add_(0, of, n)
+    def joined(self, of: Tensor, number: int, sums: tuple[Tensor, Tensor]) -> "Level":
+        """Coarser clusters, so many of each head.
 
-        def mean(numbers: Tensor) -> Tensor:
-            return n.new_zeros(number, numbers.shape[1]).index_add_(0, of, n * numbers) / held.clamp(min=1)
+        Args:
+            of: (G, L) int64, the coarse cluster of each.
+            number: of coarse clusters.
+            sums: as for ``Level.of``, those of this level.
+        """
+        heads, flat, n = len(of), flattened(of, number), self.facts[0].unsqueeze(2)
 
-        mean_keys, mean_values = mean(self.mean_keys), mean(self.mean_values)
-        k, v = self.mean_keys - mean_keys[of], self.mean_values - mean_values[of]
-        spreads = mean(self.facts[2].unsqueeze(1) + k.square().sum(1, keepdim=True)).squeeze(1)
-        sums = (sums[0] + (n * k).T @ k, sums[1] + (n * k).T @ v)
-        return Level.of(held.squeeze(1), (mean_keys, mean_values), spreads, sums)
+        def total(numbers: Tensor) -> Tensor:
+            into = numbers.new_zeros(heads * number, numbers.shape[2])
+            return into.index_add_(0, flat, (n * numbers).flatten(0, 1)).view(heads, number, -1)
+
+        def spread_out(coarse: Tensor) -> Tensor:
+            return coarse.flatten(0, 1).index_select(0, flat).view(heads, -1, coarse.shape[2])
+
+        counts = total(torch.ones_like(n))
+        mean_keys, mean_values = (total(m) / counts.clamp(min=1) for m in (self.mean_keys, self.mean_values))
+        k, v = self.mean_keys - spread_out(mean_keys), self.mean_values - spread_out(mean_values)
+        spreads = total(self.facts[2].unsqueeze(2) + k.square().sum(2, keepdim=True)) / counts.clamp(min=1)
+        sums = (sums[0] + (n * k).mT @ k, sums[1] + (n * k).mT @ v)
+        return Level.of(counts.squeeze(2), (mean_keys, mean_values), spreads.squeeze(2), sums)
 
 
 @dataclass
@@ -81,9 +99,9 @@ class Estimate:
 
     Attributes:
         level: the clusters.
-        weights: (b, L), their log-weights; -inf once they are looked into.
-        ranks: (b, L), by which they are chosen.
-        pull: (b, 1), the most spread whose drift of values is believed.
+        weights: (G, b, L), their log-weights; -inf once they are looked into.
+        ranks: (G, b, L), by which they are chosen.
+        pull: (G, b, 1), the most spread whose drift of values is believed.
     """
 
     level: Level
@@ -91,32 +109,39 @@ class Estimate:
     ranks: Tensor
     pull: Tensor
 
-    def look_into(self, budget: float, lse: Tensor, size: float) -> Tensor:
-        """Choose clusters of so many keys, or one; they no longer count by weight.
+    def total(self) -> Tensor:
+        """Log-sum-exp of the weights, (G, b, 1)."""
+        top = self.weights.amax(2, keepdim=True)
+        return top + (self.weights - top).exp_().sum(2, keepdim=True).log_()
+
+    def look_into(self, budgets: Tensor, total: Tensor, size: float) -> Tensor:
+        """Choose clusters of so many keys, or one, for all queries of a head; they no longer count by weight.
 
         Args:
-            budget: keys.
-            lse: (b, 1), log-sum-exp of each query over everything, as far as it is known.
+            budgets: (G,) float32, keys.
+            total: (G, b, 1), log-sum-exp of each query over everything, as far as it is known.
             size: keys in a cluster, on the mean.
 
         Returns:
-            (c,) int64.
+            (G, L) int64, keys of those chosen, and 0.
         """
+        counts = self.level.facts[0]
         # What matters to any of them: as shares of each query's own.
-        ranks = (self.ranks - lse).amax(0)
+        ranks = (self.ranks - total).amax(1)
         # Twice as many as hold the budget if all are alike: the best may be small.
-        best = ranks.topk(min(len(ranks), max(1, int(2 * budget / size)))).indices
-        best = best[: max(1, int((self.level.counts[best].cumsum(0) <= budget).sum()))]
-        self.weights[:, best] = -torch.inf
-        return best
+        best = ranks.topk(min(ranks.shape[1], max(1, int(2 * float(budgets.max()) / size)))).indices
+        within = counts.gather(1, best).cumsum(1) <= budgets.unsqueeze(1)
+        within[:, 0] = True
+        chosen = torch.zeros_like(counts, dtype=torch.bool).scatter_(1, best, within)
+        self.weights.masked_fill_(chosen.unsqueeze(1), -torch.inf)
+        return (counts * chosen).long()
 
-    def output(self, queries: Tensor, lse: Tensor) -> Tensor:
-        """What stands in for those not looked into, (b, D), given the log-sum-exp over everything (b, 1)."""
-        shares = (self.weights - lse).exp_()
-        drift = (torch.minimum(self.level.facts[2], self.pull) * shares).sum(1, keepdim=True)
+    def outputs(self, queries: Tensor, shares: Tensor) -> Tensor:
+        """What stands in for those not looked into, (G, b, D), for their shares (G, b, L) of any scale."""
+        drift = (torch.minimum(self.level.facts[2].unsqueeze(1), self.pull) * shares).sum(2, keepdim=True)
         return shares @ self.level.mean_values + drift * (queries @ self.level.slope)
 
 
-def coarse_of(mean_keys: Tensor, size: int) -> Tensor:
-    """The coarse cluster of each cluster, (L,) int64, of so many on the mean; ``mean_keys`` (L, D) float32."""
-    return assign(mean_keys.cpu(), max(1, len(mean_keys) // size)).to(mean_keys.device)
+def flattened(places: Tensor, length: int) -> Tensor:
+    """Places (G, l) in rows of so many as places in all rows behind one another, (G * l,)."""
+    return (places + length * torch.arange(len(places), device=places.device).unsqueeze(1)).flatten()
