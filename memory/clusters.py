@@ -1,8 +1,9 @@
 """A backend that attends to the clusters that matter, key by key, and lets the mean of each other one stand in for it.
 
-``clusters[;share=0.02]`` or ``clusters;error=0.05``. The share is that of the stored keys which a query attends to one
-by one. The error is the mean relative error of the output, from which each KV head gets the share that it needs: the
-index tries shares on some of the first queries that it is asked, and again when the memory has doubled.
+``clusters``, ``clusters;share=0.02`` or ``clusters;error=0.05``. The share is that of the stored keys which a query
+attends to one by one. By default it is 0.02, and beyond 65,536 keys it falls with the square root of their number. The
+error is the mean relative error of the output, from which each KV head gets the share that it needs: the index tries
+shares on some of the first queries that it is asked, and again when the memory has doubled.
 
 Nothing is dropped: what is not attended to is estimated (``memory.clustering`` has the formulae), so that the error
 falls with the share, and 1 is exact. Clusters are made for stretches of 8,192 tokens, once each, and never again; the
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from memory.cluster_table import ClusterTable
+from memory.cluster_table import ClusterTable, coarse_groups
 from memory.clustered import SEGMENT, Clusters, LearntClusters
 from memory.clustering import assign, cluster
 from memory.index import ExactIndex, Index, Starts
@@ -23,6 +24,7 @@ from memory.vectors import VectorBlocks
 
 NAME = "clusters"
 DEFAULT_SHARE = 0.02
+STEADY = 65_536  # keys up to which it holds; so many times more keys, the square root of it times more attended to
 FEW = 4  # queries that attend to the same clusters: the query heads of a KV head, at one token
 # Of more queries, those that are alike do, so many on the mean, and to a larger share: measured on a shipped model's
 # queries, their errors are then no larger than that of a query alone.
@@ -40,12 +42,18 @@ class ClusterPlan:
     """A backend's name, taken apart.
 
     Attributes:
-        share: of the stored keys, in (0, 1].
-        error: wanted mean relative error; None to attend to ``share``.
+        share: of the stored keys, in (0, 1]; None for the default.
+        error: wanted mean relative error; None to attend to the share.
     """
 
-    share: float
+    share: float | None = None
     error: float | None = None
+
+    def share_of(self, num_keys: int) -> float:
+        """The share of so many keys; with an error wanted, the one before any was tried."""
+        if self.error is not None:
+            return UNTRIED_SHARE
+        return self.share or DEFAULT_SHARE * min(1.0, (STEADY / max(1, num_keys)) ** 0.5)
 
 
 def parse_clusters(name: str) -> ClusterPlan:
@@ -55,13 +63,13 @@ def parse_clusters(name: str) -> ClusterPlan:
         ValueError: it is no such name.
     """
     found = re.fullmatch(r"clusters(?:;(share|error)=(\d*\.?\d+))?", name.replace(" ", ""))
-    number = float(found[2] or DEFAULT_SHARE) if found else 0.0
-    if found is None or not 0.0 < number <= 1.0:
+    number = float(found[2]) if found and found[2] else None
+    if found is None or (number is not None and not 0.0 < number <= 1.0):
         raise ValueError(
             f"index {name!r} is not understood: write clusters, clusters;share=0.05 for a share of the keys, or "
             "clusters;error=0.05 for a relative error of the output, with a number above 0 and up to 1"
         )
-    return ClusterPlan(UNTRIED_SHARE, number) if found[1] == "error" else ClusterPlan(number)
+    return ClusterPlan(error=number) if found[1] == "error" else ClusterPlan(share=number)
 
 
 class ClusterIndex(Index):
@@ -85,8 +93,9 @@ class ClusterIndex(Index):
         self._starts = starts
         self._exact = ExactIndex(keys, values)
         self._parts: list[Clusters] = []
+        self._groups: list[Tensor] = []  # coarse clusters of full groups of stretches
         self._table: ClusterTable | None = None
-        self._shares = [self._plan.share] * keys.num_heads
+        self._tried: list[float] = []  # the share of each head, once shares were tried
         self._sample = torch.empty(keys.num_heads, 0, keys.head_dim)  # scaled queries, to try shares on
         self._tried_at = 0  # keys that there were then
 
@@ -126,22 +135,23 @@ class ClusterIndex(Index):
 
     def attend(self, queries: Tensor, *, scale: float) -> tuple[Tensor, Tensor]:
         """Softmax attention over all of memory, most of it estimated; shapes as in ``Index.attend``."""
-        if not self._parts or min(self._shares) == 1.0:
+        if not self._parts or min(self._shares()) == 1.0:
             return self._exact.attend(queries, scale=scale)
         if self._table is None:
-            self._table = ClusterTable(Clusters.join(self._parts), self._keys, self._values)
+            coarse = coarse_groups(self._parts, self._groups)
+            self._table = ClusterTable(Clusters.join(self._parts), coarse, self._keys, self._values)
         self._table.read_loose(self._keys, self._values)
         asked = queries.float() * scale
         if self._plan.error is not None and len(self._keys) >= 2 * self._tried_at:
             self._try_shares(asked, self._table)
-        rows = asked.shape[1]
-        if rows >= MANY and ALIKE_SHARE * sum(self._shares) / len(self._shares) > DENSE_SHARE:
+        rows, shares = asked.shape[1], self._shares()
+        if rows >= MANY and ALIKE_SHARE * sum(shares) / len(shares) > DENSE_SHARE:
             return self._exact.attend(queries, scale=scale)
         if rows <= FEW:
-            found = [self._attend_head(g, query, self._table, self._shares[g]) for g, query in enumerate(asked)]
+            output, lse = self._attend_together(slice(None), asked, self._table, torch.tensor(shares))
         else:
-            found = [self._attend_alike(g, query, self._table) for g, query in enumerate(asked)]
-        output, lse = (torch.stack(parts) for parts in zip(*found, strict=True))
+            found = [self._attend_alike(g, query, self._table, shares[g]) for g, query in enumerate(asked)]
+            output, lse = (torch.stack(parts) for parts in zip(*found, strict=True))
         return output.to(queries.dtype), lse
 
     @property
@@ -157,7 +167,7 @@ class ClusterIndex(Index):
     def describe(self) -> str:
         """The share of keys."""
         number = sum(part.counts.shape[1] for part in self._parts)
-        shares = sorted({f"{share:.4g}" for share in self._shares}, key=float)
+        shares = sorted({f"{share:.4g}" for share in self._shares()}, key=float)
         return f"{NAME}, {number:,} of them, attends to {', '.join(shares)} of keys"
 
     def _try_shares(self, queries: Tensor, table: ClusterTable) -> None:
@@ -168,7 +178,7 @@ class ClusterIndex(Index):
         if self._sample.shape[1] < SAMPLED:
             return
         exact = self._exact.attend(self._sample, scale=1.0)[0]
-        self._shares = [self._share_for(g, exact[g], table) for g in range(len(exact))]
+        self._tried = [self._share_for(g, exact[g], table) for g in range(len(exact))]
         self._tried_at = len(self._keys)
         self._sample = self._sample[:, :0]
 
@@ -176,11 +186,16 @@ class ClusterIndex(Index):
         """The least share of the ladder with which the sampled queries get nearly these outputs (b, D)."""
         assert self._plan.error is not None
         for share in LADDER:
-            rows = [self._attend_head(head, query, table, share)[0] for query in self._sample[head].split(1)]
-            error = (torch.cat(rows) - exact).norm(dim=1) / exact.norm(dim=1).clamp(min=1e-12)
+            own, shares = slice(head, head + 1), torch.tensor([share])
+            rows = [self._attend_together(own, q, table, shares)[0] for q in self._sample[own].split(1, dim=1)]
+            error = (torch.cat(rows, dim=1)[0] - exact).norm(dim=1) / exact.norm(dim=1).clamp(min=1e-12)
             if error.mean() <= self._plan.error:
                 return share
         return 1.0
+
+    def _shares(self) -> list[float]:
+        """Of the keys, for each head."""
+        return self._tried or [self._plan.share_of(len(self._keys))] * self._keys.num_heads
 
     def _end(self) -> int:
         return self._parts[-1].end if self._parts else 0
@@ -190,33 +205,38 @@ class ClusterIndex(Index):
         self._parts.append(cluster(keys, values, start, self._starts(start, stop) - start))
         self._table = None
 
-    def _attend_alike(self, head: int, queries: Tensor, table: ClusterTable) -> tuple[Tensor, Tensor]:
-        """As ``_attend_head``, of many queries (b, D): those that are alike at a time."""
+    def _attend_alike(self, head: int, queries: Tensor, table: ClusterTable, share: float) -> tuple[Tensor, Tensor]:
+        """As ``_attend_together``, of many queries (b, D) of one head: those that are alike at a time."""
         order, sizes = alike(queries, ALIKE if len(queries) < MANY else MANY_ALIKE)
-        share = min(1.0, ALIKE_SHARE * self._shares[head])
-        parts = [self._attend_head(head, some, table, share) for some in queries[order].split(sizes)]
+        own, shares = slice(head, head + 1), torch.tensor([min(1.0, ALIKE_SHARE * share)])
+        parts = [self._attend_together(own, some[None], table, shares) for some in queries[order].split(sizes)]
         output, lse = (torch.empty_like(one) for one in (queries, queries[:, 0]))
-        output[order], lse[order] = (torch.cat(found) for found in zip(*parts, strict=True))
+        output[order], lse[order] = (torch.cat(found, dim=1)[0] for found in zip(*parts, strict=True))
         return output, lse
 
-    def _attend_head(self, head: int, queries: Tensor, table: ClusterTable, share: float) -> tuple[Tensor, Tensor]:
-        """Of scaled queries (b, D) float32 that attend to the same clusters: to this share of the keys."""
-        weights, ranks, pull = table.estimate(head, queries)  # (b, L), (b, L), (b, 1)
-        chosen = table.choose(head, weights, ranks, share * len(self._keys))
-        slots = table.slots(head, chosen)
-        gathered = [blocks.gather_head(head, slots, torch.float32) for blocks in (self._keys, self._values)]
-        pairs = [(keys[head], values[head]) for keys, values in table.always]
-        pairs.append((gathered[0], gathered[1]))
+    def _attend_together(
+        self, heads: slice, queries: Tensor, table: ClusterTable, shares: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Of scaled queries (g, b, D) float32 of some heads; those of a head attend to the same clusters.
 
-        weights[:, chosen] = -torch.inf
-        logits = [queries @ keys.T for keys, _ in pairs]
-        lse = torch.cat([weights, *logits], dim=1).logsumexp(1, keepdim=True)  # (b, 1)
-        shares = (weights - lse).exp()
-        drift = (torch.minimum(table.spreads[head], pull) * shares).sum(1, keepdim=True)
-        output = shares @ table.mean_values[head] + drift * (queries @ table.slope[head])
-        for logit, (_, values) in zip(logits, pairs, strict=True):
-            output = output + (logit - lse).exp() @ values
-        return output, lse.squeeze(1)
+        ``shares`` (g,) float32 are those of the keys. Output and log-sum-exp as from ``attend``.
+        """
+        asked = table.ask(heads, queries, (shares * len(self._keys)).to(queries.device))
+        keys, values = (blocks.gather_heads(heads, asked.slots) for blocks in (self._keys, self._values))
+        places = torch.arange(asked.slots.shape[1], device=queries.device)
+        logits = (queries @ keys.mT).masked_fill_(places >= asked.held[:, None, None], -torch.inf)
+        pairs = [(queries @ k[heads].mT, v[heads]) for k, v in table.always]
+        pairs.append((logits, values))
+
+        weights = [estimate.weights for estimate in asked.estimates] + [logit for logit, _ in pairs]
+        top = torch.cat([one.amax(2, keepdim=True) for one in weights if one.shape[2]], dim=2).amax(2, keepdim=True)
+        shares_of = [(one - top).exp_() for one in weights]
+        total = torch.cat([one.sum(2, keepdim=True) for one in shares_of], dim=2).sum(2, keepdim=True)  # (g, b, 1)
+        stand_ins = zip(asked.estimates, shares_of, strict=False)
+        output = torch.stack([estimate.outputs(queries, share) for estimate, share in stand_ins]).sum(0)
+        for share, (_, found) in zip(shares_of[len(asked.estimates) :], pairs, strict=True):
+            output = output + share @ found
+        return output / total, (top + total.log()).squeeze(2)
 
 
 def alike(queries: Tensor, size: int) -> tuple[Tensor, list[int]]:

@@ -2,6 +2,7 @@
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -181,21 +182,21 @@ class VectorBlocks:
                 out[rows, columns] = self._decode(self._data[index], index, (rows, inside), dtype)
         return out.reshape(*slots.shape, self.head_dim)
 
-    def gather_head(self, head: int, slots: Tensor, dtype: torch.dtype) -> Tensor:
-        """The vectors (M, D) of one head in these slots, (M,) int64 ascending, on the device of the vectors."""
-        starts = torch.tensor([*self._starts, self._length], device=slots.device)
+    def gather_heads(self, heads: slice, slots: Tensor) -> Tensor:
+        """The vectors (g, m, D) float32 of some heads in these slots, (g, m) int64 ascending, where the vectors are."""
+        starts = torch.tensor([*self._starts, self._length], device=slots.device).expand(len(slots), -1).contiguous()
         bounds = torch.searchsorted(slots, starts)
-        where = (slots - starts[:-1].repeat_interleave(bounds.diff())).split(bounds.diff().tolist())
-        found = torch.empty(len(slots), self.head_dim, dtype=self.dtype, device=slots.device)
-        scales = torch.empty(len(slots), 1, device=slots.device) if self._scales else None
-        done = 0
-        for index, places in enumerate(where):
-            window = slice(done, done + len(places))
-            torch.index_select(self._data[index][head], 0, places, out=found[window])
-            if scales is not None:
-                torch.index_select(self._scales[index][head], 0, places, out=scales[window])
-            done = window.stop
-        return found.to(dtype) if scales is None else (found.float() * scales).to(dtype)
+        places = slots - starts[:, :-1].flatten().repeat_interleave(bounds.diff().flatten()).view_as(slots)
+        found = torch.empty(*slots.shape, self.head_dim, dtype=self.dtype, device=slots.device)
+        scales = torch.empty(*slots.shape, 1, device=slots.device) if self._scales else None
+        for row, (head, ends) in enumerate(zip(range(self.num_heads)[heads], bounds.tolist(), strict=True)):
+            for index, (first, stop) in enumerate(pairwise(ends)):
+                if first < stop:
+                    where = places[row, first:stop]
+                    torch.index_select(self._data[index][head], 0, where, out=found[row, first:stop])
+                    if scales is not None:
+                        torch.index_select(self._scales[index][head], 0, where, out=scales[row, first:stop])
+        return found.float() if scales is None else found.float() * scales
 
     def pieces(self, start: int, stop: int, dtype: torch.dtype) -> Iterator[Tensor]:
         """Vectors of slots start..stop-1 as (G, n, D) tensors of ``dtype``; views where no cast is needed."""
