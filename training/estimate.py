@@ -25,6 +25,7 @@ from fot.families import head
 from fot.loading import load_config
 from fot.loss import token_losses
 from fot.model import FoTForCausalLM, detach_memory
+from fot.quantized import NF4_BYTES
 from training.crossbatch import Contexts, Crossbatch, enable_crossbatch
 from training.frozen import forget_scratch
 from training.recipe import Recipe
@@ -36,8 +37,6 @@ PROCESS_BYTES = {"cpu": 500 * 2**20, "cuda": 800 * 2**20}
 CPU_LOSS = 0.5
 GPU_LOSS = 1.05
 GPUS = (24, 40, 80)
-# Bytes of a weight in NF4, scales included, which are quantised themselves (QLoRA, arXiv 2305.14314, section 3).
-NF4_BYTES = 0.516
 
 
 @dataclass(frozen=True)
