@@ -9,6 +9,8 @@ import torch
 
 # Logits are computed from 16-bit weights, as transformers does where nobody names modules to spare.
 OUTPUT_LAYERS = ("lm_head", "embed_out")
+# Bytes of a weight in NF4, scales included, which are quantised themselves (section 3 there).
+NF4_BYTES = 0.516
 
 
 def nf4(compute_dtype: torch.dtype, spared: Iterable[str] = ()) -> Any:

@@ -1,7 +1,8 @@
 """What is checked before vectors are stored or searched for."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,9 +17,15 @@ def check_shape(layer: LayerContent, tensor: Tensor, what: str) -> None:
         raise ValueError(f"{what} have shape {tuple(tensor.shape)}; this memory takes ({heads}, tokens, {dim})")
 
 
-def check_pairs(content: Content, keys: Mapping[int, Tensor], values: Mapping[int, Tensor], count: int) -> None:
-    """Raise ValueError if ``count`` tokens with these keys and values, by layer, cannot be appended."""
-    finite = []
+def check_pairs(
+    content: Content, keys: Mapping[int, Tensor], values: Mapping[int, Tensor], token_ids: Tensor | Sequence[int]
+) -> np.ndarray:
+    """The ids (T,) on the host, if tokens with these keys and values, by layer, can be appended.
+
+    Raises:
+        ValueError: they cannot.
+    """
+    finite, count = [], len(token_ids)
     for what, vectors, dtype in (("keys", keys, content.key_dtype), ("values", values, content.value_dtype)):
         if set(vectors) != set(content.layers):
             raise ValueError(
@@ -31,9 +38,16 @@ def check_pairs(content: Content, keys: Mapping[int, Tensor], values: Mapping[in
                     f"{what} of layer {number} have {tensor.shape[1]} tokens, but there are {count} token ids"
                 )
             finite.append(torch.isfinite(as_stored(tensor, VECTOR_DTYPES[dtype])).all())
-    # One transfer to the host for a whole window, not one a tensor.
-    if not all(torch.stack([flag.to(finite[0].device) for flag in finite]).tolist()):
+    flags = torch.stack([flag.to(finite[0].device) for flag in finite])
+    # One transfer to the host for a whole window, ids included: a GPU is waited for once.
+    if isinstance(token_ids, Tensor) and token_ids.device == flags.device:
+        together = torch.cat([flags.to(token_ids.dtype), token_ids]).cpu().numpy()
+        fits, ids = together[: len(flags)].all(), together[len(flags) :]
+    else:
+        fits, ids = all(flags.tolist()), token_ids.cpu() if isinstance(token_ids, Tensor) else token_ids
+    if not fits:
         raise ValueError(_not_finite(content, keys, values))
+    return np.asarray(ids, dtype=np.int32)
 
 
 def _not_finite(content: Content, keys: Mapping[int, Tensor], values: Mapping[int, Tensor]) -> str:

@@ -183,6 +183,8 @@ def _efficient_backward(
     multiple = EFFICIENT_BYTES // queries.element_size()
     padded = _padded(multiple, grad, queries, keys, values)
     (output,) = _padded(multiple, output)
+    # In 16 bits the kernel computes grad . output itself and takes (B, T, H, D) for granted, without an error.
+    output = output.transpose(1, 2).contiguous().transpose(1, 2)
     # Infinity: these queries are none, and their weights are 0.
     lse = pad(lse, (0, -lse.shape[2] % EFFICIENT_LSE), value=torch.inf)
     unused = torch.empty((), dtype=torch.int64, device=queries.device)
@@ -203,8 +205,10 @@ def _aligned(bias: Tensor | None, queries: Tensor, keys: Tensor) -> Tensor | Non
 
 
 def _padded(multiple: int, *tensors: Tensor) -> list[Tensor]:
+    """Tensors whose head size is a multiple, and in which the numbers of a head lie side by side."""
     more = -tensors[0].shape[-1] % multiple
-    return [pad(tensor, (0, more)) if more else tensor for tensor in tensors]
+    wide = [pad(tensor, (0, more)) if more else tensor for tensor in tensors]
+    return [tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in wide]
 
 
 _FORWARD: dict[str, Any] = {"cpu": _cpu, "flash": _flash, "efficient": _efficient}

@@ -188,8 +188,7 @@ class Memory(MemoryFacts):
                 in which it is stored; or the memory was opened read-only.
         """
         self._check_open()
-        ids = np.asarray(token_ids.cpu() if isinstance(token_ids, Tensor) else token_ids, dtype=np.int32)
-        check_pairs(self._content, keys, values, len(ids))
+        ids = check_pairs(self._content, keys, values, token_ids)
         tokens, before = self._content.tokens, len(self)
         prepared = tokens.prepare(ids, document, spans)
         if not len(ids):  # nothing for an index to take in, and no document that would be listed

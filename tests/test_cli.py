@@ -110,6 +110,40 @@ def test_info(checkpoint: Path, capsys: pytest.CaptureFixture) -> None:
     assert "fits here" in shown
 
 
+def test_info_says_what_weights_and_memories_take(
+    checkpoint: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import psutil
+
+    from fot import FoTForCausalLM
+
+    model = FoTForCausalLM.from_pretrained(checkpoint)
+    numbers = sum(parameter.numel() for parameter in model.parameters())
+    monkeypatch.setattr("fot.evaluation.costs._gigabytes", lambda number: f"{number} bytes")
+
+    def info(*options: str) -> dict[str, str]:
+        assert main(["info", str(checkpoint), "--mem-layers", "1,3", "--dtype", "bfloat16", *options]) == 0
+        rows = [line.strip().split("  ", 1) for line in capsys.readouterr().out.splitlines() if line.strip()]
+        return {row[0]: row[1].strip() for row in rows if len(row) == 2}
+
+    shown, process = info(), 1 << 30
+    assert shown["weights"] == f"{2 * numbers} bytes in bfloat16"
+    assert f"{4 * numbers} bytes in float32, {2 * numbers} bytes in float16" in shown["weights otherwise"]
+    token = 2 * 2 * 2 * 8 * 2 + 16
+    for label, tokens in (("8k", 8192), ("100k", 102400), ("256k", 262144)):
+        whole = tokens * token + 2 * numbers + process
+        assert shown[f"memory of {label} tokens"] == f"{tokens * token} bytes, with the weights {whole} bytes"
+    packed = info("--quantization", "nf4")["weights"]
+    assert packed.endswith("in nf4")
+    assert 0.5 * numbers < int(packed.split()[0]) < 2 * numbers
+    free = psutil.virtual_memory()._replace(available=process + 3 * numbers)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: free)
+    assert f"about {numbers // token:,} tokens" in info()["fits here"]
+    assert info("--dtype", "float32")["fits here"] == (
+        "no memory, since the weights do not fit in float32; they would with --dtype bfloat16"
+    )
+
+
 def test_info_counts_bytes_as_the_store_does(checkpoint: Path, make_model: ModelMaker) -> None:
     import torch
 

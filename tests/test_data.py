@@ -11,7 +11,7 @@ from datasets import Dataset
 
 from training.data import DocumentStream, read_documents
 from training.reader import tokenize
-from training.sources import DataSource
+from training.sources import DataSource, find_files
 
 
 def test_every_kind_of_file_gives_the_same_documents(tmp_path: Path, tokenizer: Any) -> None:
@@ -45,6 +45,31 @@ def test_a_data_set_of_the_hub_is_streamed(monkeypatch: Any, tokenizer: Any) -> 
     source = DataSource("someone/books", name="en", split="validation", text_field="body")
     assert [tokenizer.decode(ids) for ids in read_documents(source, tokenizer)] == ["aa", "bb"]
     assert asked == [(("someone/books", "en"), {"split": "validation", "streaming": True})]
+
+
+def test_files_of_a_data_set_on_the_hub_are_named(monkeypatch: Any, tmp_path: Path, tokenizer: Any) -> None:
+    """Some data sets, RedPajama among them, are programs that datasets no longer runs; their files can be read."""
+    from datasets import load_dataset
+
+    (tmp_path / "a.jsonl").write_text('{"text": "aa"}\n{"text": "bb"}\n')
+    asked = []
+
+    def load(*args: Any, **kwargs: Any) -> Any:
+        asked.append((args, kwargs))
+        if args[0] != "json":
+            raise RuntimeError("Dataset scripts are no longer supported, but found books.py")
+        return load_dataset(*args, **(kwargs | {"data_files": str(tmp_path / "a.jsonl")}))
+
+    monkeypatch.setattr("datasets.load_dataset", load)
+    source = DataSource("hf://datasets/someone/books/*_en.jsonl.gz")
+    assert [tokenizer.decode(ids) for ids in read_documents(source, tokenizer)] == ["aa", "bb"]
+    assert asked == [(("json",), {"data_files": source.path, "split": "train", "streaming": True})]
+    with pytest.raises(ValueError, match=r"no longer supported.*; name its files, such as hf://datasets/a/b/\*\.jsonl"):
+        list(read_documents(DataSource("a/b"), tokenizer))
+    with pytest.raises(ValueError, match=r"hold rows: give files that end in \.json, \.jsonl"):
+        find_files(DataSource("hf://datasets/a/b/*.txt"))
+    with pytest.raises(ValueError, match="name, split and pattern have no use: omit them"):
+        find_files(DataSource("hf://datasets/a/b/*.parquet", name="en"))
 
 
 def test_a_data_set_that_is_not_on_the_hub_is_named(monkeypatch: Any, tokenizer: Any) -> None:

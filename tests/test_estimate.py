@@ -27,7 +27,8 @@ def base(make_plain: Any, tokenizer: Any, tmp_path_factory: pytest.TempPathFacto
     ("trainable", "checkpointing", "dtype", "optimizer"),
     [
         ("lora", False, "float32", "adamw"), ("memory", False, "bfloat16", "adafactor"),
-        ("all", True, "bfloat16", "adafactor"),
+        ("all", True, "bfloat16", "adafactor"), ("lora", True, "float32", "adamw"),
+        ("memory", True, "float32", "adamw"), ("lora", True, "bfloat16", "adamw"),
     ],
 )  # fmt: skip
 def test_the_estimate_is_what_real_tensors_take(
@@ -59,8 +60,19 @@ def test_the_estimate_is_what_real_tensors_take(
     tensors = [leaf for leaf in tree_leaves(dict(real_optimizer.state)) if isinstance(leaf, torch.Tensor)]
     assert found.optimizer == sum(t.numel() * t.element_size() for t in tensors)
     for mine, real in ((found.kept, kept), (found.layer, layer), (found.loss, loss)):
-        assert mine == pytest.approx(real, rel=0.15, abs=20_000)
+        assert mine == pytest.approx(real, rel=0.15)
     assert found.tokens == 96
+
+
+def test_what_is_older_than_the_count_is_not_in_it() -> None:
+    """Weights were counted as activations at their first view; checkpointing, which keeps little, showed it."""
+    weight, bias = torch.ones(4, 4), torch.ones(4)
+    with LiveBytes() as live:
+        view = weight[:2].mT
+        weight.add_(1)
+        assert live.now == 0
+        product = view @ torch.ones(2, 3) + bias[:, None]
+        assert live.now == product.numel() * product.element_size()
 
 
 def test_what_the_estimate_depends_on(base: Path) -> None:

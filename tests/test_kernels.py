@@ -47,6 +47,8 @@ class Device:
         assert q.shape[-1] % 8 == 0, "head_size should be a multiple of 8, this is ensured by padding!"
         assert q.shape[-1] <= 256
         assert (dropout, debug) == (0.0, False)
+        assert {t.stride(-1) for t in (q, k, v)} == {1}, "Input tensor must have contiguous last dimension"
+        assert not causal or q.shape[2] == k.shape[2], "causal to the last key"
         self.calls.append("flash")
         output, lse = reference(q, k, v, scale, causal, None)
         return output, lse, None, None, 0, 0, None, None, None
@@ -61,7 +63,9 @@ class Device:
         assert q.shape[1] == k.shape[1] == v.shape[1]
         assert with_lse
         assert dropout == 0.0
+        assert {t.stride(-1) for t in (q, k, v)} == {1}, "query must be contiguous in its last dimension"
         if bias is not None:
+            assert bias.stride(-1) == 1
             assert bias.shape == (*q.shape[:3], k.shape[2])
             assert bias.dtype == q.dtype
             assert bias.stride(-2) % 16 == 0, "attn_bias is not correctly aligned"
@@ -83,6 +87,7 @@ class Device:
         assert lse.dtype == torch.float32
         assert lse.is_contiguous()
         assert {t.shape[-1] for t in (grad, q, k, v, out)} == {q.shape[-1]}
+        assert {t.stride(-1) for t in (q, k, v)} == {1}, "Input tensor must have contiguous last dimension"
         self.calls.append("flash backward")
         return reference_backward(grad, q, k, v, out, lse, scale, causal, None)
 
@@ -97,7 +102,11 @@ class Device:
         assert lse.shape[2] % 32 == 0, "LSE is not correctly aligned"
         assert wanted == [True, True, True, False]
         assert {t.shape[-1] for t in (grad, q, k, v, out)} == {q.shape[-1]}
+        assert {t.stride(-1) for t in (q, k, v)} == {1}, "query must be contiguous in its last dimension"
+        # The kernel is not told how far apart the output's rows are (o_strideM in kernel_backward.h).
+        assert out.transpose(1, 2).is_contiguous(), "delta would be read from a wrong place, without an error"
         if bias is not None:
+            assert bias.stride(-1) == 1
             assert bias.shape == (*q.shape[:3], k.shape[2])
             assert bias.stride(-2) % 16 == 0, "attn_bias is not correctly aligned"
         self.calls.append("efficient backward")
@@ -177,6 +186,36 @@ def test_gradients_of_output_and_log_sum_exp_come_from_kernels(
         for a, b in zip(tensors, exact, strict=True):
             error = (a.grad.double() - b.grad).norm() / b.grad.norm()
             assert error < (1e-5 if dtype == torch.float32 else 2e-2), (dtype, head_dim, error)
+
+
+@pytest.mark.parametrize("capability", [(7, 5), (8, 0)])
+@pytest.mark.parametrize("masked", [False, True])
+def test_numbers_of_a_head_need_not_lie_together(capability: tuple[int, int], masked: bool, on_cuda: Any) -> None:
+    """Kernels want them so, and may read a wrong place otherwise."""
+    device = on_cuda(capability)
+    for head_dim in (64, 100):
+        tensors = [torch.randn(2, 4, head_dim, T).half().mT.requires_grad_() for _ in range(3)]
+        mask = torch.eye(T, dtype=torch.bool)[None, None] if masked else None
+        output, lse = attend(*tensors, scale=0.1, causal=not masked, mask=mask)
+        (output.float().square().sum() + lse.sum()).backward()
+    assert len(device.calls) == 4
+
+
+@pytest.mark.parametrize("kernel", ["flash", "efficient"])
+@pytest.mark.parametrize("head_dim", [5, 100, 128])
+def test_torchs_own_operators_take_what_they_are_given(kernel: str, head_dim: int) -> None:
+    """Arguments, their order and what comes back, without a GPU and without numbers."""
+    for heads, masked in itertools.product((2, 4), (False,) if kernel == "flash" else (False, True)):
+        queries, keys, bias = (
+            torch.empty(shape, dtype=torch.float16, device="meta")
+            for shape in ((2, 4, T, head_dim), (2, heads, T, head_dim), (2, 1, 1, T))
+        )
+        settings: Any = {"scale": 0.1, "causal": not masked, "bias": bias if masked else None}
+        output, lse = kernels.run(kernel, queries, keys, keys, **settings)
+        assert (output.shape, output.dtype) == (queries.shape, queries.dtype)
+        assert (lse.shape, lse.dtype) == (queries.shape[:3], torch.float32)
+        grads = kernels.backward(kernel, output, queries, keys, keys, output, lse, **settings)
+        assert [grad.shape for grad in grads] == [queries.shape, keys.shape, keys.shape]
 
 
 @pytest.mark.parametrize("capability", [(7, 5), (8, 0)])

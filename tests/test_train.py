@@ -282,6 +282,19 @@ def test_sharding_that_would_not_be_done_is_refused(
     assert example["fsdp_config"]["fsdp_version"] == 2, "the only one that is supported"
 
 
+@pytest.mark.parametrize("engine", ["DeepSpeed", "Megatron-LM"])
+def test_engines_that_are_not_supported_are_refused_by_name(
+    engine: str, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """Before accelerate says that they are not installed."""
+    monkeypatch.setenv(f"ACCELERATE_USE_{engine.upper().replace('-', '_')}", "true")
+    assert main(["train", str(recipe), "--out", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1
+    assert f"told to use {engine}, which fot train does not support: shard with FSDP instead" in said[0]
+    assert not (tmp_path / "out").exists()
+
+
 def test_tensorboard_shows_the_logs_numbers(recipe: Path, tmp_path: Path) -> None:
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     out = tmp_path / "out"

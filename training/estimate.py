@@ -25,6 +25,7 @@ from fot.families import decoder_of, head, layers_of
 from fot.loading import load_config
 from fot.loss import token_losses
 from fot.model import FoTForCausalLM, detach_memory
+from fot.quantized import NF4_BYTES
 from training.crossbatch import Contexts, Crossbatch, enable_crossbatch
 from training.frozen import forget_scratch
 from training.recipe import Recipe
@@ -36,8 +37,6 @@ PROCESS_BYTES = {"cpu": 500 * 2**20, "cuda": 800 * 2**20}
 CPU_LOSS = 0.5
 GPU_LOSS = 1.05
 GPUS = (24, 40, 80)
-# Bytes of a weight in NF4, scales included, which are quantised themselves (QLoRA, arXiv 2305.14314, section 3).
-NF4_BYTES = 0.516
 
 
 @dataclass(frozen=True)
@@ -108,8 +107,11 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
+        # A view, or what is written in place, is not made here: a real model's weights are older than this mode.
+        given = [leaf.untyped_storage() for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        older = set(map(id, given))
         for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor):
+            if isinstance(leaf, Tensor) and id(leaf.untyped_storage()) not in older:
                 self._count(leaf)
         return result
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from training.sources import DataSource, builder_of, find_files
+from training.sources import HUB_FILES, DataSource, builder_of, find_files
 
 logger = logging.getLogger(__name__)
 
@@ -146,7 +146,11 @@ class Reader:
 
         source = self.source
         try:
-            if self._files is None:
+            if source.path.startswith(HUB_FILES):
+                kind = str(builder_of(Path(source.path)))
+                tabs = {"sep": "\t"} if ".tsv" in Path(source.path).suffixes else {}
+                dataset = load_dataset(kind, data_files=source.path, split="train", streaming=True, **tabs)
+            elif self._files is None:
                 dataset = load_dataset(source.path, source.name, split=source.split, streaming=True)
             else:
                 # load_dataset would tell the hub that local files are read, and wait for it where there is no network.
@@ -156,6 +160,11 @@ class Reader:
                 dataset = readers[str(self._builder)](names, split="train", streaming=True, **tabs).read()
         except StopIteration as error:  # of the JSON reader
             raise ValueError(f"source {source.label!r} holds no rows: add some, or omit it") from error
+        except RuntimeError as error:
+            if "scripts are no longer supported" not in str(error):
+                raise
+            files = f"{HUB_FILES}{source.path}/*.jsonl"
+            raise ValueError(f"source {source.label!r}: {error}; name its files, such as {files}") from error
         except (DatasetsError, OSError, ValueError) as error:
             what = "neither a file or folder here nor readable from the hub" if self._files is None else "not readable"
             raise ValueError(f"source {source.label!r} is {what}: {error}") from error

@@ -15,6 +15,24 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 
+# What accelerate launch sets for engines of which fot cannot gather parameters for a checkpoint.
+OTHER_ENGINES = {"ACCELERATE_USE_DEEPSPEED": "DeepSpeed", "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM"}
+
+
+def refuse_other_engines() -> None:
+    """To be called before accelerate looks for them.
+
+    Raises:
+        ValueError: accelerate launch was told to use one.
+    """
+    for variable, name in OTHER_ENGINES.items():
+        if os.environ.get(variable, "false").lower() in ("true", "1"):
+            raise ValueError(
+                f"accelerate was told to use {name}, which fot train does not support: shard with FSDP instead, as in "
+                "accelerate launch --config_file examples/fsdp.yaml -m fot train ..."
+            )
+
+
 def check_sharding(accelerator: Accelerator) -> None:
     """Refuse FSDP where it would not be what runs.
 

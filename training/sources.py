@@ -9,6 +9,7 @@ from typing import Any
 
 _BUILDERS = {".json": "json", ".jsonl": "json", ".ndjson": "json", ".parquet": "parquet", ".csv": "csv", ".tsv": "csv"}
 _COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
+HUB_FILES = "hf://datasets/"
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _TEXT_SUFFIX = re.compile(r"\.(txt|md|rst|tex|html?|py|c|h|cc|cpp|rs|go|js|ts|java|sh|yaml|yml|csv|tsv)")
 
@@ -18,8 +19,9 @@ class DataSource:
     """Where documents come from, as an entry of a recipe.
 
     Attributes:
-        path: a file, a folder, a glob such as ``books/*.txt``, or a data set's id on the hub. ``.jsonl``, ``.json``,
-            ``.parquet``, ``.csv`` and ``.tsv`` hold a document a row; any other file is one document, in UTF-8.
+        path: a file, a folder, a glob such as ``books/*.txt``, a data set's id on the hub, or files of one
+            (``hf://datasets/ORG/NAME/*.jsonl``). ``.jsonl``, ``.json``, ``.parquet``, ``.csv`` and ``.tsv`` hold a
+            document a row; any other file is one document, in UTF-8.
         weight: share of the tokens, relative to the weights of the other sources.
         split: split of a data set on the hub.
         name: configuration of a data set on the hub.
@@ -74,12 +76,19 @@ class DataSource:
 
 
 def find_files(source: DataSource) -> list[Path] | None:
-    """The files of a source, sorted; None if its path is a data set's id on the hub.
+    """The files of a source, sorted; None if its path is a data set's id on the hub, or files of one.
 
     Raises:
         FileNotFoundError: nothing is there, or nothing that matches.
-        ValueError: a pattern, but no folder to apply it to.
+        ValueError: a pattern, but no folder to apply it to; files on the hub that hold no rows, or with a name.
     """
+    if source.path.startswith(HUB_FILES):
+        if builder_of(Path(source.path)) is None:
+            known = ", ".join(_BUILDERS)
+            raise ValueError(f"source {source.label!r}: files on the hub hold rows: give files that end in {known}")
+        if source.name or source.pattern or source.split != "train":
+            raise ValueError(f"source {source.label!r} names files, so name, split and pattern have no use: omit them")
+        return None
     path = Path(source.path).expanduser()
     if path.is_dir():
         pattern = source.pattern or "**/*"

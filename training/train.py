@@ -35,7 +35,7 @@ from training.setup import (
     describe_data,
     optimizer_for,
 )
-from training.sharding import check_sharding, whole, whole_optimizer_state, whole_parameters
+from training.sharding import check_sharding, refuse_other_engines, whole, whole_optimizer_state, whole_parameters
 from training.shares import all_shares
 from training.signals import Signals, Stopped
 from training.step import Step, accuracies, train_step
@@ -73,13 +73,14 @@ def train(
         The last line of the log.
 
     Raises:
-        ValueError: The folder holds another run, the settings do not fit, or FSDP was asked for on a CPU.
+        ValueError: The folder holds another run, the settings do not fit, or FSDP was asked for on a CPU, or DeepSpeed.
         FloatingPointError: The loss, a gradient or a weight is not finite. The checkpoints are from before that.
         OSError: A file could not be written. Everything that was saved before is complete.
         ImportError: A package that the recipe's logging needs is not installed.
         Stopped: SIGINT or SIGTERM arrived. The run finished its step and saved a checkpoint.
     """
     started = time.monotonic()
+    refuse_other_engines()
     if recipe.tensorboard:
         summary_writer()  # missing, it must be said before the work
     check_trackers(recipe.trackers)
