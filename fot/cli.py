@@ -1,6 +1,7 @@
 """The command ``fot``: parse, call one public function, print. The subcommands are in ``fot.commands``."""
 
 import argparse
+import functools
 import logging
 import os
 import sys
@@ -91,6 +92,7 @@ def _refuse(error: Exception) -> int:
     return 2
 
 
+@functools.cache
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="fot", description="External kNN memory for Llama-family models.")
     parser.add_argument("--version", action="version", version=f"fot {__version__}")
