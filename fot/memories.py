@@ -2,6 +2,7 @@
 
 import os
 import re
+from itertools import chain, count
 from pathlib import Path
 
 # Names of models end up in addresses and in configuration files.
@@ -24,7 +25,8 @@ def memories_dir() -> Path:
 def kept_memories() -> dict[str, Path]:
     """Name -> folder of each memory, or link to one, in ``memories_dir()``; none if it cannot be read.
 
-    Where two would have one name (``emma`` and ``emma.memory``), the second bears the name of its folder.
+    Where several would have one name (``emma`` and ``emma.memory``), later ones bear the name of their folder, or a
+    number.
     """
     try:
         folders = sorted(path for path in memories_dir().iterdir() if (path / MANIFEST).is_file())
@@ -33,7 +35,8 @@ def kept_memories() -> dict[str, Path]:
     named: dict[str, Path] = {}
     for folder in folders:
         name = short_name(folder)
-        named[ODD.sub("-", folder.name) if name in named else name] = folder
+        names = chain((name, ODD.sub("-", folder.name)), (f"{name}-{number}" for number in count(2)))
+        named[next(one for one in names if one not in named)] = folder
     return named
 
 

@@ -18,7 +18,7 @@ def test_langchain(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     wanted = entry.blank.anew().say("Who is the vicar?", max_new_tokens=12)
     assert wanted.passages
     with running(library, Settings(api_key="secret", max_tokens=12)) as (url, _):
-        model = langchain.ChatOpenAI(base_url=f"{url}/v1", api_key="secret", model="emma", max_retries=0)
+        model = langchain.ChatOpenAI(base_url=f"{url}/v1", api_key="secret", model="emma", stream_usage=True)
         whole = model.invoke("Who is the vicar?")
         assert whole.text == wanted.text
         assert whole.usage_metadata["input_token_details"]["cache_read"] == entry.tokens

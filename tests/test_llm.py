@@ -154,14 +154,20 @@ def test_mistakes_are_told(said: Callable[..., Any], arguments: list[str], messa
 
 def test_what_is_in_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert MANIFEST == manifest.MANIFEST
-    for name in ("emma", "emma.memory", "my books.mem", "none"):
+    for name in ("emma", "emma.memory", "my books.mem", "my-books", "none"):
         (tmp_path / name).mkdir()
         if name != "none":
             (tmp_path / name / MANIFEST).write_text("{}")
     (tmp_path / "link").symlink_to(tmp_path / "emma")
     monkeypatch.setenv("FOT_MEMORIES", str(tmp_path))
     found = {name: folder.name for name, folder in kept_memories().items()}
-    assert found == {"emma": "emma", "emma.memory": "emma.memory", "link": "link", "my-books": "my books.mem"}
+    assert found == {
+        "emma": "emma",
+        "emma.memory": "emma.memory",
+        "link": "link",
+        "my-books": "my books.mem",
+        "my-books-2": "my-books",
+    }
     monkeypatch.delenv("FOT_MEMORIES")
     monkeypatch.setenv("XDG_DATA_HOME", "/xdg")
     assert memories_dir() == Path("/xdg/fot/memories")
