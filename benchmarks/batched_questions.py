@@ -51,6 +51,7 @@ def main() -> None:
     """Parse, measure, print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("memory", type=Path, help="of any text")
+    parser.add_argument("--index", help="another than the memory's own")
     parser.add_argument("--rows", default="1,2,4,8", help="questions at once")
     parser.add_argument("--tokens", type=int, default=32, help="of each answer")
     parser.add_argument("--passages", type=int, default=3, help="in front of each question")
@@ -58,7 +59,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
 
-    memory = Memory.open(args.memory)
+    memory = Memory.open(args.memory, index=args.index)
     model: Any = FoTForCausalLM.from_pretrained(memory.metadata["model"], dtype=torch.float32)
     conversation = Conversation(model, memory)
     prompts = []

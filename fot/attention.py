@@ -270,7 +270,7 @@ def attend_memory(
         output (B, H, T, D), log-sum-exp (B, H, T) float32, -inf for a row whose memories are empty.
     """
     found: list[list[tuple[Tensor, Tensor]]] = [[] for _ in memories]
-    for memory, rows in _readers(memories, together=queries.shape[2] == 1):
+    for memory, rows in _readers(memories, layer, queries.shape[2]):
         folded = torch.cat([_fold(queries[row], memory.num_key_value_heads) for row in rows], dim=1)
         output, lse = memory[layer].attend(folded, scale=scale)  # (G, rows x H / G x T, D)
         for row, part, part_lse in zip(rows, output.chunk(len(rows), 1), lse.chunk(len(rows), 1), strict=True):
@@ -280,17 +280,18 @@ def attend_memory(
     return torch.stack(outputs), torch.stack([lse.reshape(queries.shape[1:3]) for _, lse in merged])
 
 
-def _readers(memories: Sequence[Sequence[Memory]], *, together: bool) -> list[tuple[Memory, list[int]]]:
-    """Each memory that is not empty, with the rows that read it; one row at a time unless ``together``.
+def _readers(memories: Sequence[Sequence[Memory]], layer: int, length: int) -> list[tuple[Memory, list[int]]]:
+    """Each memory that is not empty, with rows that read it together, ``length`` tokens each.
 
-    For one token a row, going through the keys costs more than computing with them: all rows go through them at once.
-    For many, kernels are busy with one row.
+    Rows of one token do, where the index goes through all keys: that takes longer than computing with them. Rows of
+    many tokens keep a kernel busy by themselves.
     """
     readers: dict[tuple[int, int], tuple[Memory, list[int]]] = {}
     for row, read in enumerate(memories):
         for memory in read:
             if len(memory):
-                readers.setdefault((id(memory), 0 if together else row), (memory, []))[1].append(row)
+                together = length == 1 and memory[layer].joins_queries
+                readers.setdefault((id(memory), -1 if together else row), (memory, []))[1].append(row)
     return list(readers.values())
 
 

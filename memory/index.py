@@ -97,6 +97,11 @@ class Index(CustomIndex, Protocol):
         """Whether ``attend`` looks at every stored pair, not at retrieved ones alone."""
         return False
 
+    @property
+    def joins_queries(self) -> bool:
+        """Whether ``attend`` costs less for queries together than one by one, and gives each what it gives it alone."""
+        return False
+
     def learnt(self) -> Learnt | None:
         """What the index can be built again from without learning; None where it is built from the keys alone."""
         return None
@@ -171,6 +176,11 @@ class ExactIndex(Index):
     @property
     def attends_to_all(self) -> bool:
         """Unless ``top_k`` is set."""
+        return self._top_k is None
+
+    @property
+    def joins_queries(self) -> bool:
+        """Unless ``top_k`` is set: keys are gone through once for all."""
         return self._top_k is None
 
     def nbytes(self) -> int:

@@ -37,6 +37,12 @@ class LayerMemory:
         index = self._layer.ready()
         return index is not None and index.attends_to_all
 
+    @property
+    def joins_queries(self) -> bool:
+        """Whether ``attend`` costs less for queries together than one by one, and gives each what it gives it alone."""
+        index = self._layer.ready()
+        return index is not None and index.joins_queries
+
     def describe(self) -> str:
         """The index in use, in a few words."""
         if self._layer.index is not None:

@@ -102,6 +102,14 @@ def test_an_index_may_say_that_it_attends_to_all() -> None:
     assert filled(index=Whole)[1].attends_to_all
 
 
+def test_who_joins_queries() -> None:
+    """With clusters, queries that are alike attend to the same ones; so rows of a batch are kept apart there."""
+    assert not Memory([1], HEADS, DIM)[1].joins_queries  # nothing to attend to
+    assert filled(index="exact")[1].joins_queries
+    for settings in ({"index": "exact", "top_k": 4}, {"index": "clusters"}, {"index": "Flat"}, {"index": Whole}):
+        assert not filled(**settings)[1].joins_queries
+
+
 def test_who_attends_to_all() -> None:
     """Not told from a name: an inverted file that is not built yet is exact, and dense unless ``top_k`` is set."""
     assert filled(index="exact")[1].attends_to_all
