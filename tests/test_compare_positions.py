@@ -119,12 +119,16 @@ def test_texts_of_all_lengths_end_at_the_same_bytes(monkeypatch: pytest.MonkeyPa
     ends: dict[int, list[int]] = {}
 
     class Reader:
+        size = SIZE
+
         def reach(self) -> float:
             return math.inf
 
         def __call__(self, ids: torch.Tensor, places: torch.Generator, keep: int) -> torch.Tensor:
             ends.setdefault(ids.shape[1], []).append(int(ids[0, -1]))
             return torch.zeros(1, keep, 256)
+
+        read = __call__
 
     monkeypatch.setattr(panel, "trained", lambda *_: Reader())
     panel.run(bytes(range(256)) * 2, ["none"], [8, 16, 64], steps=1, size=SIZE, seed=0, progress=Bar())
@@ -144,6 +148,62 @@ def test_training_helps(kind: str) -> None:
     assert (perplexity(after, data, 65, 0) is None) == (kind in ("learnt", "randomised"))
 
 
+def score(kind: str, query: torch.Tensor, key: torch.Tensor, distance: int, head: int) -> torch.Tensor:
+    """Of a query so far behind a key, which stands at 0."""
+    place, size = torch.tensor([[distance]]), len(query)
+    if kind in ("rotary", "xpos"):
+        query = positions.rotated(query[None, None, None], place)[0, 0, 0]
+    if kind == "xpos":
+        query = query * positions.xpos_scale(place[0, 0], size).repeat(2)
+    bias = -positions.alibi_slopes(2)[head] * distance if kind == "alibi" else 0.0
+    return query @ key / size**0.5 + bias
+
+
+@pytest.mark.parametrize("windows", [3, 7])
+@pytest.mark.parametrize("kind", ["none", "alibi", "rotary", "xpos"])
+@torch.no_grad()
+def test_memory_by_hand(kind: str, windows: int) -> None:
+    """The last byte sees its window, and earlier windows as at its first place, in one softmax; the middle layer does.
+
+    More than four windows in memory weigh as much as four.
+    """
+    torch.manual_seed(0)
+    model = Decoder(kind, Size(trained=6, longest=64, width=16, layers=1, heads=2)).eval()
+    torch.nn.init.normal_(model.layers[0].mixed.weight, std=0.5)
+    text = torch.randint(256, (1, 6 * windows + 4), generator=generator(1))
+    found = model.read(text, generator(), keep=2)[0, -1]
+    layer, hidden = model.layers[0], model.embedding(text[0, 4:])
+    queries, keys, values = layer.mixed(layer.first(hidden)).unflatten(-1, (3, 2, 8)).unbind(1)  # (S, H, D)
+    stored, outputs = 6 * (windows - 1), []
+    for head in range(2):
+        query = queries[-1, head]
+        scores = torch.stack([
+            score(kind, query, keys[place, head], 5 if place < stored else len(keys) - 1 - place, head)
+            - (math.log(max(1.0, stored / 24)) if place < stored else 0.0)
+            for place in range(len(keys))
+        ])  # fmt: skip
+        outputs.append(scores.softmax(0) @ values[:, head])
+    last = hidden[-1] + layer.out(torch.cat(outputs))
+    last = last + layer.down(torch.nn.functional.gelu(layer.up(layer.second(last))))
+    torch.testing.assert_close(found, model.norm(last) @ model.embedding.weight.T, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", positions.KINDS)
+@torch.no_grad()
+def test_memory_is_of_one_layer_and_reaches_any_length(kind: str) -> None:
+    torch.manual_seed(0)
+    model, text = Decoder(kind, SIZE).eval(), torch.randint(256, (1, 96), generator=generator(1))
+    found = model.read(text, generator(), keep=5)
+    torch.testing.assert_close(model.read(text[:, -24:], generator(), 5), model(text[:, -24:], generator(), 5))
+    other = text.clone()
+    other[0, :24] = 7
+    assert (model.read(other, generator(), keep=5) - found).abs().max() > 1e-6
+    data = text[0].repeat(3)
+    read = perplexity(model, data, 72, 0, memory=True)
+    assert read is not None
+    assert perplexity(model, data, 12, 0, memory=True) == perplexity(model, data, 12, 0)
+
+
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     text = tmp_path / "text.txt"
     text.write_text("".join(f"{number} bottles hang on wall {number * 7 % 91}.\n" for number in range(200)))
@@ -155,6 +215,8 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     result = json.loads((out / "positions.json").read_text())
     assert result["kinds"]["learnt"].keys() == {"512", "600"}
     assert result["kinds"]["learnt"]["600"] is None
+    assert result["kinds"]["learnt + memory"]["600"] > 1
+    assert "alibi + memory" in shown
     assert result["kinds"]["alibi"]["600"] > 1
     assert (out / "positions.png").read_bytes().startswith(b"\x89PNG")
     assert main([*few, "--methods", "yarn"]) == 2

@@ -1,5 +1,6 @@
 """A small decoder over bytes whose positions are a choice."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +12,8 @@ from fot.compare import positions
 BYTES = 256
 # Queries that attend at once: their scores are all that grows with the text.
 QUERIES = 512
+# Windows from which on a larger memory weighs no more: fot's default ``full_weight_tokens``.
+FULL_WEIGHT_WINDOWS = 4
 
 
 @dataclass(frozen=True)
@@ -43,8 +46,16 @@ class Layer(nn.Module):
         self.out = nn.Linear(size.width, size.width, bias=False)
         self.up, self.down = nn.Linear(size.width, 4 * size.width), nn.Linear(4 * size.width, size.width)
 
-    def forward(self, hidden: Tensor, places: Tensor, table: Tensor | None) -> Tensor:
-        """(B, T, width) -> the same; ``places`` (B, T); ``table`` (buckets, H) of T5."""
+    def forward(self, hidden: Tensor, places: Tensor, table: Tensor | None, remembered: Tensor | None = None) -> Tensor:
+        """(B, T, width) -> the same.
+
+        Args:
+            hidden: states.
+            places: (B, T).
+            table: (buckets, H) of T5.
+            remembered: (N, T, width), this layer's input for earlier windows of the only row; None for no memory. Their
+                keys stand at the window's first place, as in LongLLaMA.
+        """
         queries, keys, values = (
             part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in self.mixed(self.first(hidden)).chunk(3, -1)
         )  # (B, H, T, D)
@@ -54,26 +65,48 @@ class Layer(nn.Module):
             # From the middle of the text, so that neither power leaves float32's range.
             scale = positions.xpos_scale(places - places.shape[1] // 2, queries.shape[-1]).repeat(1, 1, 2).unsqueeze(1)
             queries, keys = queries * scale, keys / scale
+        memory = None if remembered is None else self._stored(remembered)
         parts = [
-            self._attend(queries[:, :, start : start + QUERIES], keys, values, start, table)
+            self._attend(queries[:, :, start : start + QUERIES], keys, values, start, table, memory)
             for start in range(0, queries.shape[2], QUERIES)
         ]
         hidden = hidden + self.out(torch.cat(parts, dim=2).transpose(1, 2).flatten(2))
         return hidden + self.down(functional.gelu(self.up(self.second(hidden))))
 
-    def _attend(self, queries: Tensor, keys: Tensor, values: Tensor, start: int, table: Tensor | None) -> Tensor:
+    def _stored(self, remembered: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys as at a window's first place, and values, of earlier windows: (1, H, N * T, D) each."""
+        _, keys, values = self.mixed(self.first(remembered)).flatten(0, 1).unflatten(-1, (3, self.heads, -1)).unbind(1)
+        if self.kind == "xpos":
+            keys = keys / positions.xpos_scale(torch.tensor(-(remembered.shape[1] // 2)), keys.shape[-1]).repeat(2)
+        return keys.transpose(0, 1).unsqueeze(0), values.transpose(0, 1).unsqueeze(0)
+
+    def _attend(
+        self,
+        queries: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        start: int,
+        table: Tensor | None,
+        memory: tuple[Tensor, Tensor] | None,
+    ) -> Tensor:
         stop = start + queries.shape[2]
+        keys, values = keys[:, :, :stop], values[:, :, :stop]
         distances = torch.arange(start, stop).unsqueeze(1) - torch.arange(stop)  # (T, S)
+        discount = torch.zeros(stop)
+        if memory is not None:
+            count = memory[0].shape[2]
+            keys, values = (torch.cat(pair, dim=2) for pair in zip(memory, (keys, values), strict=True))
+            distances = torch.cat([distances[:, :1].expand(-1, count), distances], dim=1)
+            weight = math.log(max(1.0, count / (FULL_WEIGHT_WINDOWS * queries.shape[2])))
+            discount = torch.cat([torch.full((count,), -weight), discount])
         bias = torch.zeros(1, *distances.shape)
         if self.kind == "alibi":
             bias = -torch.tensor(positions.alibi_slopes(self.heads))[:, None, None] * distances
         elif table is not None:
             bias = table[positions.t5_buckets(distances.clamp(min=0))].permute(2, 0, 1)
-        bias = bias.masked_fill(distances < 0, -torch.inf)  # (H or 1, T, S)
+        bias = (bias + discount).masked_fill(distances < 0, -torch.inf)  # (H or 1, T, S)
         scale = 1.0 if self.kind == "t5" else None  # T5 does not divide by sqrt(D)
-        return functional.scaled_dot_product_attention(
-            queries, keys[:, :, :stop], values[:, :, :stop], attn_mask=bias, scale=scale
-        )
+        return functional.scaled_dot_product_attention(queries, keys, values, attn_mask=bias, scale=scale)
 
 
 class Decoder(nn.Module):
@@ -103,6 +136,29 @@ class Decoder(nn.Module):
         """
         if ids.shape[1] > self.reach():
             raise ValueError(f"{self.kind} positions end at {self.reach()}; the text has {ids.shape[1]} bytes")
+        hidden, places = self._embedded(ids, generator)
+        for layer in self.layers:
+            hidden = layer(hidden, places, self.table)
+        return self._logits(hidden[:, -keep:])
+
+    def read(self, ids: Tensor, generator: torch.Generator, keep: int) -> Tensor:
+        """Logits (1, keep, 256) after a text (1, T) by a memory that was not trained for.
+
+        The text is read in windows as long as the trained texts, the last of which ends with it; bytes before the first
+        whole window are left out. The middle layer of the last window sees the keys of all others, too.
+        """
+        windows = ids[0, ids.shape[1] % self.size.trained :].unflatten(0, (-1, self.size.trained))
+        hidden, places = self._embedded(windows, generator)
+        middle = len(self.layers) // 2
+        for layer in self.layers[:middle]:
+            hidden = layer(hidden, places, self.table)
+        remembered, last, places = hidden[:-1], hidden[-1:], places[-1:]
+        for number, layer in enumerate(self.layers[middle:]):
+            last = layer(last, places, self.table, remembered if number == 0 else None)
+        return self._logits(last[:, -keep:])
+
+    def _embedded(self, ids: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """States before the first layer, and places."""
         places = self._places(ids.shape[0], ids.shape[1], generator)
         hidden = self.embedding(ids)
         if self.learnt is not None:
@@ -110,9 +166,10 @@ class Decoder(nn.Module):
         elif self.kind in ("sinusoidal", "shape", "randomised"):
             # As large as the embeddings, which otherwise drown at first.
             hidden = hidden + 0.02 * 2**0.5 * positions.sinusoidal(places, self.size.width)
-        for layer in self.layers:
-            hidden = layer(hidden, places, self.table)
-        logits: Tensor = self.norm(hidden[:, -keep:]) @ self.embedding.weight.T
+        return hidden, places
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        logits: Tensor = self.norm(hidden) @ self.embedding.weight.T
         return logits
 
     def reach(self) -> float:

@@ -16,6 +16,8 @@ RATE = 2e-3
 # Bytes of a text that count, its last ones, and texts of each length.
 SCORED = 256
 TEXTS = 4
+# After the name of a kind, where its decoder reads by a memory.
+MEMORY = " + memory"
 # Share of the text, its end, that is kept to test.
 HELD_OUT = 0.2
 
@@ -36,6 +38,7 @@ def run(
 
     Returns:
         ``{"kinds": {kind: {length: perplexity or None}}, "interrupted": bool}``; None where there are no positions.
+        Each kind is there twice, the second time with ``MEMORY`` after its name: the same decoder, with a memory.
         Ctrl-C ends the run and keeps the finished kinds.
 
     Raises:
@@ -50,9 +53,11 @@ def run(
     try:
         for kind in kinds:
             model = trained(kind, data[:cut], steps, size, seed, progress)
-            found[kind] = {
-                length: perplexity(model, data[cut:], length, seed, max(lengths)) for length in sorted(lengths)
-            }
+            for memory, name in ((False, kind), (True, kind + MEMORY)):
+                found[name] = {
+                    length: perplexity(model, data[cut:], length, seed, max(lengths), memory=memory)
+                    for length in sorted(lengths)
+                }
     except KeyboardInterrupt:
         return {"kinds": found, "interrupted": True}
     return {"kinds": found, "interrupted": False}
@@ -79,17 +84,22 @@ def trained(kind: str, data: Tensor, steps: int, size: Size, seed: int, progress
 
 
 @torch.no_grad()
-def perplexity(model: Decoder, data: Tensor, length: int, seed: int, longest: int = 0) -> float | None:
+def perplexity(
+    model: Decoder, data: Tensor, length: int, seed: int, longest: int = 0, *, memory: bool = False
+) -> float | None:
     """Of the last ``SCORED`` bytes of ``TEXTS`` texts so long; None if the decoder has no positions for that.
 
-    Texts end at the same bytes for all lengths up to ``longest``, so that lengths can be compared.
+    With a memory, texts of less than a window are read without. Texts end at the same bytes for all lengths up to
+    ``longest``, so that lengths can be compared.
     """
-    if length > model.reach():
+    memory = memory and length >= model.size.trained
+    if length > model.reach() and not memory:
         return None
-    places, scored, losses = torch.Generator().manual_seed(seed), min(SCORED, length // 2), []
+    places, scored, losses = torch.Generator().manual_seed(seed), min(SCORED, length // 2, model.size.trained // 2), []
     for number in range(TEXTS):
         stop = len(data) - number * (len(data) - max(length, longest) - 1) // TEXTS
         piece = data[stop - length - 1 : stop]
-        logits = model(piece[None, :-1], places, keep=scored)[0]
+        read = model.read if memory else model
+        logits = read(piece[None, :-1], places, keep=scored)[0]
         losses.append(cross_entropy(logits, piece[-scored:]))
     return math.exp(float(torch.stack(losses).mean()))

@@ -8,6 +8,7 @@ from rich.table import Table
 
 from fot.compare.catalogue import METHODS
 from fot.compare.cost import Cost
+from fot.compare.panel import MEMORY
 from fot.compare.results import Row
 from fot.compare.tuned import Tuned
 from fot.evaluation.drawing import new_figure, render, save_figure
@@ -154,7 +155,9 @@ def positions_picture(path: Path, kinds: Panel, trained_length: int) -> None:
     axes = figure.subplots()
     for kind, found in kinds.items():
         known = {length: value for length, value in found.items() if value is not None}
-        axes.plot(list(known), list(known.values()), "o-", label=kind)
+        remembers = kind.endswith(MEMORY)
+        color = f"C{list(kinds).index(kind.removesuffix(MEMORY)) // 2}"
+        axes.plot(list(known), list(known.values()), "s:" if remembers else "o-", color=color, label=kind)
     axes.axvline(trained_length, color="0.6", linestyle="--", linewidth=0.8)
     axes.set(xscale="log", yscale="log", xlabel="bytes (dashed: trained length)", ylabel="perplexity of bytes")
     axes.legend()
