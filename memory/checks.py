@@ -42,12 +42,13 @@ def check_pairs(
     # One transfer to the host for a whole window, ids included: a GPU is waited for once.
     if isinstance(token_ids, Tensor) and token_ids.device == flags.device:
         together = torch.cat([flags.to(token_ids.dtype), token_ids]).cpu().numpy()
-        fits, ids = together[: len(flags)].all(), together[len(flags) :]
+        fits, ids = bool(together[: len(flags)].all()), together[len(flags) :].astype(np.int32)
     else:
-        fits, ids = all(flags.tolist()), token_ids.cpu() if isinstance(token_ids, Tensor) else token_ids
+        on_host = token_ids.cpu() if isinstance(token_ids, Tensor) else token_ids
+        fits, ids = all(flags.tolist()), np.asarray(on_host, dtype=np.int32)
     if not fits:
         raise ValueError(_not_finite(content, keys, values))
-    return np.asarray(ids, dtype=np.int32)
+    return ids
 
 
 def _not_finite(content: Content, keys: Mapping[int, Tensor], values: Mapping[int, Tensor]) -> str:

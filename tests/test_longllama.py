@@ -1,13 +1,16 @@
 """LongLLaMA checkpoints give the numbers of the authors' code (see tests/data/longllama/README.md)."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
+from sentencepiece import SentencePieceTrainer
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import fot
 
@@ -161,3 +164,43 @@ def test_padded_batch_generates_what_each_row_gives_alone() -> None:
         prompt = INPUT[row : row + 1, mask[row].bool()]
         alone = model.generate(prompt, **options)[0, prompt.shape[1] :]
         assert tokens.tolist() == alone.tolist()
+
+
+LOADED = """
+import sys, torch
+import fot
+from fot.machine import peak_rss_bytes
+import transformers.models.llama.modeling_llama, transformers.integrations  # not part of what loading takes
+before = peak_rss_bytes()
+model = fot.FoTForCausalLM.from_pretrained(sys.argv[1], dtype=torch.bfloat16)
+print(peak_rss_bytes() - before, sum(p.numel() * p.element_size() for p in model.parameters()))
+memory = model.new_memory()
+model.ingest("It was the best of times. " * 40, memory)
+prompt = torch.tensor([model.tokenizer("It was")["input_ids"]])
+print(len(memory), model.generate(prompt, memory=memory, max_new_tokens=2, do_sample=False).shape[1] - prompt.shape[1])
+"""
+
+
+def test_a_folder_as_published_loads_without_a_second_copy_of_its_weights(tmp_path: Path) -> None:
+    """Weights in bfloat16 in several files, and a sentencepiece tokenizer; then it reads and answers."""
+    (tmp_path / "text.txt").write_text("It was the best of times, it was the worst of times.\n" * 50)
+    SentencePieceTrainer.train(input=str(tmp_path / "text.txt"), model_prefix=str(tmp_path / "tokenizer"),
+                               vocab_size=300, model_type="bpe", byte_fallback=True, pad_id=-1,
+                               hard_vocab_limit=False, minloglevel=2)  # fmt: skip
+    size, layers, rows = 512, 6, 32000
+    config = LlamaConfig(vocab_size=rows, hidden_size=size, intermediate_size=4 * size, num_hidden_layers=layers,
+                         num_attention_heads=4, max_position_embeddings=64)  # fmt: skip
+    LlamaForCausalLM(config).bfloat16().save_pretrained(tmp_path, max_shard_size="10MB")
+    settings = json.loads((tmp_path / "config.json").read_text())
+    settings |= {"model_type": "longllama", "architectures": ["LongLlamaForCausalLM"], "mem_layers": [2, 4],
+                 "last_context_length": 32, "mem_attention_grouping": None}  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    tokenizer = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    done = subprocess.run([sys.executable, "-c", LOADED, str(tmp_path)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    grown, weights, stored, answered = map(int, done.stdout.split())
+    assert weights > 100e6
+    assert grown < 1.4 * weights
+    assert stored > 128
+    assert answered == 2
