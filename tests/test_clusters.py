@@ -390,9 +390,9 @@ def test_coarse_clusters_of_full_groups_are_not_made_again(monkeypatch: pytest.M
     memory[LAYER].attend(queries(1), scale=SCALE)
     made = []
 
-    def assign(means: Tensor, number: int, of: Any = cluster_table.assign) -> Tensor:
+    def assign(means: Tensor, number: int, most: int, of: Any = cluster_table.assign) -> Tensor:
         made.append(len(means))
-        return of(means, number)
+        return of(means, number, most)
 
     monkeypatch.setattr(cluster_table, "assign", assign)
     more = topics(512, seed=3)
