@@ -17,6 +17,7 @@ from memory.vectors import VectorBlocks
 
 COARSE = 64  # clusters in a coarse one, on the mean
 GROUP = 16  # stretches whose clusters are clustered together, once there are so many more
+SAMPLED = 16  # clusters for each coarse one that k-means looks at
 COARSE_FROM = 4096  # clusters of a head; ranking fewer costs less than a second level saves
 OPENED = 12.5  # keys whose clusters are ranked, for each key that is attended to
 
@@ -64,7 +65,7 @@ class ClusterTable:
         sums = clusters.covariances.sum(1), clusters.slopes.sum(1)
         means = clusters.mean_keys, clusters.mean_values
         self._level = Level.of(clusters.counts.float(), means, clusters.spreads, sums)
-        self._size = float(max(1, lengths.sum() - outliers.sum()) / max(1, numbers.sum()))
+        self._size = max(1.0, float((lengths - outliers).sum()) / max(1, int(numbers.sum())))
         self._coarse: Level | None = None
         if coarse is not None:
             number = int(coarse.max()) + 1
@@ -136,7 +137,7 @@ def coarse_groups(parts: list[Clusters], known: list[Tensor]) -> Tensor | None:
     for group in groups[len(found) :]:
         means = torch.cat([part.mean_keys for part in group], dim=1)
         number = max(1, means.shape[1] // COARSE)
-        found.append(torch.stack([assign(head.cpu(), number) for head in means]).to(means.device))
+        found.append(torch.stack([assign(head.cpu(), number, SAMPLED) for head in means]).to(means.device))
     known[:] = found[:full]
     bases = torch.tensor([0, *(int(group.max()) + 1 for group in found)]).cumsum(0)
     return torch.cat([group + base for group, base in zip(found, bases.tolist(), strict=False)], dim=1)

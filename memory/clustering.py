@@ -75,12 +75,20 @@ def _outliers(keys: Tensor, always: Tensor) -> Tensor:
     return torch.cat([always, others[far], others[small]]).sort().values
 
 
-def assign(keys: Tensor, number: int) -> Tensor:
-    """The cluster of each key, (n,) int64, by k-means of so many clusters. ``keys``: (n, D) float32."""
+def assign(keys: Tensor, number: int, most: int = 256) -> Tensor:
+    """The cluster of each key, (n,) int64, by k-means of so many clusters.
+
+    Args:
+        keys: (n, D) float32.
+        number: of clusters.
+        most: keys for each cluster that k-means looks at.
+    """
     if number == 1:
         return torch.zeros(len(keys), dtype=torch.int64)
     # FAISS would warn of too few keys a cluster.
-    kmeans = faiss.Kmeans(keys.shape[1], number, niter=ROUNDS, seed=1, min_points_per_centroid=1)
+    kmeans = faiss.Kmeans(
+        keys.shape[1], number, niter=ROUNDS, seed=1, min_points_per_centroid=1, max_points_per_centroid=most
+    )
     array = keys.contiguous().numpy()
     kmeans.train(array)
     return torch.from_numpy(kmeans.index.search(array, 1)[1].ravel())

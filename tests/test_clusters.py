@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from memory import Memory, clusters
+from memory import Memory, VectorBlocks, cluster_table, clusters
+from memory.clusters import ClusterIndex, ClusterPlan
 from memory.disk import verify
 
 HEADS, DIM, LAYER = 2, 16, 3
@@ -22,6 +23,14 @@ SCALE = DIM**-0.5
 @pytest.fixture(autouse=True)
 def short_segments(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(clusters, "SEGMENT", 512)
+
+
+@pytest.fixture
+def two_levels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clusters of clusters from the first stretch on."""
+    monkeypatch.setattr(cluster_table, "COARSE_FROM", 1)
+    monkeypatch.setattr(cluster_table, "COARSE", 6)
+    monkeypatch.setattr(cluster_table, "GROUP", 2)
 
 
 def topics(count: int, seed: int = 0, spread: float = 0.5) -> tuple[Tensor, Tensor]:
@@ -319,3 +328,95 @@ def test_where_documents_start() -> None:
     for first in range(25):
         for stop in range(first, 26):
             assert table.starts(first, stop, 4).tolist() == [slot for slot in starts if first <= slot < stop]
+
+
+@pytest.mark.usefixtures("two_levels")
+@pytest.mark.parametrize("count", [511, 512, 1300, 3000])
+@pytest.mark.parametrize("asked", [1, 3, 60])
+def test_two_levels_of_clusters_hold_each_key_once(count: int, asked: int) -> None:
+    data = topics(count)
+    some, exact = (store(index, data)[LAYER] for index in ("clusters;share=0.9999", "exact"))
+    for found, wanted in zip(*(one.attend(queries(asked), scale=SCALE) for one in (some, exact)), strict=True):
+        torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("levels", [1, 2])
+@pytest.mark.parametrize("share", [0.0001, 0.02, 0.1, 0.5])
+@pytest.mark.parametrize("lengths", [(4096,), (700, 300, 1300, 40)])
+def test_a_query_that_prefers_nothing_gets_the_mean(
+    levels: int, share: float, lengths: tuple[int, ...], request: pytest.FixtureRequest
+) -> None:
+    """Whatever is opened or stands in, by keys, clusters or coarse clusters: each key counts as one."""
+    if levels == 2:
+        request.getfixturevalue("two_levels")
+    parts = [topics(length, seed) for seed, length in enumerate(lengths)]
+    output, lse = store(f"clusters;share={share}", *parts)[LAYER].attend(torch.zeros(HEADS, 3, DIM), scale=SCALE)
+    wanted = torch.cat([values for _, values in parts], dim=1).mean(1, keepdim=True).expand_as(output)
+    torch.testing.assert_close(output, wanted, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(lse.exp(), torch.full_like(lse, sum(lengths)), atol=0, rtol=1e-4)
+
+
+@pytest.mark.usefixtures("two_levels")
+@pytest.mark.parametrize("rows", [3, 60])
+def test_with_two_levels_the_error_falls_with_the_share(rows: int) -> None:
+    data = topics(4096, spread=1.0)
+    exact, asked = store("exact", data), queries(rows)
+    errors = [error(store(f"clusters;share={share}", data), exact, asked) for share in (0.005, 0.03, 0.2, 0.9999)]
+    assert all(more < less + 1e-5 for less, more in pairwise(errors))
+    assert errors[0] < 0.3
+    assert errors[3] < 1e-5
+
+
+@pytest.mark.usefixtures("two_levels")
+def test_two_levels_rank_few_clusters_and_lose_little() -> None:
+    data = topics(8192)
+    keys, values = (VectorBlocks(HEADS, DIM, torch.float32) for _ in range(2))
+    keys.append(data[0])
+    values.append(data[1])
+    index = ClusterIndex("clusters;share=0.01", keys, values, lambda start, stop: torch.arange(4)[start:stop])
+    index.fill(None)
+    asked = queries(30)
+    found = torch.cat([index.attend(one, scale=SCALE)[0] for one in asked.split(1, dim=1)], dim=1)
+    assert index._table is not None
+    ranked = index._table.ask(slice(None), asked[:, :1] * SCALE, torch.full((HEADS,), 82.0)).estimates[1]
+    assert ranked.weights.shape[2] < 0.2 * len(keys) / 16
+    exact = store("exact", data)[LAYER].attend(asked, scale=SCALE)[0]
+    assert ((found - exact).norm(dim=-1) / exact.norm(dim=-1)).mean() < 0.1
+
+
+@pytest.mark.usefixtures("two_levels")
+def test_coarse_clusters_of_full_groups_are_not_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = store("clusters;share=0.01", topics(3 * 512))
+    memory[LAYER].attend(queries(1), scale=SCALE)
+    made = []
+
+    def assign(means: Tensor, number: int, most: int, of: Any = cluster_table.assign) -> Tensor:
+        made.append(len(means))
+        return of(means, number, most)
+
+    monkeypatch.setattr(cluster_table, "assign", assign)
+    more = topics(512, seed=3)
+    memory.append({LAYER: more[0]}, {LAYER: more[1]}, range(512), document="more")
+    memory[LAYER].attend(queries(1), scale=SCALE)
+    stretch = (512 - 4 - 24) // 16
+    assert all(count < 2.2 * stretch for count in made)  # the second group of two, not the first
+    assert len(made) == HEADS
+
+
+def test_the_default_share_falls_in_a_large_memory() -> None:
+    default, named = ClusterPlan(), clusters.parse_clusters("clusters;share=0.02")
+    assert [default.share_of(1 << bits) for bits in (10, 16, 18, 20)] == pytest.approx([0.02, 0.02, 0.01, 0.005])
+    assert {named.share_of(1 << bits) for bits in (10, 16, 18, 20)} == {0.02}
+
+
+@given(st.lists(st.integers(1, 3000), min_size=1, max_size=4), st.sampled_from(["float32", "bfloat16", "int8"]))
+@settings(max_examples=15, deadline=None)
+def test_vectors_of_some_heads_are_gathered_from_all_blocks(lengths: list[int], dtype: str) -> None:
+    blocks = VectorBlocks(3, 4, {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}[dtype])
+    for length in lengths:
+        blocks.append(torch.randn(3, length, 4))
+    slots = torch.randint(sum(lengths), (3, 70)).sort().values
+    everything = blocks.take_range(0, sum(lengths), torch.float32)
+    for heads in (slice(None), slice(1, 2)):
+        wanted = everything[heads].gather(1, slots[heads].unsqueeze(2).expand(-1, -1, 4))
+        assert torch.equal(blocks.gather_heads(heads, slots[heads]), wanted)
