@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from ranks_run import with_windows
 from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
 from fot.config import MemoryConfig
 from training.batches import DocumentLoader, TaskSource
 from training.contexts import Rows, choose_all, rows_of
 from training.crossbatch import Contexts, enable_crossbatch
-from training.recipe import SHIPPED, load_recipe
+from training.recipe import load_recipe
 from training.schedule import ContextSchedule
 from training.sources import DataSource
 from training.tasks import SyntheticRetrieval, filler_from
@@ -66,7 +67,7 @@ def shape_of(recipe_name: str, lanes: int) -> Shape:
     return Shape(recipe.schedule(), lanes, recipe.windows, recipe.memory_config().isolated_windows)
 
 
-RECIPES = sorted(path.stem for path in SHIPPED.glob("*.yaml"))
+RECIPES = with_windows()
 SHAPES = {name: shape_of(name, 4) for name in RECIPES} | {
     "one window back": Shape(ContextSchedule(values=(4,)), 4, 3, False),
     "all windows back": Shape(ContextSchedule(values=(6,), previous_windows=3), 3, 4, False),

@@ -12,11 +12,11 @@ import pytest
 import torch
 from accelerate import Accelerator
 from joint_batch import D, joint_batch, one_step, tiny_model
+from ranks_run import with_windows
 from torch.nn import functional
 
 from training.contexts import choose_contexts, rows_of
 from training.crossbatch import enable_crossbatch
-from training.recipe import SHIPPED
 from training.schedule import ContextSchedule
 from training.step import accuracies
 
@@ -64,7 +64,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, Any]]
     return found | {2: found[2] | {"joint": torch.load(out.with_suffix(".2.pt"), weights_only=True)}}
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in SHIPPED.glob("*.yaml")))
+@pytest.mark.parametrize("name", with_windows())
 def test_processes_of_one_lane_each_do_not_wait_for_ever(name: str, ranks: dict[int, dict[str, Any]]) -> None:
     for world, found in ranks.items():
         assert found[name]["loss"] > 0

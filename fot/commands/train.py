@@ -12,10 +12,10 @@ from fot.commands.options import above_zero, named_path, positive, quiet
 def add(commands: Any) -> None:
     parser = commands.add_parser(
         "train",
-        help="fine-tune a model with crossbatch",
-        description="Fine-tune a model with crossbatch, as a recipe describes. Use accelerate launch -m fot train "
-        "... on several GPUs, and torchrun --nproc_per_node N -m fot train ... for several processes "
-        "on CPUs.",
+        help="fine-tune a model with crossbatch, or by another method for long texts",
+        description="Fine-tune a model as a recipe describes, with crossbatch or by another method for long texts. Use "
+        "accelerate launch -m fot train ... on several GPUs, and torchrun --nproc_per_node N -m fot train ... for "
+        "several processes on CPUs.",
     )
     parser.add_argument("recipe", help="YAML or JSON file, or the name of a shipped recipe")
     parser.add_argument(
