@@ -159,7 +159,7 @@ def _named_setting(model: Any, memory: Any) -> str | None:
         return None
     others = _settings(theirs)
     for name, ours in _settings(model.memory_config).items():
-        if None not in (ours, others[name]) and ours != others[name]:
+        if None not in (ours, others.get(name)) and ours != others[name]:
             return f"{name}={others[name]}, not {ours}"
     return None
 
@@ -168,6 +168,8 @@ def _settings(config: MemoryConfig) -> dict[str, Any]:
     found = {name: _plain(getattr(config, name)) for name in (*_SETTINGS, *_LATER_SETTINGS)}
     if config.isolated_windows:  # what is stored has read no memory, and so does not depend on what one weighs
         found["full_weight_tokens"] = None
+    elif config.memory_gates is not None:  # else unsaid, as in memories of before
+        found["memory_gates"] = _plain(config.memory_gates)
     return found
 
 

@@ -18,6 +18,7 @@ from fot.fingerprint import MADE_WITH, Fingerprint, first_fingerprint
 from memory import Memory
 
 TOKENS = torch.randint(3, 300, (3 * WINDOW + 5,), generator=torch.Generator().manual_seed(5))
+GATES = ((0.25, 0.5, 0.75, 0.5), (0.5, 0.125, 0.5, 0.875))
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -93,6 +94,7 @@ OTHER_MODELS: dict[str, dict[str, Any]] = {
     "overlap": {"settings": {"window_overlap": 4}},
     "overlap of isolated windows": {"settings": {"window_overlap": 4, "isolated_windows": True}},
     "full weight": {"settings": {"full_weight_tokens": WINDOW}},
+    "gates": {"settings": {"memory_gates": GATES}},
     "rope theta": {"config": {"rope_theta": 500.0}},
     "rope scaling": {"config": {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}}},
     "eps": {"config": {"rms_norm_eps": 1e-2}},
@@ -351,6 +353,7 @@ def test_quantised_codes_count() -> None:
         ("isolated windows", "made with isolated_windows=True, not False, as in this model"),
         ("overlap", "made with window_overlap=4, not 0, as in this model"),
         ("full weight", "made with full_weight_tokens=16, not 0, as in this model"),
+        ("gates", "made with memory_gates="),
         ("eps", "made with rms_norm_eps=0.01, not 1e-06, as in this model"),
         ("activation", "made with hidden_act=gelu, not silu, as in this model"),
         ("rope theta", "made with rope_parameters="),
