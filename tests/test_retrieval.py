@@ -174,6 +174,9 @@ def test_words() -> None:
     assert index.scores("Who?").tolist() == [0, 0, 0, 0]
     assert index.scores("vicar")[1] == index.scores("vicar")[3] == 0
     assert WordIndex(["", ""]).scores("tea").tolist() == [0, 0]
+    engaged = WordIndex(["Anne's engagement was long.", "Nobody engages him.", "A lodging in Bath."])
+    assert (engaged.scores("To whom is she engaged?") > 0).tolist() == [True, True, False]
+    assert engaged.scores("Where do they lodge?").argmax() == 2
 
 
 @pytest.mark.parametrize("way", WAYS)
