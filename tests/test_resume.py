@@ -3,7 +3,6 @@
 import json
 import shutil
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +30,6 @@ def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("begun")
     assert train(write_recipe(folder / "recipe.yaml", **FEW), folder / "out") == 0
     return folder / "out"
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate() -> Iterator[None]:
-    """Accelerate keeps the first precision that a process asks for."""
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def resumed(begun: Path, tmp_path: Path, *arguments: str, **changes: Any) -> tuple[int, Path]:
