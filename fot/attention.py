@@ -91,9 +91,20 @@ def _implementation(name: str, module: Any) -> Callable[..., tuple[Tensor, Tenso
     return ALL_ATTENTION_FUNCTIONS[name]
 
 
+def attention_mask_of(under: str, *args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
+    """What transformers calls for the mask of the layers without memory: that of the implementation under this one.
+
+    Whether no token is padding is not looked up: fot hands on a mask only where some are, and a GPU would be waited for
+    at every token.
+    """
+    if attention_mask is not None:
+        kwargs["allow_is_causal_skip"] = False
+    return ALL_MASK_ATTENTION_FUNCTIONS[under](*args, attention_mask=attention_mask, **kwargs)
+
+
 for _name in IMPLEMENTATIONS:
     AttentionInterface.register(PREFIX + _name, partial(attention_forward, _name))
-    AttentionMaskInterface.register(PREFIX + _name, ALL_MASK_ATTENTION_FUNCTIONS[_name])
+    AttentionMaskInterface.register(PREFIX + _name, partial(attention_mask_of, _name))
 
 
 def memory_attention(

@@ -258,8 +258,10 @@ class LocalCache(DynamicCache):
     def slots(self, row: int) -> Tensor:
         """Slots of a row's tokens, oldest first."""
         assert self.token_ids is not None
-        slots = torch.arange(self.token_ids.shape[1], device=self.token_ids.device)
-        return slots if self.mask is None else slots[self.mask[row]]
+        if self.mask is None:
+            return torch.arange(self.token_ids.shape[1], device=self.token_ids.device)
+        # Not by the mask as an index, whose length a GPU would be asked for.
+        return (~self.mask[row]).byte().argsort(stable=True)[: self.counts[row]]
 
     def keep_slots(self, kept: Sequence[Tensor], sinks: Sequence[int]) -> None:
         """Forget all other slots, whose content has moved, and close the gap behind the sinks.

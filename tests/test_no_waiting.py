@@ -102,6 +102,26 @@ def test_a_decoded_token_asks_nothing(rows: int, make_model: ModelMaker, ids: Dr
 
 
 @torch.no_grad()
+def test_rows_with_padding_ask_as_little(make_model: ModelMaker, ids: Draw, questions: Questions) -> None:
+    """A token asks nothing, and a move once for each row."""
+    model, tokens = make_model(), ids(WINDOW - 2, rows=2)
+    mask = torch.ones_like(tokens)
+    mask[0, :5] = 0
+    cache = model(tokens, attention_mask=mask, use_cache=True).past_key_values
+    token, moved = ids(1, rows=2), 0
+    for _ in range(3 * WINDOW):
+        before = list(cache.local.counts)
+        with questions:
+            model(token, past_key_values=cache)
+        moves = sum(after <= count for after, count in zip(cache.local.counts, before, strict=True))
+        found = {name: count for name, count in questions.found.items() if "fingerprint" not in name}
+        assert sum(found.values()) <= moves, found
+        assert set(found) <= {"Tensor.numpy in checks.py, check_pairs"}
+        moved += moves
+    assert moved > 4
+
+
+@torch.no_grad()
 def test_a_decoded_token_with_a_memory_asks_nothing(make_model: ModelMaker, ids: Draw, questions: Questions) -> None:
     model = make_model(full_weight_tokens=WINDOW)
     memory = model.new_memory()
