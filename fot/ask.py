@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from transformers import LogitsProcessor, LogitsProcessorList, TextStreamer
+from transformers import LogitsProcessor, LogitsProcessorList
 
 from fot.cache import Checkpoint, FoTCache
 from fot.chat import (
@@ -34,10 +34,9 @@ from fot.retrieval.find import WAYS, Finder
 from fot.retrieval.passages import SHORTEST
 from fot.retrieval.prompt import with_passages
 from fot.sampling import GREEDY, Sampling, Scorer
+from fot.streamer import OnText, Streamer
 from fot.trace import Passage, record
 from memory import Memory
-
-OnText = Callable[[str], None]
 
 # Ways to read passages again before an answer. ``auto`` is the best by docs/results.md, where a passage fits.
 REREAD = ("auto", *WAYS, "off")
@@ -350,7 +349,7 @@ class Conversation:
         self,
         ids: list[int],
         max_new_tokens: int,
-        streamer: "Streamer",
+        streamer: Streamer,
         stop: Callable[[], bool],
         sampling: Sampling,
     ) -> list[int]:
@@ -395,30 +394,3 @@ class Conversation:
     def _return_to(self, state: _State) -> None:
         state.cache.restore(state.checkpoint)
         self._cache, self._ids = state.cache, state.ids
-
-
-class Streamer(TextStreamer):
-    """Hands on text as it becomes final, and notes when the first token came."""
-
-    def __init__(
-        self, tokenizer: Any, on_text: OnText | None, on_first_token: Callable[[], None], scorer: Scorer | None
-    ) -> None:
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self._on_text = on_text
-        self._on_first_token = on_first_token
-        self._prompt_seen = False
-        self.scorer = scorer
-        self.first_token: float | None = None
-
-    def put(self, value: Any) -> None:
-        if self._prompt_seen and self.first_token is None:
-            self.first_token = time.perf_counter()
-            self._on_first_token()
-        if self._prompt_seen and self.scorer is not None:
-            self.scorer.chosen(int(value))
-        self._prompt_seen = True
-        super().put(value)
-
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        if self._on_text is not None and text:
-            self._on_text(text)

@@ -7,13 +7,14 @@ from dataclasses import dataclass, field
 import torch
 from transformers import LogitsProcessorList
 
-from fot.ask import Conversation, Streamer
+from fot.ask import Conversation
 from fot.chat import Message
 from fot.greedy import end_tokens, one_greedy_answer
 from fot.sampling import Sampling, Scored, Scorer, score
 from fot.serve.library import Entry
 from fot.serve.line import Stopped
 from fot.serve.stops import StopText
+from fot.streamer import Streamer
 from fot.trace import Passage
 
 # Conversations that can go on without being read again. Each holds a window, and a memory of what left it.
