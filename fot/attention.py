@@ -18,7 +18,7 @@ training, contexts by the keyword ``CONTEXT``.
 import math
 import sys
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -181,8 +181,13 @@ def gated(lse: Tensor, memory_lse: Tensor, gates: Sequence[float]) -> Tensor:
     """
     if len(gates) != lse.shape[1]:
         raise ValueError(f"memory_gates has {len(gates)} numbers for a layer of {lse.shape[1]} heads: give one a head")
-    share = torch.tensor(gates, device=lse.device).unsqueeze(-1)
-    return torch.where(memory_lse.isfinite(), memory_lse - share.logit(), lse)
+    return torch.where(memory_lse.isfinite(), memory_lse - _logits_of(tuple(gates), lse.device), lse)
+
+
+@cache
+def _logits_of(gates: tuple[float, ...], device: torch.device) -> Tensor:
+    """(H, 1). Made once: bringing them to a GPU at every token would make it wait."""
+    return torch.tensor(gates, device=device).logit().unsqueeze(-1)
 
 
 def raised(lse: Tensor, discounts: Sequence[float]) -> Tensor:

@@ -8,8 +8,7 @@ Read like this, the last ``TOP_K`` blocks are at their true distance; all before
 that no distance is longer than those that were trained (the authors' stingy positions).
 """
 
-import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -20,12 +19,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 
-from fot.compare.caches import cache_bytes
-from fot.compare.readers import CHUNK, Progress
+from fot.compare.readers import CachedReader
 from fot.compare.rope import NONE, check_rotary, rotated
 from fot.compare.turned import no_mask
-from fot.compat import CACHE
-from fot.families import attention_modules, head
+from fot.families import attention_modules
 from fot.rotary import Rotary, rotary_of
 
 BLOCK = 50  # tokens before a landmark
@@ -179,39 +176,18 @@ def _hand_over(rotary: Rotary, module: Any, args: Any, kwargs: dict[str, Any]) -
 
 
 @dataclass(frozen=True)
-class LandmarkReader:
-    """A plain model within ``reading_blocks``; its last token is the landmark.
+class LandmarkReader(CachedReader):
+    """A plain model within ``reading_blocks``; its last token is the landmark."""
 
-    Attributes:
-        model: as tuned.
-    """
-
-    model: Any
-
-    def read(self, ids: Sequence[int], progress: Progress) -> Any:
-        cache = DynamicCache()
-        for start in range(0, len(ids), CHUNK):
-            chunk = ids[start : start + CHUNK]
-            self._hidden(cache, chunk)
-            progress(len(chunk))
-        return cache
-
-    def fork(self, state: Any) -> Any:
-        return copy.deepcopy(state)
+    new_cache: Callable[[], Any] = DynamicCache
 
     def feed(self, state: Any, ids: Sequence[int], keep: int) -> Tensor:
-        chunks = [self._hidden(state, ids[start : start + CHUNK]) for start in range(0, len(ids), CHUNK)]
-        return head(self.model, torch.cat(chunks)[-keep:])[:, :-1]  # nobody writes a landmark
-
-    def held_bytes(self, state: Any) -> int:
-        return cache_bytes(state)
+        return super().feed(state, ids, keep)[:, :-1]  # nobody writes a landmark
 
     def _hidden(self, cache: Any, ids: Sequence[int]) -> Tensor:
         """(len(ids), hidden_size) from which the token after each is foretold."""
         asked, places = with_landmarks(ids, cache.get_seq_length(), self.model.config.vocab_size - 1)
-        given = torch.tensor([asked], device=self.model.device)
-        hidden: Tensor = self.model.base_model(given, use_cache=True, **{CACHE: cache}).last_hidden_state[0]
-        return hidden[places]
+        return super()._hidden(cache, asked)[places]
 
 
 AttentionInterface.register(NAME, block_attention)
