@@ -10,7 +10,9 @@ import pytest
 import torch
 from conftest import ModelMaker
 from transformers import PreTrainedTokenizerFast
+from wide import make_wide
 
+from fot.ask import Conversation
 from fot.cli import main
 from fot.evaluation import needles
 from fot.model import detach_memory
@@ -141,6 +143,24 @@ def test_chat_asks_in_the_template_and_takes_any_wording(model: Any, monkeypatch
         prompt, target = needles.question_ids(model.tokenizer, needle, chat=True)
         assert model.tokenizer.decode(prompt) == f"U:{needle.asked}\nM:{needle.stem}"
         assert model.tokenizer.decode(target) == f" {needle.answer}"
+
+
+def test_chat_reads_passages_again_as_fot_ask_does(tokenizer: PreTrainedTokenizerFast) -> None:
+    model = make_wide(copy.deepcopy(tokenizer), 512)
+    with pytest.raises(ValueError, match="ask with chat"):
+        needles.run(model, texts(model.tokenizer), [700], reread="auto")
+    model.tokenizer.chat_template = (
+        "{% for m in messages %}U:{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}M:{% endif %}"
+    )
+    found = needles.run(
+        model, texts(model.tokenizer), [700], needles=2, trials=1, chat=True, reread="bm25", report=lambda *_: None
+    )
+    haystack = needles.make_haystack(model.tokenizer, texts(model.tokenizer), 700, 2, random.Random("0/700"))
+    memory = model.new_memory()
+    model.ingest(haystack.ids, memory)
+    for needle, answer in zip(haystack.needles, found["results"][0]["answers"], strict=True):
+        said = Conversation(model, memory).say(needle.asked, max_new_tokens=needles.CHAT_TOKENS, reread="bm25")
+        assert (said.read_again > 0, answer["answer"]) == (True, said.text)
 
 
 def test_interrupted_run_keeps_its_answers(model: Any) -> None:

@@ -4,6 +4,7 @@ import argparse
 from typing import Any
 
 from fot.commands import evaluate_harness, evaluate_heads, evaluate_questions
+from fot.commands.ask import REREAD
 from fot.commands.evaluate_long import add_few_shot, add_ruler
 from fot.commands.options import (
     about,
@@ -73,6 +74,9 @@ def _add_needles(kinds: Any) -> None:
     parser.add_argument("--needles", type=positive, default=8, help="number of facts in each text (default: 8)")
     parser.add_argument("--trials", type=positive, default=4, help="number of texts of each length (default: 4)")
     parser.add_argument("--chat", action="store_true", help="ask in the model's chat template, as fot ask does")
+    parser.add_argument("--reread", choices=REREAD, default="off",
+                        help="with --chat: how to find passages that are read again with the question; auto is what "
+                        "fot ask does (default: off: answers come from the memory alone)")  # fmt: skip
     add_outcome_options(
         parser, seed="seed for facts, texts and depths", result="file to write the results to, with every answer"
     )
@@ -173,8 +177,8 @@ def _eval_needles(args: argparse.Namespace) -> int:
     with tqdm(total=args.trials * sum(args.lengths), unit="tok", desc="needles", disable=None) as bar:
         log = bar.write if args.verbose else lambda line: None
         found = needles.run(
-            model, texts, args.lengths, needles=args.needles, trials=args.trials, chat=args.chat, seed=args.seed,
-            progress=bar,
+            model, texts, args.lengths, needles=args.needles, trials=args.trials, chat=args.chat,
+            reread=args.reread, seed=args.seed, progress=bar,
             report=lambda length, answer: log(
                 f"{length} tokens, depth {answer.depth:.2f}: {answer.expected}, got {answer.answer!r}"
             ),
@@ -183,6 +187,7 @@ def _eval_needles(args: argparse.Namespace) -> int:
         **about(model, args.model),
         "trials": args.trials,
         "chat": args.chat,
+        "reread": args.reread,
         "seed": args.seed,
         "files": _names(args),
         **found,

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from fot.ask import Conversation
 from fot.chat import has_template, question_text
 from fot.compat import CACHE
 from fot.evaluation.answers import greedy_answer, without_memory
@@ -132,7 +133,7 @@ class Answer:
         answer: what the model wrote.
         correct: it begins with the right answer, and not with a longer word or number; in chat, it holds it somewhere.
         tokens_right: share of the answer's tokens that are the model's likeliest, each after the right ones before it;
-            in chat too the sentence up to the answer is given.
+            in chat too the sentence up to the answer is given. No passage is read again for it.
         without: ``correct`` and ``tokens_right`` of the plain model that sees the question alone.
         whole_text: the same of the plain model that sees the whole text in one context, where it has positions for
             that: what the model itself can do. ``correct`` here is whether all tokens are right.
@@ -178,6 +179,7 @@ def run(
     needles: int = 8,
     trials: int = 4,
     chat: bool = False,
+    reread: str = "off",
     seed: int = 0,
     report: Callable[[int, Answer], None] = lambda length, answer: None,
     progress: Any = None,
@@ -193,6 +195,8 @@ def run(
         needles: of each text.
         trials: texts of each length.
         chat: put questions in the tokenizer's chat template, as ``fot ask`` does, and let the model word its reply.
+        reread: in chat, how passages are found that are read again in front of a question, as ``Conversation.say``
+            takes it; ``off``: the answer comes from the memory alone.
         seed: draws needles, texts and depths.
         report: called with length and answer, after each question.
         progress: a tqdm bar that is moved by each token read, or None.
@@ -204,8 +208,10 @@ def run(
         Ctrl-C ends the run and keeps the answers that were given.
 
     Raises:
-        ValueError: ``chat`` and a tokenizer without a chat template.
+        ValueError: ``chat`` and a tokenizer without a chat template, or ``reread`` without ``chat``.
     """
+    if reread != "off" and not chat:
+        raise ValueError(f"reread is {reread!r}, but passages are read again in chat alone: ask with chat (--chat)")
     if chat and not has_template(model.tokenizer):
         raise ValueError("this model's tokenizer has no chat template: ask without chat")
     results: list[dict[str, Any]] = []
@@ -218,8 +224,9 @@ def run(
             for haystack in haystacks:
                 memory = _read(model, haystack, results[-1], progress)
                 read_whole = _read_whole(model, haystack, chat)
+                reading = None if reread == "off" else (Conversation(model, memory), reread)
                 for needle, depth in zip(haystack.needles, haystack.depths, strict=True):
-                    answer = replace(ask(model, needle, depth, memory, chat), whole_text=read_whole(needle))
+                    answer = replace(ask(model, needle, depth, memory, chat, reading), whole_text=read_whole(needle))
                     results[-1]["answers"].append(answer)
                     report(length, answer)
     except KeyboardInterrupt:
@@ -227,13 +234,27 @@ def run(
     return {"results": [_summary(entry) for entry in results if entry["answers"]], "interrupted": interrupted}
 
 
-def ask(model: Any, needle: Needle, depth: float, memory: Memory, chat: bool = False) -> Answer:
-    """One question, with the memory and without; the memory is not written to."""
+def ask(
+    model: Any,
+    needle: Needle,
+    depth: float,
+    memory: Memory,
+    chat: bool = False,
+    reading: tuple[Conversation, str] | None = None,
+) -> Answer:
+    """One question, with the memory and without; the memory is not written to.
+
+    ``reading``: a conversation with this memory and a way to find passages, which are read again before the reply.
+    """
     prompt, target = question_ids(model.tokenizer, needle, chat)
     asked, most, marks = prompt, len(target) + 1, _begins_with  # one token more shows whether a word or number goes on
     if chat:
         asked, most, marks = encode(model.tokenizer, question_text(model.tokenizer, needle.asked)), CHAT_TOKENS, _holds
-    text, plain = (greedy_answer(model, asked, most, **given) for given in ({"memory": memory}, {}))
+    plain = greedy_answer(model, asked, most)
+    if reading is None:
+        text = greedy_answer(model, asked, most, memory=memory)
+    else:
+        text = reading[0].anew().say(needle.asked, max_new_tokens=most, reread=reading[1]).text
     without = {
         "correct": float(marks(plain, needle.answer)),
         "tokens_right": _tokens_right(model, prompt, target, None),
