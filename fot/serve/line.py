@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Generic, TypeVar
 
 from fot.serve.errors import ApiError
@@ -48,7 +49,7 @@ class _Job:
         self.done: asyncio.Future[Any] = self.loop.create_future()
 
     def tell(self, result: Any) -> None:
-        """Called in the thread of the model."""
+        """Called in the thread of the model; what comes first counts."""
         self.loop.call_soon_threadsafe(self._tell, result)
 
     def _tell(self, result: Any) -> None:
@@ -126,17 +127,23 @@ class Line:
             self._queue = [job for job in self._queue if job not in jobs]
             self._free -= 1
             self.joined += len(jobs) if len(jobs) > 1 else 0
-            running = first.loop.run_in_executor(self._threads, _do, jobs)
-            running.add_done_callback(self._end)
+            left = set(jobs)
+            for job in jobs:
+                job.done.add_done_callback(partial(self._end, left, job))
+            self._threads.submit(_do, jobs)
 
-    def _end(self, running: "asyncio.Future[None]") -> None:
-        self._free += 1
-        self._begin()
+    def _end(self, left: set[_Job], job: _Job, done: "asyncio.Future[Any]") -> None:
+        """A job has ended; with the last of its batch, the place is free."""
+        left.remove(job)
+        if not left:
+            self._free += 1
+            self._begin()
 
 
 def _do(jobs: list[_Job]) -> None:
     """Work on them, in the thread of the model."""
     first = jobs[0]
+    rest: BaseException = RuntimeError("the work has ended without a result")
     try:
         if len(jobs) == 1:
             first.tell(first.work(first.stop.is_set))
@@ -144,5 +151,6 @@ def _do(jobs: list[_Job]) -> None:
             assert isinstance(first.work, Joint)
             first.work.together([(job.work, job.stop.is_set, job.tell) for job in jobs])
     except BaseException as error:
-        for job in jobs:
-            job.tell(error)
+        rest = error
+    for job in jobs:  # those that have been told are not told again
+        job.tell(rest)
