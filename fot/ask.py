@@ -36,6 +36,7 @@ from fot.retrieval.prompt import with_passages
 from fot.sampling import GREEDY, Sampling, Scorer
 from fot.streamer import OnText, Streamer
 from fot.trace import Passage, record
+from fot.turns import Answer, Prompt
 from memory import Memory
 
 # Ways to read passages again before an answer. ``auto`` is the best by docs/results.md, where a passage fits.
@@ -44,34 +45,6 @@ BEST_WAY = "both"
 # Passages read again, at most, and the tokens of the window that stay free for the answer, at most.
 MOST_READ = 3
 ANSWER_ROOM = 64
-
-
-@dataclass(frozen=True)
-class Answer:
-    """The answer to one turn.
-
-    Attributes:
-        text: the answer.
-        passages: what the answer was read from, best first. If passages were read again, these come first; the others
-            were found by the same ranking. Otherwise the passages that received most attention during the answer.
-        read_again: how many of ``passages`` stood in front of the question.
-        prompt_tokens: number of tokens in this turn's prompt.
-        known_tokens: tokens of the conversation before those, which were not read again.
-        answer_tokens: number of tokens generated.
-        ended: whether the answer was ended by the model or by the caller's ``stop``, not by ``max_new_tokens``.
-        first_token_seconds: time from the question to the first token.
-        seconds: time from the question to the last token.
-    """
-
-    text: str
-    passages: list[Passage]
-    read_again: int
-    prompt_tokens: int
-    known_tokens: int
-    answer_tokens: int
-    ended: bool
-    first_token_seconds: float
-    seconds: float
 
 
 def ask(model: Any, memory: Memory, question: str, *, on_text: OnText | None = None, **options: Any) -> Answer:
@@ -179,6 +152,13 @@ class Conversation:
         if not self._templated:
             self._told = plain_ids(self.model.tokenizer, self.messages)
 
+    @property
+    def stop_strings(self) -> list[str]:
+        """What ends an answer: strings that the checkpoint names, and without a template the next question."""
+        stops = self.model.generation_config.stop_strings or []
+        stops = [stops] if isinstance(stops, str) else list(stops)
+        return stops + ([] if self._templated else [PLAIN_STOP])
+
     @torch.no_grad()
     def say(
         self,
@@ -209,50 +189,67 @@ class Conversation:
         Raises:
             ValueError: The turn is empty or longer than the window, or ``reread`` is none of ``REREAD``.
         """
-        start = time.perf_counter()
-        if reread not in REREAD:
-            raise ValueError(f"reread is {reread!r}; choose one of {', '.join(REREAD)}")
-        self._check_length(text)
-        found, content = self._find(text, num_passages, max_new_tokens, reread)
-        messages = [*self.messages, {"role": "user", "content": text}]
-        ids = self._prompt(content)
+        prompt = self.prepare(text, max_new_tokens=max_new_tokens, num_passages=num_passages, reread=reread)
+        ids, found = prompt.ids, prompt.found
         before, earlier, told = self._state(self._ids), self._earlier, (len(self.messages), self._told)
         try:
             self._rewind(ids)
             read = self._cache.seen
-            states = self._read_ahead(ids, messages)
+            states = self._read_ahead(ids, [*self.messages, {"role": "user", "content": text}])
             streamer = Streamer(self.model.tokenizer, on_text, lambda: states.append(self._state(ids)), scorer)
             with record(self.model) if found is None else nullcontext() as recorder, sampling.seeded():
                 output = self._generate(ids, max_new_tokens, streamer, stop, sampling)
-            if found is not None:
-                passages = found[0]
-            else:
+            if found is None:
                 assert recorder is not None
-                passages = recorder.passages(num_passages)
-            answered = output[len(ids) :]
-            answer = self.model.tokenizer.decode(answered, skip_special_tokens=True)
-            self._ids, self._earlier = output, states[:1] if self._templated or found else []
-            self._told_before = told[1]
-            if not self._templated:
-                self._told = [*self._told, *self._turn_ids(text), *answered]
-            self.messages += [messages[-1], {"role": "assistant", "content": answer}]
+                found = recorder.passages(num_passages), 0
+            self._ids, self._earlier = output, states[:1] if self._templated or prompt.found else []
+            return self.conclude(
+                replace(prompt, found=found), output[len(ids) :], max_new_tokens, streamer.first_token, read
+            )
         except BaseException:  # Ctrl-C, too: after half a turn the next answer would be another
             self._return_to(before)
             self._earlier = earlier
             del self.messages[told[0] :]
             self._told = told[1]
             raise
-        done = time.perf_counter()
+
+    def prepare(self, text: str, *, max_new_tokens: int = 128, num_passages: int = 5, reread: str = "auto") -> Prompt:
+        """What is read for the next turn. Nothing changes; arguments and errors are those of ``say``."""
+        begun = time.perf_counter()
+        if reread not in REREAD:
+            raise ValueError(f"reread is {reread!r}; choose one of {', '.join(REREAD)}")
+        self._check_length(text)
+        found, content = self._find(text, num_passages, max_new_tokens, reread)
+        return Prompt(text, self._prompt(content), found, begun)
+
+    def conclude(
+        self, prompt: Prompt, answered: list[int], max_new_tokens: int, first_token: float | None, read: int = 0
+    ) -> Answer:
+        """Take in a turn and its answer.
+
+        Args:
+            prompt: of the turn, with the answer's passages.
+            answered: ids of the answer.
+            max_new_tokens: most tokens that it could have.
+            first_token: when it began, by ``time.perf_counter``.
+            read: tokens of the prompt that were known before.
+        """
+        answer = self.model.tokenizer.decode(answered, skip_special_tokens=True)
+        self._told_before = self._told
+        if not self._templated:
+            self._told = [*self._told, *self._turn_ids(prompt.text), *answered]
+        self.messages += [{"role": "user", "content": prompt.text}, {"role": "assistant", "content": answer}]
+        done, (passages, read_again) = time.perf_counter(), prompt.found or ([], 0)
         return Answer(
             answer.strip(),
             [replace(passage, document=self.title(passage.document)) for passage in passages],
-            found[1] if found else 0,
-            len(ids) - read,
+            read_again,
+            len(prompt.ids) - read,
             read,
             len(answered),
             len(answered) < max_new_tokens or answered[-1] in end_tokens(self.model),
-            (streamer.first_token or done) - start,
-            done - start,
+            (first_token or done) - prompt.begun,
+            done - prompt.begun,
         )
 
     def find(self, question: str, count: int = 5, by: str = BEST_WAY) -> list[Passage]:
@@ -355,9 +352,6 @@ class Conversation:
     ) -> list[int]:
         """The same ids and the answer's."""
         model, prompt = self.model, torch.tensor([ids], device=self.model.device)
-        stops = model.generation_config.stop_strings or []
-        stops = [stops] if isinstance(stops, str) else list(stops)
-        stops += [] if self._templated else [PLAIN_STOP]
         processors: list[LogitsProcessor] = (
             [] if streamer.scorer is None else [streamer.scorer]
         )  # first: it notes what the model says
@@ -369,7 +363,7 @@ class Conversation:
             streamer=streamer,
             stopping_criteria=[lambda ids, scores, **_: torch.full(ids.shape[:1], stop(), device=ids.device)],
             eos_token_id=end_tokens(model) or None,
-            stop_strings=stops or None,
+            stop_strings=self.stop_strings or None,
             logits_processor=LogitsProcessorList(processors),
             **(one_greedy_answer(model) | sampling.options()),
             **{CACHE: self._cache},

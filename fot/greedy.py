@@ -56,6 +56,31 @@ def without_repetition(model: Any, prompt_length: int) -> list[LogitsProcessor]:
     return [RepetitionPenaltyLogitsProcessor(REPETITION_PENALTY, prompt_ignore_length=prompt_length)]
 
 
+# Settings that count tokens or look at all of them, so padding or a fresh call of ``generate`` would change what they
+# do; with the values that do nothing.
+_BY_PLACE: dict[str, Any] = {
+    "repetition_penalty": 1,
+    "encoder_repetition_penalty": 1,
+    "guidance_scale": 1,
+    "min_length": 0,
+    "min_new_tokens": 0,
+    "no_repeat_ngram_size": 0,
+    "encoder_no_repeat_ngram_size": 0,
+    "begin_suppress_tokens": None,
+    "exponential_decay_length_penalty": None,
+    "forced_bos_token_id": None,
+    "forced_eos_token_id": None,
+    "max_time": None,
+    "watermarking_config": None,
+}
+
+
+def alike_padded(model: Any) -> bool:
+    """Whether, by the checkpoint's settings, a prompt's answer is the same behind padding, and in parts."""
+    known = model.generation_config
+    return all(getattr(known, name, None) in (None, nothing) for name, nothing in _BY_PLACE.items())
+
+
 def end_tokens(model: Any) -> list[int]:
     """Ids that end an answer, by the checkpoint and by its tokenizer; empty if there are none."""
     ends = model.generation_config.eos_token_id

@@ -1,5 +1,6 @@
 """Requests wait in a line: a full one refuses, many clients lose nothing, and who leaves frees a place."""
 
+import asyncio
 import concurrent.futures
 import json
 import threading
@@ -14,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from fot.ask import Conversation
 from fot.serve.library import Library
+from fot.serve.line import Joint, Line
 from fot.serve.server import Settings
 
 QUESTION = [{"role": "user", "content": "Who is the vicar?"}]
@@ -132,3 +134,42 @@ def _leaving(address: str, body: dict[str, Any]) -> Any:
     connection.sendall(f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content)
     time.sleep(0.1)
     return connection
+
+
+def test_a_place_is_free_when_all_have_been_told() -> None:
+    """Of work done together, too, whatever becomes of it; who is told nothing gets an error."""
+
+    class Pair(Joint[int]):
+        def __init__(self, key: str, number: int) -> None:
+            self._key, self.number = key, number
+
+        @property
+        def key(self) -> str:
+            return self._key
+
+        def __call__(self, stopped: Any) -> int:
+            if self._key == "first":
+                time.sleep(0.2)
+            return -self.number
+
+        @classmethod
+        def together(cls, jobs: Any) -> None:
+            batches.append([work.number for work, _, _ in jobs])
+            for work, _, tell in jobs[:-1]:
+                tell(ValueError() if work.number == 2 else work.number)
+            if jobs[0][0].key == "broken":
+                raise KeyError
+
+    async def work() -> list[Any]:
+        line, keys = Line(1, 20), ["first", "a", "a", "a", "broken", "broken", "a", "a", "a", "last"]
+        found = await asyncio.gather(*(line.run(Pair(key, n)) for n, key in enumerate(keys)), return_exceptions=True)
+        assert await line.run(Pair("first", 99)) == -99
+        assert (line.length, line.joined) == (0, 4 + 2 + 2)
+        return found
+
+    batches = list[list[int]]()
+    found = asyncio.run(work())
+    assert batches == [[1, 2, 3, 6], [4, 5], [7, 8]]
+    assert [one if isinstance(one, int) else type(one) for one in found] == [
+        *(0, 1, ValueError, 3, 4, KeyError, RuntimeError, 7, RuntimeError, -9)
+    ]

@@ -63,7 +63,7 @@ class MemoryModel(llm.Model):
     ) -> Iterator[str]:
         """Pieces of the answer. The passages go into the response's JSON, which ``llm logs --json`` shows."""
         from fot.sampling import Sampling
-        from fot.serve.answering import chat
+        from fot.serve.answering import Chat
         from fot.serve.wire import cited
 
         turns, options = turns_of(prompt.messages), prompt.options
@@ -71,17 +71,14 @@ class MemoryModel(llm.Model):
         sampling = Sampling(options.temperature, options.top_p, options.seed)
 
         def work(on_text: Callable[[str], None], stopped: Callable[[], bool]) -> "Reply":
-            (reply,) = chat(
+            (reply,) = Chat(
                 entry,
                 conversations,
                 turns,
-                max_tokens=options.max_tokens,
-                stops=[],
+                options.max_tokens,
                 samplings=[sampling],
-                top_logprobs=None,
                 on_text=lambda number, text, scored: on_text(text),
-                stopped=stopped,
-            )
+            )(stopped)
             return reply
 
         reply = yield from in_pieces(work)

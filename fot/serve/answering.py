@@ -1,7 +1,7 @@
 """Answers of models with memories, in the thread of the model."""
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -10,15 +10,20 @@ from transformers import LogitsProcessorList
 from fot.ask import Conversation
 from fot.chat import Message
 from fot.greedy import end_tokens, one_greedy_answer
-from fot.sampling import Sampling, Scored, Scorer, score
+from fot.sampling import GREEDY, Sampling, Scored, Scorer, score
 from fot.serve.library import Entry
-from fot.serve.line import Stopped
+from fot.serve.line import Joint, Stopped, Tell
 from fot.serve.stops import StopText
 from fot.streamer import Streamer
+from fot.together import Turn, pays, say_together
 from fot.trace import Passage
+from fot.turns import Answer
 
 # Conversations that can go on without being read again. Each holds a window, and a memory of what left it.
 MOST_CONVERSATIONS = 16
+
+# Takes the number of an answer, a piece of its text, and the tokens scored since the last piece.
+OnScoredText = Callable[[int, str, list[Scored]], None]
 
 
 @dataclass
@@ -83,21 +88,14 @@ def _key(entry: Entry, history: Sequence[Message]) -> tuple[str, ...]:
     return (entry.name, *(f"{turn['role']}:{turn['content'].strip()}" for turn in history))
 
 
-def chat(
-    entry: Entry,
-    conversations: Conversations,
-    turns: Sequence[Message],
-    *,
-    max_tokens: int,
-    stops: Sequence[str],
-    samplings: Sequence[Sampling],
-    top_logprobs: int | None,
-    on_text: Callable[[int, str, list[Scored]], None],
-    stopped: Stopped,
-) -> list[Reply]:
-    """Answer the last turn of a conversation, as many times as there are samplings.
+@dataclass(frozen=True)
+class Chat(Joint[list[Reply]]):
+    """Answers the last turn of a conversation, as many times as there are samplings.
 
-    Args:
+    First questions about one memory, to be answered greedily, can be answered together. Drawn answers can't: a seed is
+    to give in a batch what it gives alone.
+
+    Attributes:
         entry: which memory.
         conversations: the known ones; the answered one joins them, unless a stop string ended it.
         turns: of the conversation; the last is the user's.
@@ -106,66 +104,134 @@ def chat(
         samplings: of each answer.
         top_logprobs: likeliest tokens noted for each token; None notes no probabilities.
         on_text: called with the answer's number, each piece of its text, and the tokens scored since the last piece.
-        stopped: whether to stop.
-
-    Raises:
-        ValueError: the last turn is empty or longer than the window.
     """
-    history, question = list(turns[:-1]), turns[-1]["content"]
-    conversation = conversations.take(entry, history)
-    replies: list[Reply] = []
-    for number, sampling in enumerate(samplings):
-        if replies:
-            conversation.take_back()
-        scorer = None if top_logprobs is None else Scorer(top_logprobs)
-        hand_on = _Numbered(number, scorer, on_text)
-        text = StopText(stops, hand_on, strip=True)
-        answer = conversation.say(
-            question,
-            max_new_tokens=max_tokens,
-            on_text=text.feed,
-            stop=lambda text=text: text.stopped or stopped(),  # type: ignore[misc]
-            sampling=sampling,
-            scorer=scorer,
-        )
-        text.finish()
-        hand_on.rest()
-        known = entry.tokens + answer.known_tokens
-        replies.append(
-            Reply(
-                text.text,
-                "stop" if answer.ended or text.stopped else "length",
-                known + answer.prompt_tokens,
-                known,
-                answer.answer_tokens,
-                answer.passages,
-                scorer.scored if scorer else [],
+
+    entry: Entry
+    conversations: Conversations
+    turns: Sequence[Message]
+    max_tokens: int
+    stops: Sequence[str] = ()
+    samplings: Sequence[Sampling] = (GREEDY,)
+    top_logprobs: int | None = None
+    on_text: OnScoredText = lambda number, text, scored: None
+
+    @property
+    def key(self) -> Hashable | None:
+        """The memory, if the question can be answered with others about it."""
+        greedy = len(self.samplings) == 1 and self.samplings[0].temperature == 0
+        first = all(turn["role"] != "assistant" for turn in self.turns)
+        return id(self.entry) if greedy and first and pays(self.entry.blank) else None
+
+    def __call__(self, stopped: Stopped) -> list[Reply]:
+        """Answer it alone.
+
+        Raises:
+            ValueError: the last turn is empty or longer than the window.
+        """
+        conversation = self.conversations.take(self.entry, self.turns[:-1])
+        replies: list[Reply] = []
+        for number, sampling in enumerate(self.samplings):
+            if replies:
+                conversation.take_back()
+            listener = self._listener(number)
+            answer = conversation.say(
+                self.turns[-1]["content"],
+                max_new_tokens=self.max_tokens,
+                on_text=listener.text.feed,
+                stop=lambda listener=listener: listener.text.stopped or stopped(),  # type: ignore[misc]
+                sampling=sampling,
+                scorer=listener.scorer,
             )
+            replies.append(self._reply(listener, answer))
+            if stopped():
+                break
+        self._keep(listener, conversation)
+        return replies
+
+    @classmethod
+    def together(cls, jobs: Sequence[tuple["Chat", Stopped, Tell]]) -> None:
+        """Answer several, each told of as soon as its answer has ended."""
+        say_together([chat._turn(stopped, tell) for chat, stopped, tell in jobs])
+
+    def _turn(self, stopped: Stopped, tell: Tell) -> Turn:
+        conversation, listener = self.conversations.take(self.entry, self.turns[:-1]), self._listener(0)
+
+        def on_answer(answer: Answer | Exception) -> None:
+            if isinstance(answer, Exception):
+                tell(answer)
+                return
+            reply = self._reply(listener, answer)
+            self._keep(listener, conversation)
+            tell([reply])
+
+        return Turn(
+            conversation,
+            self.turns[-1]["content"],
+            self.max_tokens,
+            listener.text.feed,
+            lambda: listener.text.stopped or stopped(),
+            listener.scorer,
+            on_answer,
         )
-        if stopped():
-            break
-    if not text.stopped:  # else the conversation holds the stop string, which the client does not see
-        said = {"role": "assistant", "content": replies[-1].text}
-        conversations.keep(entry, [*turns, said], conversation)
-    return replies
+
+    def _listener(self, number: int) -> "_Listener":
+        return _Listener(number, self.stops, self.top_logprobs, self.on_text, strip=True)
+
+    def _reply(self, listener: "_Listener", answer: Answer) -> Reply:
+        listener.finish()
+        known = self.entry.tokens + answer.known_tokens
+        return Reply(
+            listener.text.text,
+            "stop" if answer.ended or listener.text.stopped else "length",
+            known + answer.prompt_tokens,
+            known,
+            answer.answer_tokens,
+            answer.passages,
+            listener.scored,
+        )
+
+    def _keep(self, listener: "_Listener", conversation: Conversation) -> None:
+        if not listener.text.stopped:  # else the conversation holds the stop string, which the client does not see
+            said = {"role": "assistant", "content": listener.text.text}
+            self.conversations.keep(self.entry, [*self.turns, said], conversation)
 
 
-class _Numbered:
-    """Hands on pieces of one of several answers, with the tokens that were scored since the last."""
+class _Listener:
+    """Takes an answer as it comes, up to a stop string, and hands it on with the tokens scored since the last piece.
 
-    def __init__(self, number: int, scorer: Scorer | None, on_text: Callable[[int, str, list[Scored]], None]) -> None:
-        self._number, self._scorer, self._on_text = number, scorer, on_text
-        self._done = 0
+    Attributes:
+        text: so far.
+        scorer: for ``generate``; None if no probabilities are wanted.
+    """
 
-    def __call__(self, text: str) -> None:
-        scored = self._scorer.scored[self._done :] if self._scorer else []
+    def __init__(
+        self,
+        number: int,
+        stops: Sequence[str],
+        top_logprobs: int | None,
+        on_text: OnScoredText,
+        *,
+        strip: bool = False,
+    ) -> None:
+        self._number, self._on_text, self._done = number, on_text, 0
+        self.scorer = None if top_logprobs is None else Scorer(top_logprobs)
+        self.text = StopText(stops, self._hand_on, strip=strip)
+
+    @property
+    def scored(self) -> list[Scored]:
+        """All tokens with their probabilities; none if none are wanted."""
+        return self.scorer.scored if self.scorer else []
+
+    def finish(self) -> None:
+        """No more comes: hand on the rest, and tokens without text."""
+        self.text.finish()
+        if len(self.scored) > self._done:
+            self._hand_on("")
+
+    def _hand_on(self, text: str) -> None:
+        scored = self.scored[self._done :]
         self._done += len(scored)
         self._on_text(self._number, text, scored)
-
-    def rest(self) -> None:
-        """Hand on tokens without text."""
-        if self._scorer and len(self._scorer.scored) > self._done:
-            self("")
 
 
 @torch.no_grad()
@@ -195,9 +261,8 @@ def complete(
     model.check_ids(torch.tensor(ids))
     if not max_tokens:
         return Reply("", "length", entry.tokens + len(ids), entry.tokens, 0)
-    scorer = None if top_logprobs is None else Scorer(top_logprobs)
-    hand_on = _Numbered(0, scorer, lambda number, text, scored: on_text(text, scored))
-    text = StopText(stops, hand_on)
+    listener = _Listener(0, stops, top_logprobs, lambda number, text, scored: on_text(text, scored))
+    text, scorer = listener.text, listener.scorer
     given = torch.tensor([ids], device=model.device)
     with sampling.seeded():
         output = model.generate(
@@ -213,12 +278,11 @@ def complete(
             eos_token_id=end_tokens(model) or None,
             **(one_greedy_answer(model) | sampling.options()),
         )
-    text.finish()
-    hand_on.rest()
+    listener.finish()
     count = output.shape[1] - len(ids)
     ended = count < max_tokens or int(output[0, -1]) in end_tokens(model) or text.stopped
-    scored = scorer.scored if scorer else []
-    return Reply(text.text, "stop" if ended else "length", entry.tokens + len(ids), entry.tokens, count, scored=scored)
+    finish = "stop" if ended else "length"
+    return Reply(text.text, finish, entry.tokens + len(ids), entry.tokens, count, scored=listener.scored)
 
 
 @torch.no_grad()

@@ -10,8 +10,7 @@ from mcp.server.mcpserver import MCPServer
 from mcp.server.mcpserver.exceptions import ToolError
 
 from fot import __version__
-from fot.sampling import GREEDY
-from fot.serve.answering import Conversations, chat
+from fot.serve.answering import Chat, Conversations
 from fot.serve.library import Entry, Library
 from fot.serve.wire import cited
 
@@ -59,17 +58,8 @@ def create_server(library: Library) -> MCPServer:
         """
         entry = chosen(memory)
         with in_turn():
-            (reply,) = chat(
-                entry,
-                Conversations(0),
-                [{"role": "user", "content": question}],
-                max_tokens=max(1, min(max_tokens, MOST_TOKENS)),
-                stops=[],
-                samplings=[GREEDY],
-                top_logprobs=None,
-                on_text=lambda *_: None,
-                stopped=lambda: False,
-            )
+            turns, most = [{"role": "user", "content": question}], max(1, min(max_tokens, MOST_TOKENS))
+            (reply,) = Chat(entry, Conversations(0), turns, most)(lambda: False)
         return {"memory": entry.name, "answer": reply.text, "passages": [cited(one) for one in reply.passages]}
 
     @server.tool()

@@ -1,6 +1,7 @@
 """The OpenAI interface: models, conversations and completions."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -9,7 +10,7 @@ from fastapi.responses import JSONResponse, Response
 
 from fot.sampling import Scored
 from fot.serve import wire
-from fot.serve.answering import Reply, chat, complete, score_prompt
+from fot.serve.answering import Chat, Reply, complete, score_prompt
 from fot.serve.errors import ApiError
 from fot.serve.library import Entry
 from fot.serve.line import Stopped
@@ -43,8 +44,7 @@ async def chat_completions(request: Request, asked: ChatRequest) -> Response:
     if asked.top_logprobs is not None and not asked.logprobs:
         raise ApiError(400, "top_logprobs needs logprobs", param="top_logprobs")
     logprobs = bool(asked.logprobs)
-    reply_to = partial(
-        chat,
+    chat = Chat(
         entry,
         server.conversations,
         turns,
@@ -55,11 +55,7 @@ async def chat_completions(request: Request, asked: ChatRequest) -> Response:
     )
     answer_id = wire.new_id("chatcmpl")
     if not asked.stream:
-
-        def work(stopped: Stopped) -> list[Reply]:
-            return reply_to(on_text=lambda *_: None, stopped=stopped)
-
-        replies = await answer(request, work)
+        replies = await answer(request, chat)
         choices = [wire.chat_choice(entry, number, reply, logprobs) for number, reply in enumerate(replies)]
         whole = wire.envelope(answer_id, "chat.completion", entry, choices) | {
             "usage": wire.usage(replies, asked.choices)
@@ -69,7 +65,7 @@ async def chat_completions(request: Request, asked: ChatRequest) -> Response:
     def piece(choices: list[dict[str, Any]]) -> dict[str, Any]:
         return wire.envelope(answer_id, "chat.completion.chunk", entry, choices)
 
-    def stream(send: Send, stopped: Stopped) -> list[Reply]:
+    def work(send: Send) -> Chat:
         for choice in range(asked.choices):
             send(piece([wire.chat_delta(choice, {"role": "assistant", "content": ""}, None)]))
 
@@ -77,7 +73,7 @@ async def chat_completions(request: Request, asked: ChatRequest) -> Response:
             known = wire.chat_logprobs(entry, scored) if logprobs else None
             send(piece([wire.chat_delta(number, {"content": text}, None, known)]))
 
-        return reply_to(on_text=on_text, stopped=stopped)
+        return replace(chat, on_text=on_text)
 
     def last(replies: list[Reply]) -> Iterator[dict[str, Any]]:
         for number, reply in enumerate(replies):
@@ -85,7 +81,7 @@ async def chat_completions(request: Request, asked: ChatRequest) -> Response:
             yield piece([wire.chat_delta(number, {"annotations": cited} if cited else {}, reply.finish)])
         yield from _usage_piece(asked, piece([]), replies)
 
-    return await events(request, stream, last)
+    return await events(request, work, last)
 
 
 @router.post("/v1/completions")
@@ -137,7 +133,7 @@ async def completions(request: Request, asked: CompletionRequest) -> Response:
                 yield piece([wire.completion_choice(number, "", reply.finish)])
             yield from _usage_piece(asked, piece([]), replies)
 
-        return await events(request, work, last)
+        return await events(request, lambda send: partial(work, send), last)
 
     def whole(stopped: Stopped) -> tuple[list[Reply], list[dict[str, Any]]]:
         replies = work(send_nothing, stopped)

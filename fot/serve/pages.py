@@ -52,8 +52,9 @@ async def script() -> Response:
 
 @router.get("/health")
 async def health(request: Request) -> dict[str, Any]:
-    """Whether the server runs, and how many requests it has."""
-    return {"status": "ok", "requests": server_of(request).line.length}
+    """Whether the server runs, how many requests it has, and how many it has begun together with others."""
+    line = server_of(request).line
+    return {"status": "ok", "requests": line.length, "joined": line.joined}
 
 
 @router.get("/api/memories")

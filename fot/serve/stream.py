@@ -46,7 +46,7 @@ async def answer(request: Request, work: Callable[[Stopped], T]) -> T:
 
 async def events(
     request: Request,
-    work: Callable[[Send, Stopped], T],
+    work: Callable[[Send], Callable[[Stopped], T]],
     last: Callable[[T], Iterator[Any]],
     end: str | None = DONE,
     done: Callable[[], None] = lambda: None,
@@ -57,7 +57,7 @@ async def events(
 
     Args:
         request: of the client.
-        work: is given a function that sends an object, and one that says whether to stop.
+        work: gives, for a function that sends an object, what is done with one that says whether to stop.
         last: the objects to send at the end.
         end: the last event's data.
         done: called once the work has ended, or will not begin: the line is full, or the client left while it waited.
@@ -69,10 +69,7 @@ async def events(
     def send(item: Any) -> None:
         loop.call_soon_threadsafe(queue.put_nowait, item)
 
-    def run(stopped: Stopped) -> T:
-        return work(send, stopped)
-
-    task = asyncio.ensure_future(server.line.run(run))
+    task = asyncio.ensure_future(server.line.run(work(send)))
     task.add_done_callback(lambda _: done())
     await asyncio.sleep(0)  # into the line, or not
     if task.done():

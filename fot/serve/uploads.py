@@ -4,7 +4,8 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +44,8 @@ async def make_memory(request: Request, name: str) -> Response:
     _target(server, name)  # before the files are sent
     folder = await _received(request)
 
-    def work(send: Send, stopped: Stopped) -> dict[str, Any]:
-        return _make(server, name, folder, send, stopped)
+    def work(send: Send) -> Callable[[Stopped], dict[str, Any]]:
+        return partial(_make, server, name, folder, send)
 
     def last(result: dict[str, Any]) -> Iterator[dict[str, Any]]:
         yield result
