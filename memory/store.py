@@ -203,6 +203,37 @@ class Memory(MemoryFacts):
                 layer.truncate(before)
             raise
 
+    def append_again(
+        self,
+        start: int,
+        stop: int,
+        *,
+        document: str | None = None,
+        spans: Sequence[tuple[int, int]] | np.ndarray | None = None,
+    ) -> None:
+        """Add copies of the tokens in slots start..stop-1, bit for bit, to every layer.
+
+        Args:
+            start: first slot.
+            stop: past-the-end slot.
+            document: as for ``append``.
+            spans: likewise.
+
+        Raises:
+            ValueError: As for ``append``; or the slots are not stored.
+        """
+        if not 0 <= start <= stop <= len(self):
+            raise ValueError(f"slots {start}..{stop - 1} are not all in this memory, which holds 0..{len(self) - 1}")
+        # float32 holds every stored value exactly, and an int8 vector gets its own scale and integers back.
+        keys, values = (
+            {
+                n: getattr(layer, name).take_range(start, stop, torch.float32)
+                for n, layer in self._content.layers.items()
+            }
+            for name in ("keys", "values")
+        )
+        self.append(keys, values, torch.from_numpy(self.token_ids(slice(start, stop))), document=document, spans=spans)
+
     def drop_document(self, name: str) -> int:
         """Remove one document; see ``drop_documents``."""
         return self.drop_documents([name])
