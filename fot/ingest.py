@@ -173,11 +173,12 @@ def _store_isolated(
     local = read_isolated(model, _inputs(model, list(fresh.values()))) if fresh else None
     rows = {name: row for row, name in enumerate(fresh)}
     for name, window in zip(names, group, strict=True):
-        end, about = len(memory), {"document": source, "spans": window.spans}
+        end, length = len(memory), len(window.ids)
         if local is not None and name in rows:
-            local.move(rows[name], len(window.ids), memory, skip=window.skip, **about)
+            local.move(rows[name], length, memory, skip=window.skip, document=source, spans=window.spans)
         else:  # no window stores more of itself than one before: the first of a text alone has no overlap
-            memory.append_again(copied[name] + window.skip, copied[name] + len(window.ids), **about)
+            first = copied[name]
+            memory.append_again(first + window.skip, first + length, document=source, spans=window.spans)
         known.pop(name, None)
         known[name] = end - window.skip
         if len(known) > KNOWN_WINDOWS:

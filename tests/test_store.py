@@ -111,7 +111,7 @@ def test_int8_is_a_quarter_of_float32(monkeypatch: pytest.MonkeyPatch) -> None:
         store = Memory((0,), 1, 64, value_dtype=dtype, index="exact")
         store.append({0: torch.zeros(1, 1024, 64)}, {0: torch.zeros(1, 1024, 64)}, range(1024))
         sizes[dtype] = store.nbytes()["values"] // 1024
-    assert sizes == {"float32": 256, "bfloat16": 128, "float16": 128, "int8": 64 + 4}
+    assert sizes == {"float32": 256, "bfloat16": 128, "float16": 128, "int8": 64 + 2}
 
 
 @pytest.mark.parametrize("top_k", [None, 5])
