@@ -3,6 +3,7 @@
 Per memory layer and KV head, keys and values in append order; once per token, its id and where it came from.
 """
 
+import logging
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,9 @@ from memory.index import Index, Learnt
 from memory.indexed import IndexedLayer
 from memory.layer import LayerMemory
 from memory.tokens import TokenTable
+
+
+logger = logging.getLogger(__name__)
 
 
 class Memory(MemoryFacts):
@@ -120,6 +124,13 @@ class Memory(MemoryFacts):
             raise
         for number, layer in memory._indexed.items():
             layer.put_off(opened.learnt.get(number))
+        if mode == "r" and any(layer.makes_clusters() for layer in memory._indexed.values()):
+            logger.warning(
+                "%s holds no clusters of its %s tokens: they are made at the first question, each time that it is "
+                "opened; Memory.open(path, mode='a'), prepare() and flush() save them",
+                path,
+                f"{len(memory):,}",
+            )
         return memory
 
     def save(self, path: str | Path) -> None:

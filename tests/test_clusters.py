@@ -239,6 +239,27 @@ def test_int8_vectors_are_saved_restored_and_near(tmp_path: Path) -> None:
     assert 0 < error(whole, exact, asked, 0.1) < 0.02
 
 
+def test_a_memory_opened_to_read_says_that_its_clusters_are_made_each_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("memory.indexed.SEGMENT", 512)
+    store("exact", topics(1100)).save(tmp_path / "m")
+
+    def said(**options: Any) -> list[str]:
+        caplog.clear()
+        Memory.open(tmp_path / "m", **options).close()
+        return [record.getMessage() for record in caplog.records if "holds no clusters" in record.getMessage()]
+
+    assert not said()
+    (message,) = said(index="clusters")
+    assert "of its 1,100 tokens" in message
+    assert "prepare() and flush() save them" in message
+    with Memory.open(tmp_path / "m", mode="a", index="clusters") as memory:
+        memory.prepare()
+        memory.flush()
+    assert not said(index="clusters")
+
+
 def as_first_version(folder: Path) -> None:
     """Make a memory's folder what the first format had: float32 scales and clusters, none of them coarse."""
     from safetensors.torch import load_file, save_file
