@@ -23,6 +23,7 @@ from fot.machine import describe_machine
 from memory import Memory
 
 QUERIES = "queries.safetensors"
+WINDOWS = 2  # that real_keys.py lets ask
 
 
 def named(backend: str, share: float, num_keys: int) -> dict[str, str | int | None]:
@@ -41,8 +42,8 @@ def errors(memory: Memory, layer: int, queries: Tensor, exact: Tensor, rows: int
 
 
 def chosen_queries(queries: Tensor, heads: int, count: int, rows: int) -> Tensor:
-    """About ``count`` of queries (G, R, D) that lie head behind head, as ``--rows`` wants them."""
-    by_token = queries.unflatten(1, (heads, -1)).transpose(1, 2)  # (G, T, heads, D)
+    """About ``count`` of queries (G, R, D) of some windows, in each head behind head, as ``--rows`` wants them."""
+    by_token = queries.unflatten(1, (WINDOWS, heads, -1)).transpose(2, 3).flatten(1, 2)  # (G, T, heads, D)
     step = max(1, by_token.shape[1] * heads // count) if rows <= heads else 1
     chosen = by_token[:, ::step]
     if rows < heads:

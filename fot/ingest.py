@@ -4,10 +4,12 @@ import io
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -15,13 +17,16 @@ from tqdm import tqdm
 from fot.cache import Row
 from fot.files import check_unicode, check_utf8
 from fot.inputs import Inputs
-from fot.windows import store_isolated, store_window
+from fot.windows import read_isolated, store_window
 from memory import Memory
 
 Span = tuple[int, int]
 
 # Windows that read no memory go through the layers together, about this many tokens at once.
 ISOLATED_TOKENS = 4096
+
+# So many of a text's windows, those read last, are known again: some 10 MB.
+KNOWN_WINDOWS = 1 << 16
 
 # Text is tokenised in pieces of about this many characters, cut behind a line, so that a file streams from disk.
 PIECE = 1 << 16
@@ -117,18 +122,24 @@ def ingest_pieces(
     progress: bool | tqdm | None,
     *,
     stored: int = 0,
+    known: dict[bytes, int] | None = None,
 ) -> int:
     """What ``ingest`` does, of a source in pieces. Whenever a piece is asked for, whole windows are stored.
 
     Args:
         stored: first tokens of the pieces that the memory holds already, given for their local context alone.
+        known: isolated windows that the memory holds; see ``_store_isolated``. None for those of the pieces alone.
     """
     model.check_memory(memory)
     config, count = model.memory_config, 0
+    known = {} if known is None else known
     at_once = max(1, ISOLATED_TOKENS // config.window) if config.isolated_windows else 1
     with _bar(source or "ingest", progress) as bar:
         for group in _groups(_windows(pieces, config.window, config.overlap, stored), at_once):
-            _store(model, group, memory, source)
+            if config.isolated_windows:
+                _store_isolated(model, group, memory, source, known)
+            else:
+                _store(model, group[0], memory, source)
             new = sum(len(window.ids) - window.skip for window in group)
             count += new
             done = group[-1].done
@@ -140,17 +151,49 @@ def ingest_pieces(
     return count
 
 
-def _store(model: Any, group: list[Window], memory: Memory, source: str | None) -> None:
-    ids = torch.tensor([window.ids for window in group], dtype=torch.int64)
+def _store(model: Any, window: Window, memory: Memory, source: str | None) -> None:
+    inputs, row = _inputs(model, [window]), Row([], memory)
+    store_window(model, inputs, row, hidden_states=False, skip=window.skip, document=source, spans=window.spans)
+
+
+def _store_isolated(
+    model: Any, group: list[Window], memory: Memory, source: str | None, known: dict[bytes, int]
+) -> None:
+    """Store windows, each in the order of the text; one that was read before is copied from the memory.
+
+    Its keys and values are those of its own tokens alone, so that equal tokens have equal ones.
+
+    Args:
+        known: windows by what ``_name`` calls them: the slot of the first token, had all of it been stored. These are
+            added, and the oldest leave.
+    """
+    names = [_name(window) for window in group]
+    copied = {name: known[name] for name in names if name in known}
+    fresh = {name: window for name, window in zip(names, group, strict=True) if name not in copied}
+    local = read_isolated(model, _inputs(model, list(fresh.values()))) if fresh else None
+    rows = {name: row for row, name in enumerate(fresh)}
+    for name, window in zip(names, group, strict=True):
+        end, length = len(memory), len(window.ids)
+        if local is not None and name in rows:
+            local.move(rows[name], length, memory, skip=window.skip, document=source, spans=window.spans)
+        else:  # no window stores more of itself than one before: the first of a text alone has no overlap
+            first = copied[name]
+            memory.append_again(first + window.skip, first + length, document=source, spans=window.spans)
+        known.pop(name, None)
+        known[name] = end - window.skip
+        if len(known) > KNOWN_WINDOWS:
+            del known[next(iter(known))]
+
+
+def _name(window: Window) -> bytes:
+    return blake2b(np.array(window.ids, dtype=np.int64).tobytes(), digest_size=16).digest()
+
+
+def _inputs(model: Any, windows: list[Window]) -> Inputs:
+    ids = torch.tensor([window.ids for window in windows], dtype=torch.int64)
     model.check_ids(ids)
     positions = torch.arange(ids.shape[1], device=model.device).expand_as(ids)
-    inputs = Inputs(ids.to(model.device), None, None, positions)
-    skips, spans = [window.skip for window in group], [window.spans for window in group]
-    if model.memory_config.isolated_windows:
-        store_isolated(model, inputs, memory, skips=skips, document=source, spans=spans)
-    else:
-        row = Row([], memory)
-        store_window(model, inputs, row, hidden_states=False, skip=skips[0], document=source, spans=spans[0])
+    return Inputs(ids.to(model.device), None, None, positions)
 
 
 def _bar(name: str, progress: bool | tqdm | None) -> AbstractContextManager[tqdm]:

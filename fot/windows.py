@@ -192,11 +192,17 @@ def store_isolated(
         document: name of the text.
         spans: for each window, the characters in the text of each token that is stored; None where they are not known.
     """
+    local = read_isolated(model, inputs)
+    for row, (skip, characters) in enumerate(zip(skips, spans, strict=True)):
+        local.move(row, inputs.length, memory, skip=skip, document=document, spans=characters)
+
+
+def read_isolated(model: Any, inputs: Inputs) -> LocalCache:
+    """Windows, a row each, no padding, as they are to be stored: they read no memory (``isolated_windows``)."""
     check_memory_layers(model.memory_config)
     local = local_window(model, [[]] * inputs.batch_size)
     fill_window(model, inputs, local)
-    for row, (skip, characters) in enumerate(zip(skips, spans, strict=True)):
-        local.move(row, inputs.length, memory, skip=skip, document=document, spans=characters)
+    return local
 
 
 def fill_window(model: Any, inputs: Inputs, local: LocalCache) -> None:

@@ -17,7 +17,8 @@ from torch import Tensor
 from memory.clustered import Clusters
 from memory.faiss_module import faiss
 
-CLUSTER = 16  # keys in a cluster, on the mean
+# Keys in a cluster, on the mean; more of int8, beside which clusters weigh more.
+CLUSTER, CLUSTER_INT8 = 16, 25
 ROUNDS = 6  # of k-means
 # Of each stretch, attended to by every query: attention sinks have tiny keys and tiny values, and would make the
 # cluster that they are in stand in for far too much.
@@ -26,7 +27,9 @@ MOST_STARTS = 256  # first tokens of documents
 MOST_DRIFT = 1.0  # the cap
 
 
-def cluster(keys: Tensor, values: Tensor, start: int, always: Tensor) -> Clusters:
+def cluster(
+    keys: Tensor, values: Tensor, start: int, always: Tensor, dtypes: tuple[torch.dtype, torch.dtype]
+) -> Clusters:
     """Cluster the keys of a stretch, the same way each time.
 
     Args:
@@ -35,25 +38,27 @@ def cluster(keys: Tensor, values: Tensor, start: int, always: Tensor) -> Cluster
         start: slot of the first.
         always: (m,) int64, places of keys that are attended to by every query, whatever they are: the first tokens
             of documents. Of more than ``MOST_STARTS``, so many evenly.
+        dtypes: in which keys and values are stored.
     """
     if len(always) > MOST_STARTS:
         always = always[torch.arange(MOST_STARTS) * len(always) // MOST_STARTS]
-    heads = [_cluster_head(k, v, always) for k, v in zip(keys.cpu(), values.cpu(), strict=True)]
+    size = CLUSTER_INT8 if torch.int8 in dtypes else CLUSTER
+    heads = [_cluster_head(k, v, always, size) for k, v in zip(keys.cpu(), values.cpu(), strict=True)]
     order, counts, mean_keys, mean_values, spreads, covariance, slope = (
         torch.stack(parts) for parts in zip(*heads, strict=True)
     )
     outliers = keys.shape[1] - int(counts[0].sum())
     stretches = torch.tensor([[start, keys.shape[1], outliers, counts.shape[1]]])
-    found = (order, counts, mean_keys, mean_values, spreads, covariance.unsqueeze(1), slope.unsqueeze(1))
-    return Clusters(stretches, *(tensor.to(keys.device) for tensor in found))
+    sums = covariance.unsqueeze(1), slope.unsqueeze(1)
+    return Clusters.of(stretches, order, counts, (mean_keys, mean_values), spreads, sums, dtypes).to(keys.device)
 
 
-def _cluster_head(keys: Tensor, values: Tensor, always: Tensor) -> tuple[Tensor, ...]:
+def _cluster_head(keys: Tensor, values: Tensor, always: Tensor, size: int) -> tuple[Tensor, ...]:
     """What ``Clusters`` holds for one head and stretch, keys and values (n, D); covariance and slope are (D, D)."""
     outlying = _outliers(keys, always)
     others = torch.ones(len(keys), dtype=torch.bool).index_fill_(0, outlying, False).nonzero().flatten()
     k, v = keys[others], values[others]
-    number = max(1, len(k) // CLUSTER)
+    number = max(1, len(k) // size)
     of = assign(k, number)
     counts = torch.bincount(of, minlength=number)
     divisor = counts.clamp(min=1).unsqueeze(1)
@@ -61,8 +66,8 @@ def _cluster_head(keys: Tensor, values: Tensor, always: Tensor) -> tuple[Tensor,
     mean_values = torch.zeros(number, v.shape[1]).index_add_(0, of, v) / divisor
     k, v = k - mean_keys[of], v - mean_values[of]
     spreads = torch.zeros(number).index_add_(0, of, k.square().sum(1)) / divisor.squeeze(1)
-    order = torch.cat([outlying, others[of.argsort(stable=True)]]).short()
-    return order, counts.int(), mean_keys, mean_values, spreads, k.T @ k, k.T @ v
+    order = torch.cat([outlying, others[of.argsort(stable=True)]])
+    return order, counts, mean_keys, mean_values, spreads, k.T @ k, k.T @ v
 
 
 def _outliers(keys: Tensor, always: Tensor) -> Tensor:

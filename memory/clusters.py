@@ -92,8 +92,9 @@ class ClusterIndex(Index):
         self._values = values
         self._starts = starts
         self._exact = ExactIndex(keys, values)
-        self._parts: list[Clusters] = []
-        self._groups: list[Tensor] = []  # coarse clusters of full groups of stretches
+        self._dtypes = keys.dtype, values.dtype
+        self._parts: list[Clusters] = []  # of one or more stretches each
+        self._coarse: Clusters | None = None  # of all stretches, or of the first of them
         self._table: ClusterTable | None = None
         self._tried: list[float] = []  # the share of each head, once shares were tried
         self._sample = torch.empty(keys.num_heads, 0, keys.head_dim)  # scaled queries, to try shares on
@@ -111,15 +112,21 @@ class ClusterIndex(Index):
             ValueError: ``learnt`` is damaged, or of other keys; its origin is named.
         """
         if learnt is not None:
+            clusters = learnt.clusters.to(self._keys.device or torch.device("cpu"))
             try:
-                learnt.clusters.check(self._keys.num_heads, self._keys.head_dim, len(self._keys))
+                clusters.check(self._keys.num_heads, self._keys.head_dim, len(self._keys))
+                if learnt.coarse is not None:
+                    learnt.coarse.check(self._keys.num_heads, self._keys.head_dim, clusters.counts.shape[1])
             except ValueError as error:
                 raise ValueError(
                     f"{learnt.origin} is damaged or belongs to another memory: {error}; open the memory without it, "
                     "with Memory.open(path, index='exact')"
                 ) from error
-            for part in learnt.clusters.to(self._keys.device or torch.device("cpu")).split():
-                start = int(part.stretches[0, 0])
+            self._coarse = None if learnt.coarse is None else learnt.coarse.to(clusters.order.device)
+            clusters = clusters.like(self._dtypes)  # a file of format version 1 has them in float32
+            whole = clusters.end == int(clusters.stretches[:, 1].sum())  # a mapped file stays mapped
+            for part in [clusters] if whole else clusters.split():
+                start = int(part.stretches[0, 0]) if len(part.stretches) else 0
                 while self._end() < start:  # a document that was dropped has left some of a stretch
                     self._cluster(self._end(), min(start, self._end() + SEGMENT))
                 self._parts.append(part)
@@ -127,7 +134,7 @@ class ClusterIndex(Index):
 
     def learnt(self) -> LearntClusters | None:
         """The clusters, to be saved; None while there are none."""
-        return LearntClusters(self._name, Clusters.join(self._parts)) if self._parts else None
+        return LearntClusters(self._name, *self._joined()) if self._end() else None
 
     def search(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """Exact top-k; shapes as in ``Index.search``."""
@@ -135,11 +142,10 @@ class ClusterIndex(Index):
 
     def attend(self, queries: Tensor, *, scale: float) -> tuple[Tensor, Tensor]:
         """Softmax attention over all of memory, most of it estimated; shapes as in ``Index.attend``."""
-        if not self._parts or min(self._shares()) == 1.0:
+        if not self._end() or min(self._shares()) == 1.0:
             return self._exact.attend(queries, scale=scale)
         if self._table is None:
-            coarse = coarse_groups(self._parts, self._groups)
-            self._table = ClusterTable(Clusters.join(self._parts), coarse, self._keys, self._values)
+            self._table = ClusterTable(*self._joined(), self._keys, self._values)
         self._table.read_loose(self._keys, self._values)
         asked = queries.float() * scale
         if self._plan.error is not None and len(self._keys) >= 2 * self._tried_at:
@@ -161,7 +167,8 @@ class ClusterIndex(Index):
 
     def nbytes(self) -> int:
         """Bytes of the clusters."""
-        tensors = [tensor for part in self._parts for tensor in vars(part).values()]
+        parts = self._parts + ([] if self._coarse is None else [self._coarse])
+        tensors = [tensor for part in parts for tensor in vars(part).values()]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     def describe(self) -> str:
@@ -202,8 +209,14 @@ class ClusterIndex(Index):
 
     def _cluster(self, start: int, stop: int) -> None:
         keys, values = (blocks.take_range(start, stop, torch.float32) for blocks in (self._keys, self._values))
-        self._parts.append(cluster(keys, values, start, self._starts(start, stop) - start))
+        self._parts.append(cluster(keys, values, start, self._starts(start, stop) - start, self._dtypes))
         self._table = None
+
+    def _joined(self) -> tuple[Clusters, Clusters | None]:
+        """All clusters, and the coarse ones, made if they are not yet."""
+        self._parts = [Clusters.join(self._parts)]
+        self._coarse = coarse_groups(self._parts[0], self._coarse)
+        return self._parts[0], self._coarse
 
     def _attend_alike(self, head: int, queries: Tensor, table: ClusterTable, share: float) -> tuple[Tensor, Tensor]:
         """As ``_attend_together``, of many queries (b, D) of one head: those that are alike at a time."""

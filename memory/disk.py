@@ -241,7 +241,7 @@ def _known(learnt: dict[int, Learnt]) -> int:
 
 def _bytes_per_token(content: Content) -> int:
     blocks = [blocks for layer in content.layers.values() for blocks in (layer.keys, layer.values)]
-    numbers = sum(b.head_dim * b.dtype.itemsize + (4 if b.dtype == torch.int8 else 0) for b in blocks)
+    numbers = sum(b.head_dim * b.dtype.itemsize + (2 if b.dtype == torch.int8 else 0) for b in blocks)
     return max(1, numbers * content.num_key_value_heads)
 
 

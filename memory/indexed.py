@@ -6,7 +6,8 @@ import threading
 import torch
 from torch import Tensor
 
-from memory.backends import BackendChoice, Backends
+from memory.backends import BackendChoice, Backends, is_clusters
+from memory.clustered import SEGMENT, LearntClusters
 from memory.content import LayerContent
 from memory.index import Index, Learnt, Starts
 
@@ -103,6 +104,11 @@ class IndexedLayer:
         """Get the index that another layer of the same content has, now if that has it already."""
         self._lazy = other._lazy
         self._rebuild(other.learnt())
+
+    def makes_clusters(self) -> bool:
+        """Whether the first question will make clusters of most keys, since none are known."""
+        made = self._lazy and self.choice is not None and is_clusters(self.choice.name) and len(self) >= SEGMENT
+        return made and not isinstance(self._saved, LearntClusters)
 
     def _rebuild(self, saved: Learnt | None) -> None:
         if self._lazy or saved is not None:

@@ -33,14 +33,6 @@ class Level:
     covariance: Tensor
     slope: Tensor
 
-    @classmethod
-    def of(cls, counts: Tensor, means: tuple[Tensor, Tensor], spreads: Tensor, sums: tuple[Tensor, Tensor]) -> "Level":
-        """From counts (G, L), mean keys and values (G, L, D), spreads (G, L), and the sums (G, D, D) over all keys of
-        the outer products of their distances from their means: with themselves, and with those of values."""
-        trace = sums[0].diagonal(dim1=1, dim2=2).sum(1).clamp(min=1e-12)[:, None, None]
-        # log 0 = -inf: an empty cluster weighs nothing.
-        return cls(*means, torch.stack([counts, counts.log(), spreads]), sums[0] / trace, sums[1] / trace)
-
     def of_heads(self, heads: slice) -> "Level":
         """The same of some KV heads."""
         means = self.mean_keys[heads], self.mean_values[heads]
@@ -55,42 +47,6 @@ class Level:
         # A cluster is worth a look for the largest logits that its keys may have, whatever it costs to read.
         ranks = torch.addcmul(means, DEVIATIONS * variance.sqrt(), spreads.sqrt())
         return Estimate(self, weights, ranks.masked_fill_(counts == 0, -torch.inf), 2 * MOST_DRIFT / variance)
-
-    def rows(self, places: Tensor, valid: Tensor) -> "Level":
-        """Some clusters of each head, (G, l) int64; those not valid, (G, l) bool, become empty ones."""
-        (heads, number), flat = places.shape, flattened(places, self.mean_keys.shape[1])
-        keys, values = (
-            means.flatten(0, 1).index_select(0, flat).view(heads, number, -1)
-            for means in (self.mean_keys, self.mean_values)
-        )
-        facts = self.facts.flatten(1).index_select(1, flat).view(3, heads, number)
-        facts[:2].masked_fill_(~valid, 0.0)
-        facts[1].masked_fill_(~valid, -torch.inf)
-        return Level(keys, values, facts, self.covariance, self.slope)
-
-    def joined(self, of: Tensor, number: int, sums: tuple[Tensor, Tensor]) -> "Level":
-        """Coarser clusters, so many of each head.
-
-        Args:
-            of: (G, L) int64, the coarse cluster of each.
-            number: of coarse clusters.
-            sums: as for ``Level.of``, those of this level.
-        """
-        heads, flat, n = len(of), flattened(of, number), self.facts[0].unsqueeze(2)
-
-        def total(numbers: Tensor) -> Tensor:
-            into = numbers.new_zeros(heads * number, numbers.shape[2])
-            return into.index_add_(0, flat, (n * numbers).flatten(0, 1)).view(heads, number, -1)
-
-        def spread_out(coarse: Tensor) -> Tensor:
-            return coarse.flatten(0, 1).index_select(0, flat).view(heads, -1, coarse.shape[2])
-
-        counts = total(torch.ones_like(n))
-        mean_keys, mean_values = (total(m) / counts.clamp(min=1) for m in (self.mean_keys, self.mean_values))
-        k, v = self.mean_keys - spread_out(mean_keys), self.mean_values - spread_out(mean_values)
-        spreads = total(self.facts[2].unsqueeze(2) + k.square().sum(2, keepdim=True)) / counts.clamp(min=1)
-        sums = (sums[0] + (n * k).mT @ k, sums[1] + (n * k).mT @ v)
-        return Level.of(counts.squeeze(2), (mean_keys, mean_values), spreads.squeeze(2), sums)
 
 
 @dataclass
@@ -123,7 +79,7 @@ class Estimate:
             size: keys in a cluster, on the mean.
 
         Returns:
-            (G, L) int64, keys of those chosen, and 0.
+            (G, L) bool, those chosen that are not empty.
         """
         counts = self.level.facts[0]
         # What matters to any of them: as shares of each query's own.
@@ -134,7 +90,7 @@ class Estimate:
         within[:, 0] = True
         chosen = torch.zeros_like(counts, dtype=torch.bool).scatter_(1, best, within)
         self.weights.masked_fill_(chosen.unsqueeze(1), -torch.inf)
-        return (counts * chosen).long()
+        return chosen & (counts > 0)
 
     def outputs(self, queries: Tensor, shares: Tensor) -> Tensor:
         """What stands in for those not looked into, (G, b, D), for their shares (G, b, L) of any scale."""
@@ -142,6 +98,8 @@ class Estimate:
         return shares @ self.level.mean_values + drift * (queries @ self.level.slope)
 
 
-def flattened(places: Tensor, length: int) -> Tensor:
-    """Places (G, l) in rows of so many as places in all rows behind one another, (G * l,)."""
-    return (places + length * torch.arange(len(places), device=places.device).unsqueeze(1)).flatten()
+def normed(covariances: Tensor, slopes: Tensor) -> tuple[Tensor, Tensor]:
+    """A ``Level``'s covariance and slope from the sums (G, D, D) over all keys of the outer products of their distances
+    from their means: with themselves, and with those of values."""
+    trace = covariances.diagonal(dim1=1, dim2=2).sum(1).clamp(min=1e-12)[:, None, None]
+    return covariances / trace, slopes / trace

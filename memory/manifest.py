@@ -14,7 +14,7 @@ from memory.vectors import VECTOR_DTYPES
 MANIFEST = "manifest.json"
 LOCK = "lock"
 FORMAT = "fot memory"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 had float32 scales and clusters without coarse ones
 PART_NAME = re.compile(r"(segment|index)-(\d{6,9})\.safetensors")
 MOST_LISTS = 1 << 22  # in an index that a stranger's manifest may ask for
 

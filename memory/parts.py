@@ -91,12 +91,12 @@ class MappedPart:
         except (SafetensorError, OSError) as error:
             raise self.damaged(str(error)) from error
 
-    def take(self, name: str, dtype: torch.dtype, shape: tuple[int | None, ...]) -> Tensor:
+    def take(self, name: str, dtype: torch.dtype | tuple[torch.dtype, ...], shape: tuple[int | None, ...]) -> Tensor:
         """A tensor by name.
 
         Args:
             name: in the file.
-            dtype: that it must have.
+            dtype: that it must have, or of which it must have one.
             shape: that it must have; None where any length will do.
 
         Raises:
@@ -107,9 +107,10 @@ class MappedPart:
         lazy = self._file.get_slice(name)
         found = lazy.get_dtype(), tuple(lazy.get_shape())
         same = len(found[1]) == len(shape) and all(b in (None, a) for a, b in zip(found[1], shape, strict=True))
-        if not same or found[0] != DTYPE_CODES[dtype]:
+        codes = [DTYPE_CODES[one] for one in (dtype if isinstance(dtype, tuple) else (dtype,))]
+        if not same or found[0] not in codes:
             wanted = tuple("any" if length is None else length for length in shape)
-            raise self.damaged(f"{name!r} is {found[0]} of shape {found[1]}, not {DTYPE_CODES[dtype]} of {wanted}")
+            raise self.damaged(f"{name!r} is {found[0]} of shape {found[1]}, not {' or '.join(codes)} of {wanted}")
         return self._file.get_tensor(name)
 
     def damaged(self, why: str) -> ValueError:

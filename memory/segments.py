@@ -14,6 +14,7 @@ from memory.parts import MappedPart, Stream
 from memory.tokens import NO_DOCUMENT
 from memory.vectors import VECTOR_DTYPES, VectorBlocks, runs
 
+SCALES = (torch.bfloat16, torch.float32)  # float32 in format version 1
 DROPPED = -2  # document number of tokens that are no longer part of the memory
 
 Stored = tuple[Tensor, Tensor | None]  # vectors as blocks keep them, and the scales of int8
@@ -50,8 +51,10 @@ def segment_streams(content: Content, start: int, stop: int, rows: np.ndarray) -
             pieces = _by_head(blocks, start, stop, 0)
             streams[f"{name}.{layer}"] = Stream(blocks.dtype, (heads, count, dim), pieces)
             if blocks.dtype == torch.int8:
-                pieces = _by_head(blocks, start, stop, 1)
-                streams[f"{name}_scales.{layer}"] = Stream(torch.float32, (heads, count, 1), pieces)
+                found = {scales.dtype for _, scales in blocks.stored(start, stop) if scales is not None}
+                dtype = torch.float32 if torch.float32 in found else torch.bfloat16
+                pieces = (piece.to(dtype) for piece in _by_head(blocks, start, stop, 1))
+                streams[f"{name}_scales.{layer}"] = Stream(dtype, (heads, count, 1), pieces)
     return streams
 
 
@@ -89,7 +92,7 @@ def map_segment(folder: Path, manifest: Manifest, part: Part) -> Segment:
             data = mapped.take(f"{name}.{layer}", dtype, shape)
             scales = None
             if dtype == torch.int8:
-                scales = mapped.take(f"{name}_scales.{layer}", torch.float32, (*shape[:2], 1))
+                scales = mapped.take(f"{name}_scales.{layer}", SCALES, (*shape[:2], 1))
             into[layer] = [(data[:, a:b], None if scales is None else scales[:, a:b]) for a, b in stretches]
     return segment
 

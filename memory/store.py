@@ -3,6 +3,7 @@
 Per memory layer and KV head, keys and values in append order; once per token, its id and where it came from.
 """
 
+import logging
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,9 @@ from memory.index import Index, Learnt
 from memory.indexed import IndexedLayer
 from memory.layer import LayerMemory
 from memory.tokens import TokenTable
+
+
+logger = logging.getLogger(__name__)
 
 
 class Memory(MemoryFacts):
@@ -120,6 +124,13 @@ class Memory(MemoryFacts):
             raise
         for number, layer in memory._indexed.items():
             layer.put_off(opened.learnt.get(number))
+        if mode == "r" and any(layer.makes_clusters() for layer in memory._indexed.values()):
+            logger.warning(
+                "%s holds no clusters of its %s tokens: they are made at the first question, each time that it is "
+                "opened; Memory.open(path, mode='a'), prepare() and flush() save them",
+                path,
+                f"{len(memory):,}",
+            )
         return memory
 
     def save(self, path: str | Path) -> None:
@@ -202,6 +213,37 @@ class Memory(MemoryFacts):
             for layer in self._indexed.values():
                 layer.truncate(before)
             raise
+
+    def append_again(
+        self,
+        start: int,
+        stop: int,
+        *,
+        document: str | None = None,
+        spans: Sequence[tuple[int, int]] | np.ndarray | None = None,
+    ) -> None:
+        """Add copies of the tokens in slots start..stop-1, bit for bit, to every layer.
+
+        Args:
+            start: first slot.
+            stop: past-the-end slot.
+            document: as for ``append``.
+            spans: likewise.
+
+        Raises:
+            ValueError: As for ``append``; or the slots are not stored.
+        """
+        if not 0 <= start <= stop <= len(self):
+            raise ValueError(f"slots {start}..{stop - 1} are not all in this memory, which holds 0..{len(self) - 1}")
+        # float32 holds every stored value exactly, and an int8 vector gets its own scale and integers back.
+        keys, values = (
+            {
+                n: getattr(layer, name).take_range(start, stop, torch.float32)
+                for n, layer in self._content.layers.items()
+            }
+            for name in ("keys", "values")
+        )
+        self.append(keys, values, torch.from_numpy(self.token_ids(slice(start, stop))), document=document, spans=spans)
 
     def drop_document(self, name: str) -> int:
         """Remove one document; see ``drop_documents``."""

@@ -24,6 +24,16 @@ def as_stored(vectors: Tensor, dtype: torch.dtype) -> Tensor:
     return vectors.to(torch.float32 if dtype == torch.int8 else dtype)
 
 
+def packed(vectors: Tensor) -> tuple[Tensor, Tensor]:
+    """Vectors (..., D) as int8, and their scales (..., 1) bfloat16, ``max(abs(x)) / 127``.
+
+    A scale of so few bits makes the largest number 127 again, so that what was packed before is packed into the same.
+    """
+    vectors = vectors.float()
+    scales = (vectors.abs().amax(-1, keepdim=True).clamp(min=1e-12) / 127.0).bfloat16()
+    return (vectors / scales).round().to(torch.int8), scales
+
+
 # A range of a block's vectors, or heads and positions to pick from it.
 Where = slice | tuple[Tensor, Tensor]
 
@@ -31,7 +41,7 @@ Where = slice | tuple[Tensor, Tensor]
 class VectorBlocks:
     """(G, N, D) vectors in append order; N grows, in time proportional to what is appended.
 
-    With ``dtype=int8`` each vector is stored as integers and one float32 scale, ``max(abs(x)) / 127``.
+    With ``dtype=int8`` each vector is stored as integers and one scale, as ``packed`` makes them.
     The first vectors may be *mapped*: views of a file, which are never written to.
     """
 
@@ -44,7 +54,7 @@ class VectorBlocks:
     def reset(self) -> None:
         """Forget every vector and free their space."""
         self._data: list[Tensor] = []  # each (G, capacity, D)
-        self._scales: list[Tensor] = []  # each (G, capacity, 1) float32, for int8 alone
+        self._scales: list[Tensor] = []  # each (G, capacity, 1), for int8 alone
         self._starts: list[int] = []  # slot of each block's first vector
         self._length = 0
         self._mapped = 0  # so many first blocks are mapped
@@ -71,7 +81,8 @@ class VectorBlocks:
         """Append the vectors that ``other``, of the same dtype, holds in these slots: (M,) int64."""
         for start in range(0, len(slots), LAST_BLOCK):
             chosen = slots[start : start + LAST_BLOCK].expand(self.num_heads, -1)
-            # float32 holds every stored value exactly, and an int8 vector gets its own scale and integers back.
+            # float32 holds every stored value exactly, and an int8 vector gets its own scale and integers back: but
+            # not that of a file of before, whose scale had more bits.
             self.append(other.gather(chosen, torch.float32))
 
     def map(self, data: Tensor, scales: Tensor | None) -> None:
@@ -82,7 +93,7 @@ class VectorBlocks:
 
         Args:
             data: (G, n, D) of the dtype of these blocks.
-            scales: (G, n, 1) float32 for int8, else None.
+            scales: (G, n, 1) bfloat16 for int8, float32 in files of before; else None.
         """
         assert self._mapped == len(self._data), "mapped vectors come before all others"
         for start in range(0, data.shape[1], LAST_BLOCK):
@@ -195,7 +206,7 @@ class VectorBlocks:
                     where = places[row, first:stop]
                     torch.index_select(self._data[index][head], 0, where, out=found[row, first:stop])
                     if scales is not None:
-                        torch.index_select(self._scales[index][head], 0, where, out=scales[row, first:stop])
+                        scales[row, first:stop] = self._scales[index][head].index_select(0, where)
         return found.float() if scales is None else found.float() * scales
 
     def pieces(self, start: int, stop: int, dtype: torch.dtype) -> Iterator[Tensor]:
@@ -224,17 +235,15 @@ class VectorBlocks:
         with torch.inference_mode(False):  # a block made in inference mode could not be written to outside it
             self._data.append(torch.empty(self.num_heads, capacity, self.head_dim, dtype=self.dtype, device=device))
             if self.dtype == torch.int8:
-                self._scales.append(torch.empty(self.num_heads, capacity, 1, dtype=torch.float32, device=device))
+                self._scales.append(torch.empty(self.num_heads, capacity, 1, dtype=torch.bfloat16, device=device))
 
     def _write(self, vectors: Tensor) -> None:
         offset = self._length - self._starts[-1]
         window = slice(offset, offset + vectors.shape[1])
         # ``data``: what autograd has saved of this block stays valid, for only room that nobody has read is written.
         if self.dtype == torch.int8:
-            vectors = as_stored(vectors, self.dtype)
-            scales = vectors.abs().amax(-1, keepdim=True).clamp(min=1e-12) / 127.0
+            vectors, scales = packed(vectors)
             self._scales[-1].data[:, window] = scales
-            vectors = (vectors / scales).round()
         self._data[-1].data[:, window] = vectors
         self._length += vectors.shape[1]
 

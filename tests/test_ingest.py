@@ -271,3 +271,60 @@ def test_overlap_must_leave_room(make_model: ModelMaker) -> None:
         make_model(window_overlap=WINDOW)
     with pytest.raises(ValueError, match="window_overlap is -1"):
         make_model(window_overlap=-1)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("length", [0, 3, 15])
+def test_windows_that_come_again_are_copied(
+    make_model: ModelMaker, ids: Draw, monkeypatch: pytest.MonkeyPatch, dtype: str, length: int
+) -> None:
+    """A text of a short period: each of its windows goes through the layers once, and the memory is the same."""
+    model = make_model(isolated_windows=True, window_overlap=4, key_dtype=dtype, value_dtype=dtype)
+    monkeypatch.setattr(ingest_module, "ISOLATED_TOKENS", WINDOW)  # rounding may differ in windows read together
+    tokens = torch.cat([ids(7)] * 30 + [ids(5, seed=1)] + [ids(7)] * 30 + [ids(length, seed=2)], dim=1)
+    spans = [(i, i + 2) for i in range(tokens.shape[1])]
+    rows: list[int] = []
+    model.model.embed_tokens.register_forward_hook(lambda _, args, output: rows.append(len(args[0])))
+
+    def read() -> Any:
+        memory, pieces = model.new_memory(), ingest_module.Piece(tokens[0].tolist(), spans, 1.0)
+        rows.clear()
+        ingest_module.ingest_pieces(model, iter([pieces]), memory, "text", False)
+        return memory
+
+    found, count = read(), sum(rows)
+    with monkeypatch.context() as patched:
+        patched.setattr(ingest_module, "_name", lambda window: object())
+        wanted = read()
+    windows = [tokens[0, start : start + WINDOW].tolist() for start in range(0, tokens.shape[1] - 4, WINDOW - 4)]
+    assert count == len(set(map(tuple, windows))) < sum(rows) == len(windows)
+    assert found.token_ids().tolist() == wanted.token_ids().tolist() == tokens[0].tolist()
+    assert [found.source(slot) for slot in range(len(found))] == [wanted.source(slot) for slot in range(len(wanted))]
+    for layer in found.layers:
+        assert torch.equal(found[layer].keys(), wanted[layer].keys())
+        assert torch.equal(found[layer].values(), wanted[layer].values())
+
+
+def test_windows_that_come_again_read_together_and_forgotten(
+    make_model: ModelMaker, ids: Draw, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokens = make_model(isolated_windows=True, window_overlap=4), torch.cat([ids(9)] * 60, dim=1)
+    wanted = model.new_memory()
+    with monkeypatch.context() as patched:
+        patched.setattr(ingest_module, "_name", lambda window: object())
+        model.ingest(tokens, wanted)
+    for known in (1, 2, 1 << 16):
+        monkeypatch.setattr(ingest_module, "KNOWN_WINDOWS", known)
+        monkeypatch.setattr(ingest_module, "ISOLATED_TOKENS", 5 * WINDOW)
+        found = model.new_memory()
+        model.ingest(tokens, found)
+        for layer in found.layers:
+            torch.testing.assert_close(found[layer].keys(), wanted[layer].keys())
+            torch.testing.assert_close(found[layer].values(), wanted[layer].values())
+
+
+def test_windows_that_read_the_memory_are_never_copied(make_model: ModelMaker, ids: Draw) -> None:
+    model, rows = make_model(), []
+    model.model.embed_tokens.register_forward_hook(lambda _, args, output: rows.append(len(args[0])))
+    model.ingest(torch.cat([ids(WINDOW)] * 5, dim=1), model.new_memory())
+    assert sum(rows) == 5

@@ -111,7 +111,7 @@ def test_int8_is_a_quarter_of_float32(monkeypatch: pytest.MonkeyPatch) -> None:
         store = Memory((0,), 1, 64, value_dtype=dtype, index="exact")
         store.append({0: torch.zeros(1, 1024, 64)}, {0: torch.zeros(1, 1024, 64)}, range(1024))
         sizes[dtype] = store.nbytes()["values"] // 1024
-    assert sizes == {"float32": 256, "bfloat16": 128, "float16": 128, "int8": 64 + 4}
+    assert sizes == {"float32": 256, "bfloat16": 128, "float16": 128, "int8": 64 + 2}
 
 
 @pytest.mark.parametrize("top_k", [None, 5])
@@ -419,3 +419,23 @@ def test_a_copy_lists_the_documents_that_it_holds() -> None:
     assert "b" not in copy
     assert copy.notes == {name: DocumentNote(name) for name in ("a", "none", "c")}
     assert store.documents() == {"a": 3, "b": 4, "c": 5}
+
+
+@pytest.mark.parametrize("dtype", VECTOR_DTYPES)
+def test_append_again_copies_to_the_last_bit(dtype: str) -> None:
+    store = make(key_dtype=dtype, value_dtype=dtype)
+    append(store, 40, document="one")
+    store.append_again(13, 38, document="two", spans=[(i, i + 1) for i in range(25)])
+    assert store.token_ids().tolist() == [*range(40), *range(13, 38)]
+    assert store.documents() == {"one": 40, "two": 25}
+    assert store.source(41).span == (1, 2)
+    for number in store.layers:
+        for name in ("keys", "values"):
+            blocks = getattr(store._content.layers[number], name)
+            first, again = (list(zip(*blocks.stored(*run), strict=True)) for run in ((13, 38), (40, 65)))
+            assert torch.equal(torch.cat(first[0], dim=1), torch.cat(again[0], dim=1))
+            if dtype == "int8":
+                assert torch.equal(torch.cat(first[1], dim=1), torch.cat(again[1], dim=1))
+    for start, stop in ((-1, 3), (5, 4), (60, 66)):
+        with pytest.raises(ValueError, match=r"are not all in this memory, which holds 0\.\.64"):
+            store.append_again(start, stop)

@@ -9,7 +9,7 @@ import random
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -114,6 +114,7 @@ class Beginning:
 
     memory: Memory
     tokens: int = 0
+    known: dict[bytes, int] = field(default_factory=dict)  # its windows, as ``ingest_pieces`` takes them
 
 
 @torch.no_grad()
@@ -130,14 +131,15 @@ def answer_from_memory(model: Any, prompt: Prompt, progress: Any = False, beginn
     start = time.perf_counter()
     stored = len(prompt.ids) - model.memory_config.local_length(len(prompt.ids))
     memory, done, read = model.new_memory(), 0, 0
+    known: dict[bytes, int] = {}
     if beginning is not None:
         window, new = model.memory_config.window, model.memory_config.window - model.memory_config.overlap
         common = min(prompt.common, stored)
         read = beginning.tokens
         beginning.tokens = max(read, window + (common - window) // new * new if common >= window else 0)
-        _read(model, prompt.ids[: beginning.tokens], beginning.memory, read, progress)
-        memory, done = beginning.memory.clone(), beginning.tokens
-    _read(model, prompt.ids[:stored], memory, done, progress)
+        _read(model, prompt.ids[: beginning.tokens], beginning.memory, read, progress, beginning.known)
+        memory, done, known = beginning.memory.clone(), beginning.tokens, dict(beginning.known)
+    _read(model, prompt.ids[:stored], memory, done, progress, known)
     ingested = time.perf_counter()
     answer = _answer(model, prompt.ids[stored:], memory=memory)
     return _trial(
@@ -150,15 +152,17 @@ def answer_from_memory(model: Any, prompt: Prompt, progress: Any = False, beginn
     )
 
 
-def _read(model: Any, ids: list[int], memory: Memory, done: int, progress: Any) -> None:
-    """Go on reading into a memory that holds the first ``done`` tokens, whole windows."""
+def _read(model: Any, ids: list[int], memory: Memory, done: int, progress: Any, known: dict[bytes, int]) -> None:
+    """Go on reading into a memory that holds the first ``done`` tokens, whole windows, these among them."""
     context = min(done, model.memory_config.overlap)
     if len(ids) > done:
-        ingest_pieces(model, id_pieces(model, ids[done - context :]), memory, None, progress, stored=context)
+        ingest_pieces(
+            model, id_pieces(model, ids[done - context :]), memory, None, progress, stored=context, known=known
+        )
 
 
-def _remembering(model: Any, progress: Any) -> Callable[[Prompt], Trial]:
-    beginning = Beginning(model.new_memory())
+def _remembering(model: Any, progress: Any, trials: int) -> Callable[[Prompt], Trial]:
+    beginning = Beginning(model.new_memory()) if trials > 1 else None  # kept beside each trial's own memory
     return lambda prompt: answer_from_memory(model, prompt, progress, beginning)
 
 
@@ -217,7 +221,7 @@ def run(
     try:
         if with_memory:
             bar = False if progress is None else progress
-            go_through("results", lambda: _remembering(model, bar))
+            go_through("results", lambda: _remembering(model, bar, trials))
         if baseline:
             plain = detach_memory(model)
             go_through("baseline", lambda: functools.partial(answer_plainly, plain))
