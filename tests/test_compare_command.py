@@ -1,11 +1,11 @@
 """``fot compare`` and ``fot cost`` on a tiny checkpoint, as a user runs them."""
 
 import json
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import forks
 import pytest
 import torch
 from conftest import ModelMaker
@@ -215,7 +215,8 @@ def test_peak_memory_counts_anew() -> None:
         "block = torch.ones(50_000_000); high = peak_rss_bytes(); del block; reset_peak_rss()\n"
         "print(high - peak_rss_bytes())"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = forks.run("-c", code)
+    assert done.returncode == 0, done.stderr
     assert int(done.stdout) > 100_000_000
 
 

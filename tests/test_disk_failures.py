@@ -5,7 +5,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from disk_helpers import HEADS, LAYERS, ROOT, append, assert_same, make, save_two, vectors
+from forks import Fork
 
 import memory.atomic
 import memory.disk
@@ -135,12 +135,13 @@ for seed in range(100_000):
 
 def test_killed_for_real(saved: Path) -> None:
     code = ENDLESS.format(root=str(ROOT), tests=str(ROOT / "tests"), path=str(saved))
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    assert process.stdout.readline() == "0\n"
+    process = Fork("-c", code)
+    while not process.stdout.startswith("0\n"):
+        assert process.poll() is None, process.stderr
+        time.sleep(0.01)
     time.sleep(0.3)
     process.send_signal(signal.SIGKILL)
-    process.wait()
+    assert process.wait() == -signal.SIGKILL
     assert verify(saved) == []
     with Memory.open(saved, "a") as store:  # the lock went with the process
         assert store.documents()["b"] == 20

@@ -2,11 +2,11 @@
 
 import re
 import runpy
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import forks
 import pytest
 from conftest import ModelMaker
 from transformers import PreTrainedTokenizerFast
@@ -22,12 +22,6 @@ TEXTS = {
 }
 
 Run = Callable[..., str]
-
-
-def run(*arguments: str | Path) -> str:
-    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=False, timeout=600)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 @pytest.fixture
@@ -167,7 +161,7 @@ def test_custom_index(run_here: Run, checkpoint: Path) -> None:
 def test_sharded_memory(checkpoint: Path, place: Path) -> None:
     build = ["memory", "build", str(place / "m"), str(place / "emma.txt"), "--model", str(checkpoint)]
     assert main([*build, "--dtype", "float32", "--device", "cpu"]) == 0
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", EXAMPLES / "sharded_memory.py"]
-    shown = run(*command, place / "m", "Who is it?", "And where?", "--tokens", "4")
+    words = [place / "m", "Who is it?", "And where?", "--tokens", "4"]
+    shown = forks.run_ranks(2, EXAMPLES / "sharded_memory.py", *words)
     assert "exact, dense, on each of 2 ranks" in shown
     assert shown.count("\n> ") == 2

@@ -1,12 +1,11 @@
 """One build of FAISS, or a message that says how to get there."""
 
 import re
-import subprocess
-import sys
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
+from forks import FORGET, run
 
 from memory import faiss_module
 
@@ -32,9 +31,10 @@ def test_two_builds_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("module", ["faiss_heads", "faiss_factory", "clustering"])
 def test_every_module_that_imports_faiss_looks_first(module: str) -> None:
     code = (
-        "import importlib.metadata as m; plain = m.version\n"
+        f"{FORGET}import importlib.metadata as m; plain = m.version\n"
         "m.version = lambda name: '1' if name in ('faiss-cpu', 'faiss-gpu-cu12') else plain(name)\n"
         f"try:\n    import memory.{module}\nexcept ImportError as error:\n    print(error)"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = run("-c", code, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
     assert "pip uninstall -y faiss-cpu faiss-gpu-cu12" in done.stdout

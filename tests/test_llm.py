@@ -10,6 +10,7 @@ from configparser import ConfigParser
 from pathlib import Path
 from typing import Any
 
+import forks
 import pytest
 from click.testing import CliRunner
 from llm.cli import cli
@@ -57,6 +58,8 @@ def program(memories: Path, tmp_path: Path) -> Program:
     own |= {"FOT_MEMORIES": str(memories)}
 
     def run(*arguments: str, options: Sequence[str] = (), **more: str) -> "subprocess.CompletedProcess[str]":
+        if not options:
+            return forks.run("-m", "llm", *arguments, cwd=tmp_path, more=own | more)
         command = [sys.executable, *options, "-m", "llm", *arguments]
         return subprocess.run(
             command, env=dict(os.environ) | own | more, cwd=tmp_path, capture_output=True, text=True, check=False,

@@ -1,11 +1,10 @@
 """LongLLaMA checkpoints give the numbers of the authors' code (see tests/data/longllama/README.md)."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+import forks
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -197,7 +196,7 @@ def test_a_folder_as_published_loads_without_a_second_copy_of_its_weights(tmp_pa
     (tmp_path / "config.json").write_text(json.dumps(settings))
     tokenizer = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(tokenizer))
-    done = subprocess.run([sys.executable, "-c", LOADED, str(tmp_path)], capture_output=True, text=True, check=False)
+    done = forks.run("-c", LOADED, tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     grown, weights, stored, answered = map(int, done.stdout.split())
     assert weights > 100e6

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forks
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -32,7 +33,13 @@ def test_public_names() -> None:
 
 def test_modules_of_fot_are_there_when_named() -> None:
     """``fot.ask.ask`` and ``fot.trace.trace``, after ``import fot`` alone; nothing is loaded before."""
-    code = "import sys; sys.argv = ['fot']; import fot; assert 'torch' not in sys.modules; fot.ask.ask; fot.trace.trace"
+    code = (
+        f"{forks.FORGET}import sys; sys.argv = ['fot']; import fot\n"
+        "assert not {'fot.ask', 'fot.trace', 'fot.longllama'} & set(sys.modules); fot.ask.ask; fot.trace.trace"
+    )
+    done = forks.run("-c", code, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    code = "import sys; sys.argv = ['fot']; import fot; assert 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 

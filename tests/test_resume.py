@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import accelerate.tracking
+import forks
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 from accelerate.utils import LoggerType
 from safetensors.torch import load_file
-from train_helpers import SMALL, losses, on_forks, on_processes, train, write_recipe
+from train_helpers import SMALL, losses, on_processes, train, write_recipe
 
 import training.launch
 import training.progress
@@ -167,7 +168,7 @@ def test_a_run_goes_on_with_another_number_of_processes(first: int, then: int, t
         if processes > 1 and first == 1:
             on_processes(processes, recipe, out, *arguments)
         elif processes > 1:
-            on_forks(processes, [["train", str(recipe), "--out", str(out), *arguments]], timeout=600)
+            forks.run_ranks(processes, "-m", "fot", "train", recipe, "--out", out, *arguments)
         else:
             assert train(recipe, out, *arguments) == 0
 

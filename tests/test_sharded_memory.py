@@ -1,7 +1,5 @@
 """A memory shared out over processes says what one process says."""
 
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -9,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from forks import Fork
 from hypothesis import given
 from hypothesis import strategies as st
 from shared_memory_run import SEGMENT, answers
@@ -41,13 +40,8 @@ def test_two_processes_equal_one_and_a_dead_one_is_named(tmp_path: Path, monkeyp
     memory.save(tmp_path / "m")
     queries = torch.randn(2, 5, 8)
     torch.save(queries, tmp_path / "queries.pt")
-    command = [sys.executable, str(RUN)]
-    processes = [
-        subprocess.Popen([*command, str(rank), str(tmp_path / "m"), str(tmp_path)], stderr=subprocess.PIPE, text=True)
-        for rank in range(2)
-    ]
-    errors = [process.communicate(timeout=300)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 3], errors
+    processes = [Fork(RUN, str(rank), tmp_path / "m", tmp_path) for rank in range(2)]
+    assert [process.wait() for process in processes] == [0, 3], [process.stderr for process in processes]
     expected = answers(memory, queries)
     for name in ("exact", "clust"):
         found = torch.load(tmp_path / f"{name}.pt")

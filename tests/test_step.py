@@ -1,13 +1,10 @@
 """One training step: the gradient is that of the loss in the log, over batches and processes; no process waits."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+import forks
 import pytest
 import torch
 from accelerate import Accelerator
@@ -49,17 +46,10 @@ def test_the_gradient_is_that_of_one_mean_over_all_labels_of_a_step() -> None:
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, Any]]:
-    """What ``ranks_run.py`` found on 2, 3 and 4 processes; whoever waits for ever is ended."""
+    """What ``ranks_run.py`` found on 2, 3 and 4 processes; whoever waits for ever is ended, and that fails."""
     out = tmp_path_factory.mktemp("ranks") / "found.json"
-    command = [sys.executable, str(TESTS / "ranks_run.py"), str(out), "2", "3", "4"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, env=environment, start_new_session=True, stderr=subprocess.PIPE, text=True)
-    try:
-        _, errors = process.communicate(timeout=400)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        pytest.fail("a process waits for ever")
-    assert process.returncode == 0, errors[-2000:]
+    done = forks.run(TESTS / "ranks_run.py", out, "2", "3", "4")
+    assert done.returncode == 0, done.stderr[-2000:]
     found = {world: json.loads(out.with_suffix(f".{world}.json").read_text()) for world in (2, 3, 4)}
     return found | {2: found[2] | {"joint": torch.load(out.with_suffix(".2.pt"), weights_only=True)}}
 

@@ -11,12 +11,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import forks
 import pytest
 import torch
 import yaml
 from peft import PeftModel
 from safetensors.torch import load_file
-from train_helpers import SMALL, losses, on_forks, on_processes, write_recipe
+from train_helpers import SMALL, losses, on_processes, write_recipe
 from transformers import LlamaForCausalLM
 
 import fot
@@ -50,15 +51,15 @@ def test_killed_run_resumes_from_its_last_checkpoint(
 ) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert main(["train", str(recipe), "steps=40", "--out", str(whole)]) == 0
-    command = [sys.executable, "-m", "fot", "train", str(recipe), "steps=40", "--out", str(killed)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    command = ["train", str(recipe), "steps=40", "--out", str(killed)]
+    process = forks.Fork("-m", "fot", *command)
     deadline = time.monotonic() + 300
     while not list((killed / "checkpoints").glob("step-*")) and time.monotonic() < deadline:
         time.sleep(0.01)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
     capsys.readouterr()
-    assert main([*command[3:], "--resume"]) == 0
+    assert main([*command, "--resume"]) == 0
     assert "resuming at step" in capsys.readouterr().err
     assert losses(killed) == losses(whole)
 
@@ -243,9 +244,9 @@ def launch(processes: int, *arguments: str | Path) -> None:
 def test_several_processes_end_after_their_result(recipe: Path, tmp_path: Path) -> None:
     """Twenty times, as a gloo group's end hung now and then."""
     outs = [tmp_path / str(number) for number in range(20)]
-    commands = [["train", str(recipe), "steps=2", "--out", str(out)] for out in outs]
     on_processes(2, recipe, tmp_path / "started", "steps=2")
-    on_forks(2, commands, timeout=600)
+    for out in outs:
+        forks.run_ranks(2, "-m", "fot", "train", recipe, "steps=2", "--out", out)
     assert all((out / "model/model.safetensors").exists() for out in (*outs, tmp_path / "started"))
 
 

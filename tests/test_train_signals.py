@@ -2,14 +2,13 @@
 
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from forks import Fork
 from train_helpers import losses, train, write_recipe
 
 from training.checkpoints import list_checkpoints
@@ -29,12 +28,10 @@ LONG = {"steps": 100_000, "save_every": 100_000, "eval_every": 0, "lr_schedule":
 
 def stopped_there(recipe: Path, out: Path, number: signal.Signals) -> tuple[int, str]:
     """Exit status and stderr of a run in a process of its own that gets a signal."""
-    command = [sys.executable, "-m", "fot", "train", str(recipe), "--out", str(out)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    process = Fork("-m", "fot", "train", recipe, "--out", out)
     await_lines(out, 3, lambda: process.poll() is not None)
     process.send_signal(number)
-    said = process.communicate(timeout=300)[1]
-    return process.returncode, said
+    return process.wait(), process.stderr
 
 
 def stopped_here(recipe: Path, out: Path, number: signal.Signals) -> int:
@@ -82,22 +79,23 @@ def test_a_second_signal_stops_at_once(tmp_path: Path) -> None:
         "training.train.save_checkpoint = slow\nsys.exit(main(sys.argv[1:]))\n"
     )
     recipe, out = write_recipe(tmp_path / "recipe.yaml", **LONG), tmp_path / "out"
-    command = [sys.executable, str(program), "train", str(recipe), "--out", str(out)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    assert process.stderr is not None
-    while not process.stderr.readline().startswith("step 1 of"):
-        assert process.poll() is None
+    process = Fork(program, "train", recipe, "--out", out)
+
+    def await_line(start: str) -> None:
+        while not any(line.startswith(start) for line in process.stderr.splitlines()):
+            assert process.poll() is None, process.stderr
+            time.sleep(0.01)
+
+    await_line("step 1 of")
     process.send_signal(signal.SIGTERM)
-    while process.stderr.readline().strip() != "saving":
-        assert process.poll() is None
+    await_line("saving")
     process.send_signal(signal.SIGTERM)  # at once: the same wish, told twice
     time.sleep(1.2)
     assert process.poll() is None
     started = time.monotonic()
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=30)
+    assert process.wait(timeout=30) == -signal.SIGTERM
     assert time.monotonic() - started < 20
-    assert process.returncode == -signal.SIGTERM
     assert not list_checkpoints(out / "checkpoints")
 
 

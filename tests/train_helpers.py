@@ -1,14 +1,10 @@
 """A model so small that a run takes a quarter of a second, and what its tests look at."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
-import pytest
+import forks
 import yaml
 
 from fot.cli import main
@@ -37,30 +33,11 @@ def train(recipe: Path, out: Path, *arguments: str) -> int:
     return main(["train", str(recipe), "--out", str(out), *arguments])
 
 
-def on_processes(count: int, recipe: Path, out: Path, *arguments: str) -> str:
-    """``fot train`` on several processes of this machine, as the documentation starts them; returns their stderr."""
+def on_processes(count: int, recipe: Path, out: Path, *arguments: str) -> None:
+    """``fot train`` on several processes of this machine, as the documentation starts them."""
     command = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(count), "-m", "fot", "train"]
-    done = subprocess.run([sys.executable, "-m", *command, str(recipe), "--out", str(out), *arguments],
-                          env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False,
-                          timeout=600)  # fmt: skip
+    done = forks.run("-m", *command, recipe, "--out", out, *arguments)
     assert done.returncode == 0, done.stderr[-2000:]
-    return done.stderr
-
-
-def on_forks(count: int, commands: list[list[str]], timeout: float) -> None:
-    """Commands of ``fot`` one after another, each on several processes; see ``forked_run.py``.
-
-    Packages are imported once for all, which takes most of the time of a short run.
-    """
-    command = [sys.executable, str(Path(__file__).parent / "forked_run.py"), str(count), json.dumps(commands)]
-    process = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True, text=True,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)  # fmt: skip
-    try:
-        _, errors = process.communicate(timeout=timeout)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        pytest.fail("a process waits for ever")
-    assert process.returncode == 0, errors[-2000:]
 
 
 def losses(out: Path) -> list[tuple[int, float]]:
