@@ -114,9 +114,10 @@ def _train_codes_quickly(index: Any) -> None:
     elif isinstance(index, faiss.IndexRefine):
         _train_codes_quickly(index.base_index)
     elif isinstance(index, (faiss.IndexPQ, faiss.IndexIVFPQ)):
-        index.pq.cp.niter, index.pq.cp.max_points_per_centroid = 10, TRAIN_POINTS  # not 25 rounds over 65,536 keys
+        codes: Any = index
+        codes.pq.cp.niter, codes.pq.cp.max_points_per_centroid = 10, TRAIN_POINTS  # not 25 rounds over 65,536 keys
         # It numbers centroids by annealing, for a search by Hamming distance, which is not ours. Hits are the same.
-        index.do_polysemous_training = False
+        codes.do_polysemous_training = False
 
 
 def index_nbytes(index: Any, num_keys: int) -> int:

@@ -1,6 +1,11 @@
-"""Tiny random models of every supported family, and a tokenizer of bytes."""
+"""Tiny random models of every supported family, and a tokenizer of bytes.
 
+torch and transformers are imported where they are used: the process that hands tests out to workers needs neither.
+"""
+
+import gc
 import os
+import sys
 
 # Before torch is imported, here and by the processes that tests start. On models so small, threads only wait for each
 # other, and workers of pytest-xdist have a core each at best.
@@ -9,20 +14,15 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
-import torch
-from accelerate.state import AcceleratorState
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
-from transformers.models.llama import LlamaConfig
-from transformers.models.mistral import MistralConfig
-from transformers.models.qwen2 import Qwen2Config
-from transformers.models.qwen3 import Qwen3Config
 
-import fot
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerFast
 
 VOCABULARY = 300
 WINDOW = 16
@@ -43,19 +43,40 @@ SHAPE = {
 }
 # The paper's method, which is the easiest to write out: windows do not overlap, and a large memory weighs more.
 PAPER = {"window_overlap": 0, "full_weight_tokens": 0}
-FAMILIES: dict[str, Any] = {
-    "llama": lambda: LlamaConfig(**SHAPE, tie_word_embeddings=True),
-    "mistral": lambda: MistralConfig(**SHAPE, sliding_window=None, head_dim=12),
-    "qwen2": lambda: Qwen2Config(**SHAPE, use_sliding_window=False),
-    "qwen3": lambda: Qwen3Config(**SHAPE, head_dim=8),
+
+
+def configuration(family: str, **settings: Any) -> Any:
+    """Of a tiny model."""
+    from transformers import AutoConfig
+
+    return AutoConfig.for_model(family, **(SHAPE | settings))
+
+
+FAMILIES: dict[str, Callable[[], Any]] = {
+    "llama": partial(configuration, "llama", tie_word_embeddings=True),
+    "mistral": partial(configuration, "mistral", sliding_window=None, head_dim=12),
+    "qwen2": partial(configuration, "qwen2", use_sliding_window=False),
+    "qwen3": partial(configuration, "qwen3", head_dim=8),
 }
 
 ModelMaker = Callable[..., Any]
+
+gc.disable()  # until all is imported: that makes no garbage, and takes a tenth longer with collections
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays. Collections during tests need not go through it again and again."""
+    gc.collect()
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session")
 def make_plain() -> ModelMaker:
     """family -> a plain transformers model; the same weights each time."""
+
+    import torch
+    from transformers import AutoModelForCausalLM
 
     def make(family: str = "llama", seed: int = 0) -> Any:
         torch.manual_seed(seed)  # transformers.set_seed would load peft
@@ -67,6 +88,8 @@ def make_plain() -> ModelMaker:
 @pytest.fixture(scope="session")
 def make_model(make_plain: ModelMaker) -> ModelMaker:
     """family, settings -> a model with memory layers 1 and 3, windows of 16 tokens, and the paper's method."""
+
+    import fot
 
     def make(family: str = "llama", seed: int = 0, **settings: Any) -> Any:
         defaults = {"mem_layers": (1, 3), "local_context": WINDOW, "index": "exact"} | PAPER
@@ -81,8 +104,11 @@ def family(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="session")
-def tokenizer() -> PreTrainedTokenizerFast:
+def tokenizer() -> "PreTrainedTokenizerFast":
     """A token a byte, after three special ones."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: number for number, token in enumerate(["<pad>", "<s>", "</s>", *alphabet])}
     inner = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
@@ -95,12 +121,13 @@ def tokenizer() -> PreTrainedTokenizerFast:
 def fresh_accelerate() -> Iterator[None]:
     """Accelerate keeps the first precision that a process asks for, so that no other run could follow."""
     yield
-    AcceleratorState._reset_state(reset_partial_state=True)
+    if "accelerate.state" in sys.modules:
+        sys.modules["accelerate.state"].AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="session")
 def checkpoint(
-    make_plain: ModelMaker, tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory
+    make_plain: ModelMaker, tokenizer: "PreTrainedTokenizerFast", tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     """A folder with a plain model and its tokenizer, which no test changes."""
     folder = tmp_path_factory.mktemp("tiny")
@@ -110,8 +137,9 @@ def checkpoint(
 
 
 @pytest.fixture
-def ids() -> Callable[..., torch.Tensor]:
+def ids() -> "Callable[..., torch.Tensor]":
     """count, seed -> (1, count) random token ids, none of them special."""
+    import torch
 
     def draw(count: int, seed: int = 0, rows: int = 1) -> torch.Tensor:
         return torch.randint(3, VOCABULARY, (rows, count), generator=torch.Generator().manual_seed(seed))

@@ -99,7 +99,9 @@ def end(work: Callable[[], None]) -> NoReturn:
 
 if __name__ == "__main__":
     asked_here = socket.socket(fileno=int(sys.argv[1]))
+    gc.disable()  # nothing that is imported becomes garbage
     for name in PRELOADED:
         import_module(name)
     gc.freeze()
+    gc.enable()
     end(lambda: go_on(**serve(asked_here)))

@@ -18,12 +18,12 @@ GREEDY = {"do_sample": False, "eos_token_id": None, "max_new_tokens": 2 * WINDOW
 LOOKUP = {"prompt_lookup_num_tokens": 5, "max_matching_ngram_size": 1}
 
 
-def assistant(model: Any, noise: float = 0.03) -> Any:
+def assistant(model: Any, noise: float = 0.01) -> Any:
     """A model that guesses some of another's tokens right, and some wrong."""
     with torch.no_grad():
         for number, parameter in enumerate(model.parameters()):
             parameter += noise * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number))
-    model.generation_config.num_assistant_tokens = 7
+    model.generation_config.num_assistant_tokens = 5
     model.generation_config.num_assistant_tokens_schedule = "constant"
     model.generation_config.assistant_confidence_threshold = 0.0
     return model

@@ -28,12 +28,16 @@ def test_installed_command_is_quick_to_help() -> None:
 
 
 def test_installed_command_reports_errors_in_one_line() -> None:
+    """A name that stands for nothing before torch is loaded, which takes seconds."""
     program = Path(sys.executable).with_name("fot")
     done = subprocess.run([program, "passkey", "smollm"], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert done.stderr.startswith("fot: ")
     assert "smollm2-135m" in done.stderr
+    code = "import sys; sys.argv = ['fot', 'passkey', 'smollm']\nfrom fot.cli import main\n"
+    code += "assert main() == 2; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
 
 
 def test_one_of_several_processes_leaves_at_once(

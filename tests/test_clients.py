@@ -8,11 +8,10 @@ from transformers import PreTrainedTokenizerFast
 
 from fot.serve.server import Settings
 
-langchain = pytest.importorskip("langchain_openai")
-
 
 def test_langchain(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     """Whole and in a stream; passages, which it does not know, do no harm."""
+    langchain = pytest.importorskip("langchain_openai")
     library = make_library(make_model(tokenizer), tmp_path)
     entry = library["emma"]
     wanted = entry.blank.anew().say("Who is the vicar?", max_new_tokens=12)

@@ -6,7 +6,9 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from conftest import configuration
 from torch.utils._pytree import tree_leaves
+from transformers import AutoModelForCausalLM
 
 from fot.cli import main
 from training.crossbatch import enable_crossbatch
@@ -16,9 +18,11 @@ from training.setup import build_model, choose_trainable, optimizer_for
 
 
 @pytest.fixture(scope="module")
-def base(make_plain: Any, tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def base(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A layer before that with a memory, and one after it."""
     folder = tmp_path_factory.mktemp("estimate")
-    make_plain("qwen2").bfloat16().save_pretrained(folder)
+    config = configuration("qwen2", use_sliding_window=False, num_hidden_layers=3)
+    AutoModelForCausalLM.from_config(config).bfloat16().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
@@ -35,7 +39,7 @@ def test_the_estimate_is_what_real_tensors_take(
     trainable: str, checkpointing: bool, dtype: str, optimizer: Any, base: Path
 ) -> None:
     """The same count over tensors with content."""
-    recipe = Recipe(model=str(base), memory={"mem_layers": [1, 3], "local_context": 16}, trainable=trainable,
+    recipe = Recipe(model=str(base), memory={"mem_layers": [1], "local_context": 16}, trainable=trainable,
                     sources=[{"path": "text.txt"}], lanes=2, windows=3, contexts={"values": [2]}, dtype=dtype,
                     checkpointing=checkpointing, optimizer=optimizer)  # fmt: skip
     found = estimate(recipe)
@@ -77,7 +81,7 @@ def test_what_is_older_than_the_count_is_not_in_it() -> None:
 
 def test_what_the_estimate_depends_on(base: Path) -> None:
     def of(**changes: Any) -> Any:
-        settings = {"model": str(base), "memory": {"mem_layers": [1, 3], "local_context": 16}, "dtype": "float32",
+        settings = {"model": str(base), "memory": {"mem_layers": [1], "local_context": 16}, "dtype": "float32",
                     "sources": [{"path": "text.txt"}], "lanes": 2, "windows": 3, "trainable": "lora"}  # fmt: skip
         return Recipe(**(settings | changes))
 

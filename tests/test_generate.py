@@ -81,7 +81,7 @@ def test_memory_is_written_when_told_to(make_model: ModelMaker, ids: Draw) -> No
 def test_left_padded_rows_give_what_they_give_alone(family: str, make_model: ModelMaker, ids: Draw) -> None:
     model = make_model(family)
     rows = [ids(count, seed=count) for count in (75, 37, 12, 2)]
-    options = GREEDY | {"max_new_tokens": 3 * WINDOW}
+    options = GREEDY | {"max_new_tokens": WINDOW + 4}
     tokens = torch.zeros(4, 75, dtype=torch.int64)
     mask = torch.zeros(4, 75, dtype=torch.int64)
     for number, row in enumerate(rows):
@@ -238,7 +238,7 @@ def test_what_a_checkpoint_says_of_caches_changes_no_token(
     model, prompt = make_model(), ids(length)
     past, memory = ids(40, seed=5), model.new_memory()
     model.ingest(past, memory)
-    options = {"do_sample": False, "eos_token_id": None, "max_new_tokens": 3 * WINDOW}
+    options = {"do_sample": False, "eos_token_id": None, "max_new_tokens": WINDOW + 4}
     expected = model.generate(prompt, memory=memory, **options)
     for name, value in settings.items():
         setattr(model.generation_config, name, value)

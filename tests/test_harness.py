@@ -138,7 +138,7 @@ def test_local_completions_of_the_server(
         return [harness.task_scores(name, each) for name, each in zip(NAMES, found, strict=True)]
 
     with running(make_library(model, tmp_path)) as (url, _):
-        for options in ({}, {"batch_size": 3}, {"tokenized_requests": False}, {"num_concurrent": 2}):
+        for options in ({}, {"batch_size": 3, "num_concurrent": 2}, {"tokenized_requests": False}):
             for entry, ours in zip(scores(url, **options), wanted, strict=True):
                 for metric, score in ours["metrics"].items():
                     assert entry["metrics"][metric]["value"] == pytest.approx(score["value"], rel=1e-4), options

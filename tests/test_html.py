@@ -5,7 +5,7 @@ import time
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fot.documents.html import decode, html_text
@@ -125,6 +125,7 @@ def written(piece: Any) -> tuple[str, str]:
     return f"<{name}>{''.join(pages)}</{name}>", "".join(texts)
 
 
+@settings(deadline=None)  # on a loaded machine any example may take long
 @given(st.lists(PIECES, max_size=4))
 def test_no_character_is_lost_or_invented(pieces: list[Any]) -> None:
     page, text = written(("body", pieces))

@@ -35,15 +35,15 @@ def test_overflow_moves_the_oldest_tokens(make_model: ModelMaker, ids: Draw) -> 
         {"attention_sinks": 1},
         {"attention_sinks": 0},
         {"overflow_keep": 0},
-        {"full_weight_tokens": 20},
-        {"full_weight_tokens": 20, "attention_sinks": 0},
+        {"full_weight_tokens": 12},
+        {"full_weight_tokens": 12, "attention_sinks": 0},
     ],
 )
 @pytest.mark.parametrize("mem_positionals", [True, False])
 def test_past_the_window_equals_the_method_written_out(
     settings: dict[str, Any], mem_positionals: bool, family: str, make_model: ModelMaker, ids: Draw
 ) -> None:
-    model, tokens = make_model(family, mem_positionals=mem_positionals, **settings), ids(3 * WINDOW + 3)
+    model, tokens = make_model(family, mem_positionals=mem_positionals, **settings), ids(2 * WINDOW + 6)
     cache, logits = None, []
     for token in tokens[0]:
         output = model(token.view(1, 1), past_key_values=cache)

@@ -50,7 +50,12 @@ def folder(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
                              for source in recipe["sources"]]  # fmt: skip
         recipe["memory"] |= {"local_context": WINDOW, "last_context_length": WINDOW // 2}
         recipe |= {"model": str(folder / ("3b" if "3b" in name else "7b"))}
-        recipe |= {"steps": 2, "save_every": 1, "warmup_steps": 1}
+        recipe |= {
+            "steps": 2,
+            "save_every": 1,
+            "warmup_steps": 1,
+            "accumulation": min(recipe.get("accumulation", 1), 2),
+        }
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(recipe))
     return folder
 

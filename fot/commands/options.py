@@ -62,6 +62,10 @@ def load(args: argparse.Namespace, *, tokenizer: bool = True, saved: Mapping[str
 
     ``saved`` settings of ``MemoryConfig`` hold where no option says otherwise.
     """
+    from fot.pretrained import resolve
+
+    with readable(args.model):
+        resolve(args.model)  # a name that is none is told at once, and not when torch is loaded
     quiet()
     from fot import FoTForCausalLM
     from fot.config import merged
