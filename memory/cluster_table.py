@@ -96,7 +96,12 @@ class Tier:
         pairs = (c.mean_keys, c.key_scales), (c.mean_values, c.value_scales)
         if flat is None:
             return [unpacked(means[heads], scales[heads]) for means, scales in pairs]
-        return [unpacked(*(one[heads].flatten(0, 1).index_select(0, flat) for one in pair)) for pair in pairs]
+
+        def picked(rows: Tensor) -> Tensor:
+            return rows[heads].flatten(0, 1).index_select(0, flat)
+
+        # Scales are 1 but for int8.
+        return [unpacked(picked(m), picked(s) if m.dtype == torch.int8 else s) for m, s in pairs]
 
     def _summed(self, keys: Tensor) -> Tensor:
         """Keys of each cluster, (G, L) float32, where members have so many."""

@@ -53,10 +53,10 @@ class Clusters:
         dtypes: tuple[torch.dtype, torch.dtype],
     ) -> "Clusters":
         """From float32: mean keys and values, and covariances and slopes, of keys and values of these dtypes."""
-        coarse = dtypes[0] == torch.int8
-        vectors = [kept(mean, dtype) for mean, dtype in zip(means, dtypes, strict=True)]
-        squares = [kept(one, torch.int8 if coarse else torch.float32) for one in sums]
-        spreads = spreads.bfloat16() if coarse else spreads
+        short = dtypes[0] == torch.int8
+        vectors = [stored_as(mean, dtype) for mean, dtype in zip(means, dtypes, strict=True)]
+        squares = [stored_as(one, torch.int8 if short else torch.float32) for one in sums]
+        spreads = spreads.bfloat16() if short else spreads
         return cls(
             stretches, order.short(), counts.short(), *vectors[0], *vectors[1], spreads, *squares[0], *squares[1]
         )
@@ -164,7 +164,7 @@ class Clusters:
         return found
 
 
-def kept(vectors: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def stored_as(vectors: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Vectors (..., D) float32 in this dtype, and scales (..., 1) bfloat16."""
     if dtype == torch.int8:
         return packed(vectors)
@@ -172,7 +172,7 @@ def kept(vectors: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def unpacked(vectors: Tensor, scales: Tensor) -> Tensor:
-    """What ``kept`` was given, float32."""
+    """What ``stored_as`` was given, float32."""
     return vectors.float().mul_(scales) if vectors.dtype == torch.int8 else vectors.float()
 
 

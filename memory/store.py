@@ -23,7 +23,6 @@ from memory.indexed import IndexedLayer
 from memory.layer import LayerMemory
 from memory.tokens import TokenTable
 
-
 logger = logging.getLogger(__name__)
 
 
