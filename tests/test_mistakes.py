@@ -171,7 +171,7 @@ def spoil(place: Path) -> None:
     manifest = (place / "m/manifest.json").read_text()
     typed = json.dumps(json.loads(manifest) | {"metadata": [], "layers": "x"})
     manifests = {"damaged": manifest[:200], "listed": "[]", "binary": "\0", "typed": typed, "part": manifest,
-                 "gone": manifest, "newer": manifest.replace('"version": 1', '"version": 99')}  # fmt: skip
+                 "gone": manifest, "newer": json.dumps(json.loads(manifest) | {"version": 99})}  # fmt: skip
     for name, content in manifests.items():
         shutil.copytree(place / "m", place / name)
         (place / name / "manifest.json").write_text(content)

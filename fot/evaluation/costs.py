@@ -14,7 +14,7 @@ from fot.quantized import NF4_BYTES
 
 # Bytes of one number.
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
-INT8_SCALE_BYTES = 4
+INT8_SCALE_BYTES = 2
 # What a token's id and source take, whatever the model.
 TOKEN_BYTES = 16
 # Python, torch and one window.
