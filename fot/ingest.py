@@ -176,7 +176,7 @@ def _store_isolated(
         end, length = len(memory), len(window.ids)
         if local is not None and name in rows:
             local.move(rows[name], length, memory, skip=window.skip, document=source, spans=window.spans)
-        else:  # no window stores more of itself than one before: the first of a text alone has no overlap
+        else:
             first = copied[name]
             memory.append_again(first + window.skip, first + length, document=source, spans=window.spans)
         known.pop(name, None)
@@ -186,7 +186,8 @@ def _store_isolated(
 
 
 def _name(window: Window) -> bytes:
-    return blake2b(np.array(window.ids, dtype=np.int64).tobytes(), digest_size=16).digest()
+    """Of its tokens, and of how many of them are not stored: only what was stored of a window can be copied."""
+    return blake2b(np.array([window.skip, *window.ids], dtype=np.int64).tobytes(), digest_size=16).digest()
 
 
 def _inputs(model: Any, windows: list[Window]) -> Inputs:
