@@ -183,7 +183,7 @@ class LearntClusters:
     Attributes:
         name: of the backend.
         clusters: of the stored keys.
-        coarse: of these clusters, see ``memory.coarse``; None if there are none.
+        coarse: of these clusters, see ``memory.cluster_table``; None if there are none.
         origin: where they were read from, for errors.
     """
 

@@ -1,12 +1,8 @@
 """The FAISS backend against the exact one. Tolerances and floors are explained where they stand."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import faiss
-import forks
 import pytest
 import torch
 from torch import Tensor
@@ -383,50 +379,6 @@ def test_gpu_without_a_gpu_is_refused() -> None:
 
 
 # --- process --------------------------------------------------------------------------------------------------------
-
-ORDER = """
-import {first}
-import {second}
-import torch, numpy, faiss
-from memory import VectorBlocks
-from memory.faiss_index import FaissIndex
-keys = torch.randn(1, 900, 8)
-blocks = VectorBlocks(1, 8, torch.float32)
-blocks.append(keys)
-for factory in ("IVF16,Flat", "HNSW8"):
-    index = FaissIndex(factory, blocks, blocks)
-    index.add(keys)
-    for _ in range(5):
-        keys @ keys.mT
-        index.search(keys, 4)
-print("survived")
-"""
-
-
-def run(code: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    environment.pop("OMP_NUM_THREADS", None)  # two runtimes of threads are what may quarrel
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=600)
-
-
-@pytest.mark.parametrize(("first", "second"), [("faiss", "torch"), ("torch", "faiss")])
-def test_both_import_orders_work(first: str, second: str) -> None:
-    done = run(ORDER.format(first=first, second=second))
-    assert done.stdout == "survived\n", done.stderr
-
-
-def test_memory_imports_without_faiss_and_names_it_when_needed() -> None:
-    code = f"""{forks.FORGET}
-sys.modules["faiss"] = None
-from memory import Memory
-Memory([0], 1, 8, index="exact")
-try:
-    Memory([0], 1, 8, index="Flat")
-except ImportError as error:
-    print(error)
-"""
-    done = forks.run("-c", code)
-    assert "pip install faiss-cpu" in done.stdout, done.stderr
 
 
 def test_the_number_of_threads_is_left_as_it_was() -> None:

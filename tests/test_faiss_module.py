@@ -1,6 +1,9 @@
-"""One build of FAISS, or a message that says how to get there."""
+"""Importing FAISS: one build of it, or a message that says how to get there; with torch, in both orders."""
 
+import os
 import re
+import subprocess
+import sys
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
@@ -38,3 +41,48 @@ def test_every_module_that_imports_faiss_looks_first(module: str) -> None:
     done = run("-c", code, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert "pip uninstall -y faiss-cpu faiss-gpu-cu12" in done.stdout
+
+
+ORDER = """
+import {first}
+import {second}
+import torch, numpy, faiss
+from memory import VectorBlocks
+from memory.faiss_index import FaissIndex
+keys = torch.randn(1, 900, 8)
+blocks = VectorBlocks(1, 8, torch.float32)
+blocks.append(keys)
+for factory in ("IVF16,Flat", "HNSW8"):
+    index = FaissIndex(factory, blocks, blocks)
+    index.add(keys)
+    for _ in range(5):
+        keys @ keys.mT
+        index.search(keys, 4)
+print("survived")
+"""
+
+
+def run_anew(code: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment.pop("OMP_NUM_THREADS", None)  # two runtimes of threads are what may quarrel
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=600)
+
+
+@pytest.mark.parametrize(("first", "second"), [("faiss", "torch"), ("torch", "faiss")])
+def test_both_import_orders_work(first: str, second: str) -> None:
+    done = run_anew(ORDER.format(first=first, second=second))
+    assert done.stdout == "survived\n", done.stderr
+
+
+def test_memory_imports_without_faiss_and_names_it_when_needed() -> None:
+    code = f"""{FORGET}
+sys.modules["faiss"] = None
+from memory import Memory
+Memory([0], 1, 8, index="exact")
+try:
+    Memory([0], 1, 8, index="Flat")
+except ImportError as error:
+    print(error)
+"""
+    done = run("-c", code)
+    assert "pip install faiss-cpu" in done.stdout, done.stderr
