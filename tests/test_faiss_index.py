@@ -1,7 +1,5 @@
 """The FAISS backend against the exact one. Tolerances and floors are explained where they stand."""
 
-from pathlib import Path
-
 import faiss
 import pytest
 import torch
@@ -13,7 +11,6 @@ from memory.faiss_index import FaissIndex, check_factory
 
 G, D, K = 2, 32, 64
 SCALE = D**-0.5
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def clustered(num_keys: int, num_queries: int = 64, seed: int = 0) -> tuple[Tensor, Tensor]:
