@@ -223,3 +223,18 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert "'yarn' is no kind of positions" in capsys.readouterr().err
     assert main(["compare", "--positions"]) == 2
     assert "name a text" in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("kind", positions.KINDS)
+def test_a_gpu_finds_what_the_cpu_does(kind: str) -> None:
+    torch.backends.cuda.matmul.allow_tf32 = False
+    text = bytes(range(32, 122)) * 40
+    both = [
+        panel.run(text, [kind], [16, 48], steps=4, size=SIZE, seed=0, progress=Bar(), device=device)["kinds"]
+        for device in ("cpu", "cuda")
+    ]
+    for name, found in both[0].items():
+        for length, expected in found.items():
+            assert both[1][name][length] == pytest.approx(expected, rel=1e-2)

@@ -1,7 +1,11 @@
 """Passages of a memory, and how attention, words and both find those that a question is about."""
 
+import os
 import random
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -256,3 +260,17 @@ def test_the_best_passage_stands_next_to_the_question() -> None:
 def test_queries_hold_their_scale(model: Any, memory: Any) -> None:
     found = question_queries(model, memory, asked(model)("Who?"), range(1))
     assert all(isinstance(one, Queries) and one.scale == pytest.approx(8**-0.5) for one in found.values())
+
+
+def test_words_are_found_without_starting_jax(tmp_path: Path) -> None:
+    """bm25s imports JAX where it is installed, which takes most of a GPU's memory."""
+    (tmp_path / "jax").mkdir()
+    (tmp_path / "jax/__init__.py").write_text("print('started')")
+    (tmp_path / "jax/lax.py").write_text("top_k = lambda scores, k: None")
+    code = (
+        "from fot.retrieval.words import WordIndex; import sys; assert 'jax' not in sys.modules; "
+        "print(WordIndex(['a cat', 'a dog']).scores('dogs').argmax()); import jax"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert found.stdout == "1\nstarted\n"

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from fot.commands.options import check_plot
+from fot.commands.options import check_plot, find_device
 
 
 def compare_positions(args: argparse.Namespace) -> int:
@@ -31,11 +31,14 @@ def compare_positions(args: argparse.Namespace) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     picture = args.out / "positions.png"
     check_plot(picture)
+    device = find_device(args)
     lengths = args.lengths or [512, 1024, 2048, 4096, 8192, 16384]
     size = Size(longest=max(lengths))
     with tqdm(total=len(kinds) * args.steps, unit="step", desc="positions", disable=None) as bar:
         text = b"\n".join(path.read_bytes() for path in paths)
-        found = panel.run(text, kinds, lengths, steps=args.steps, size=size, seed=args.seed, progress=bar)
+        found = panel.run(
+            text, kinds, lengths, steps=args.steps, size=size, seed=args.seed, progress=bar, device=device
+        )
     settings = {"trained": size.trained, "steps": args.steps, "seed": args.seed, "files": [str(path) for path in paths]}
     write_json(args.out / "positions.json", {**settings, "machine": describe_machine(), **found})
     print(positions_table(found["kinds"], size.trained, args.steps))

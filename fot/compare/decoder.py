@@ -159,7 +159,7 @@ class Decoder(nn.Module):
 
     def _embedded(self, ids: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """States before the first layer, and places."""
-        places = self._places(ids.shape[0], ids.shape[1], generator)
+        places = self._places(ids.shape[0], ids.shape[1], generator).to(ids.device)
         hidden = self.embedding(ids)
         if self.learnt is not None:
             hidden = hidden + self.learnt[places]

@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -23,7 +24,15 @@ HELD_OUT = 0.2
 
 
 def run(
-    text: bytes, kinds: Sequence[str], lengths: Sequence[int], *, steps: int, size: Size, seed: int, progress: Any
+    text: bytes,
+    kinds: Sequence[str],
+    lengths: Sequence[int],
+    *,
+    steps: int,
+    size: Size,
+    seed: int,
+    progress: Any,
+    device: torch.device | str = "cpu",
 ) -> dict[str, Any]:
     """Perplexity of bytes against length.
 
@@ -35,6 +44,7 @@ def run(
         size: of each decoder.
         seed: draws weights, texts and positions.
         progress: a tqdm bar that is moved by each step.
+        device: to compute on. What is drawn is the same on each.
 
     Returns:
         ``{"kinds": {kind: {length: perplexity or None}}, "interrupted": bool}``; None where there are no positions.
@@ -44,7 +54,14 @@ def run(
     Raises:
         ValueError: the text is too short.
     """
-    data = torch.frombuffer(bytearray(text), dtype=torch.uint8).long()
+    with torch.device(device):
+        return _panel(text, kinds, lengths, steps, size, seed, progress)
+
+
+def _panel(
+    text: bytes, kinds: Sequence[str], lengths: Sequence[int], steps: int, size: Size, seed: int, progress: Any
+) -> dict[str, Any]:
+    data = torch.tensor(np.frombuffer(text, dtype=np.uint8), dtype=torch.int64)
     cut = len(data) - max(int(HELD_OUT * len(data)), max(lengths) + 1)
     if cut <= size.trained:
         raise ValueError(f"a text of {len(text):,} bytes is too short to train on and to test at {max(lengths):,}: "
@@ -66,13 +83,15 @@ def run(
 def trained(kind: str, data: Tensor, steps: int, size: Size, seed: int, progress: Any) -> Decoder:
     """A decoder after so many steps. Every kind sees the same texts in the same order."""
     torch.manual_seed(seed)
-    model, texts = Decoder(kind, size).train(), torch.Generator().manual_seed(seed)
-    places = torch.Generator().manual_seed(seed)
+    with torch.device("cpu"):
+        model = Decoder(kind, size).train()
+    model = model.to(data.device)
+    texts, places = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.01)
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = RATE * min(1.0, (step + 1) / (0.05 * steps)) * (1 + math.cos(math.pi * step / steps)) / 2
-        starts = torch.randint(len(data) - size.trained, (BATCH, 1), generator=texts)
+        starts = torch.randint(len(data) - size.trained, (BATCH, 1), generator=texts, device="cpu").to(data.device)
         rows = data[starts + torch.arange(size.trained + 1)]  # (B, T + 1)
         loss = cross_entropy(model(rows[:, :-1], places).flatten(0, 1), rows[:, 1:].flatten())
         optimizer.zero_grad()

@@ -60,14 +60,14 @@ def random_positions(rows: int, count: int, largest: int, generator: torch.Gener
     """
     if count > largest:
         raise ValueError(f"{count} tokens have no {count} different positions below {largest}")
-    drawn = [torch.randperm(largest, generator=generator)[:count].sort().values for _ in range(rows)]
+    drawn = [torch.randperm(largest, generator=generator, device="cpu")[:count].sort().values for _ in range(rows)]
     return torch.stack(drawn)
 
 
 def shifted_positions(rows: int, count: int, generator: torch.Generator | None) -> Tensor:
     """(rows, count) from an offset of 0..499 drawn for each row, in training; from 500 on without a generator (SHAPE,
     arXiv 2109.05644)."""
-    offsets = torch.full((rows, 1), OFFSETS)
+    offsets = torch.full((rows, 1), OFFSETS, device="cpu")
     if generator is not None:
-        offsets = torch.randint(OFFSETS, (rows, 1), generator=generator)
-    return offsets + torch.arange(count)
+        offsets = torch.randint(OFFSETS, (rows, 1), generator=generator, device="cpu")
+    return offsets + torch.arange(count, device="cpu")

@@ -6,11 +6,31 @@ questions, words as they are for six. Words of other languages lose or keep thei
 
 import logging
 import re
+import sys
 from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
 
-import bm25s
 import numpy as np
 import Stemmer
+
+
+def _without_jax() -> ModuleType:
+    """bm25s, imported as where JAX is not installed: it would start JAX, which takes three quarters of a GPU's memory.
+
+    JAX is only one of two ways in which it picks the best passages, which is not asked of it here.
+    """
+    hidden = {name: sys.modules.pop(name) for name in list(sys.modules) if name.partition(".")[0] == "jax"}
+    sys.modules["jax"] = None  # type: ignore[assignment]  # an import of it fails
+    try:
+        import bm25s
+    finally:
+        del sys.modules["jax"]
+        sys.modules.update(hidden)
+    return bm25s
+
+
+bm25s = _without_jax()
 
 logging.getLogger("bm25s").setLevel(logging.WARNING)  # it tells each step of an index
 
@@ -33,7 +53,7 @@ class WordIndex:
         corpus = [[self._numbers.setdefault(word, len(self._numbers)) for word in words(text)] for text in texts]
         self._count = len(texts)
         self._passages = np.bincount([number for text in corpus for number in set(text)], minlength=len(self._numbers))
-        self._index: bm25s.BM25 | None = None
+        self._index: Any = None
         if self._numbers:
             self._index = bm25s.BM25()
             self._index.index((corpus, self._numbers), show_progress=False)
