@@ -20,10 +20,11 @@ from fot.tasks.task import Task
 from training.batches import DocumentLoader, TaskSource
 from training.data import read_documents
 from training.frozen import compute_in_float32, train_in_float32
+from training.hiding import filler_from
 from training.recipe import Recipe
 from training.shares import LaneLoader
 from training.sources import DataSource, describe, find_files
-from training.tasks import SyntheticRetrieval, filler_from
+from training.tasks import SyntheticRetrieval
 
 # Documents of a task's filler that are held in memory, tokenised.
 FILLER_TOKENS = 4_000_000
