@@ -80,7 +80,8 @@ def main() -> int:
     for split, name in FILES.items():
         rows = list(rows_of(files, split))
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        write(given.out / name, text, f"{len(rows):,} questions about {len({row['passage'] for row in rows}):,} passages")
+        passages = {row["passage"] for row in rows}
+        write(given.out / name, text, f"{len(rows):,} questions about {len(passages):,} passages")
     return 0
 
 

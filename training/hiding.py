@@ -148,7 +148,9 @@ def chat_piece(tokenizer: Any, number: int, question: str, reply: tuple[str, str
             "0, and leave out tasks of kind questions"
         )
     texts = (prompt, prompt + head.rstrip(" "), prompt + head + answer, prompt + said, whole)
-    pieces = [tokenizer(text, add_special_tokens=False).input_ids for text in texts]
+    different = list(dict.fromkeys(texts))
+    encoded = dict(zip(different, tokenizer(different, add_special_tokens=False).input_ids, strict=True))
+    pieces = [encoded[text] for text in texts]
     ids = pieces[-1]
     if forbidden(f"{question} {said}") or any(ids[: len(piece)] != piece for piece in pieces):
         return None
