@@ -16,10 +16,11 @@ from fot.config import MemoryConfig
 from training.batches import DocumentLoader, TaskSource
 from training.contexts import Rows, choose_all, rows_of
 from training.crossbatch import Contexts, enable_crossbatch
+from training.hiding import filler_from
 from training.recipe import load_recipe
 from training.schedule import ContextSchedule
 from training.sources import DataSource
-from training.tasks import SyntheticRetrieval, filler_from
+from training.tasks import SyntheticRetrieval
 
 WINDOW = 5
 MEM_LAYERS = [(1, 3), (0, 2, 3), (1, 2, 3, 4)]

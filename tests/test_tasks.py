@@ -19,7 +19,8 @@ from fot.tasks import dictionary, wordings, words
 from fot.tasks.task import Task
 from fot.tasks.wordings import KINDS, draw, forbidden, render
 from fot.tasks.words import WORDS
-from training.tasks import Sample, Stretch, SyntheticRetrieval, draw_facts, filler_from
+from training.hiding import Stretch, filler_from
+from training.tasks import Sample, SyntheticRetrieval, draw_facts
 
 TEXT = (
     "It was a dark evening in the old town, and nobody would have gone out without need. The clerk put down his pen, "

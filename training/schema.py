@@ -107,6 +107,22 @@ class RetrievalEntry(TypedDict, total=False):
     name: str
 
 
+class QuestionsEntry(TypedDict, total=False):
+    """Settings of ``PassageQuestions``; ``path`` is a file of ``training.asked``, ``filler`` as of ``retrieval``."""
+
+    kind: Literal["questions"]
+    path: str
+    filler: Annotated[list[Source], Field(min_length=1)]
+    weight: AboveZero
+    windows: Positive
+    window: Positive
+    passages: tuple[Positive, Positive]
+    text_weight: NotNegative
+    text_share: Share
+    near_share: Share
+    name: str
+
+
 class LoraEntry(TypedDict, total=False):
     """Settings of ``peft.LoraConfig``."""
 
@@ -125,19 +141,21 @@ class LoraEntry(TypedDict, total=False):
 
 
 def _known_task(value: Any) -> Any:
-    kinds = ("retrieval", "dictionary")
+    kinds = ("retrieval", "questions", "dictionary")
     if "kind" not in value:
         raise ValueError(f"it has no kind: add kind: {' or kind: '.join(kinds)}")
     if value["kind"] not in kinds:
         raise ValueError(f"kind is {value['kind']!r}; choose {' or '.join(kinds)}")
-    if value["kind"] == "retrieval" and "filler" not in value:
-        raise ValueError("it has no filler, the text that facts are hidden in: add filler: [{path: books/*.txt}]")
+    if value["kind"] != "dictionary" and "filler" not in value:
+        hidden = "facts" if value["kind"] == "retrieval" else "passages"
+        raise ValueError(f"it has no filler, the text that {hidden} are hidden in: add filler: [{{path: books/*.txt}}]")
+    if value["kind"] == "questions" and "path" not in value:
+        raise ValueError("it has no path, the file with passages and questions: add path: fairytales.jsonl")
     return value
 
 
-_AnyTask = Annotated[
-    Annotated[DictionaryEntry | RetrievalEntry, Field(discriminator="kind")], BeforeValidator(_known_task)
-]
+_TaskOfKind = Annotated[DictionaryEntry | RetrievalEntry | QuestionsEntry, Field(discriminator="kind")]
+_AnyTask = Annotated[_TaskOfKind, BeforeValidator(_known_task)]
 TaskEntry = Annotated[dict[str, Any], As(_AnyTask, " such as {kind: dictionary}")]
 Memory = Annotated[dict[str, Any], As(MemoryConfig)]
 Contexts = Annotated[dict[str, Any], As(ContextSchedule)]
@@ -222,7 +240,10 @@ def _place(parts: Iterable[int | str]) -> str:
 
 
 # Names of union members and of wrapped schemas that stand in pydantic's paths.
-_BRANCHES = {"int", "str", "bool", "retrieval", "dictionary", "constrained-int", "constrained-float", "constrained-str"}
+_BRANCHES = {
+    "int", "str", "bool", "retrieval", "questions", "dictionary", "constrained-int", "constrained-float",
+    "constrained-str",
+}  # fmt: skip
 
 
 def _keys(parts: tuple[int | str, ...]) -> list[str]:
@@ -231,6 +252,7 @@ def _keys(parts: tuple[int | str, ...]) -> list[str]:
     kinds: dict[str, Any] = {
         "memory": MemoryConfig, "contexts": ContextSchedule, "lora": LoraEntry, "filler": DataSource,
         "sources": DataSource, "held_out": DataSource, "retrieval": RetrievalEntry, "dictionary": DictionaryEntry,
+        "questions": QuestionsEntry,
     }  # fmt: skip
     if not names:
         return []

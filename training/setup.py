@@ -17,13 +17,16 @@ from fot.model import detach_memory
 from fot.quantized import nf4
 from fot.tasks.dictionary import DictionaryTask
 from fot.tasks.task import Task
+from training.asked import find_asked, read_asked
 from training.batches import DocumentLoader, TaskSource
 from training.data import read_documents
 from training.frozen import compute_in_float32, train_in_float32
+from training.hiding import filler_from
+from training.questions import PassageQuestions
 from training.recipe import Recipe
 from training.shares import LaneLoader
 from training.sources import DataSource, describe, find_files
-from training.tasks import SyntheticRetrieval, filler_from
+from training.tasks import SyntheticRetrieval
 
 # Documents of a task's filler that are held in memory, tokenised.
 FILLER_TOKENS = 4_000_000
@@ -219,8 +222,11 @@ def describe_data(recipe: Recipe) -> dict[str, Any]:
 
     tasks = []
     for number, task in enumerate(recipe.tasks):
-        filler = {"filler": all_of(f"tasks[{number}].filler", task["filler"])} if "filler" in task else {}
-        tasks.append(task | filler)
+        read = {"filler": all_of(f"tasks[{number}].filler", task["filler"])} if "filler" in task else {}
+        if "path" in task:
+            with entry(f"tasks[{number}]"):
+                read["bytes"] = find_asked(task["path"]).stat().st_size
+        tasks.append(task | read)
     return {
         "sources": all_of("sources", recipe.sources),
         "tasks": tasks,
@@ -296,7 +302,7 @@ def data_source(settings: dict[str, Any]) -> DataSource:
 
 
 def build_task(settings: dict[str, Any], recipe: Recipe, config: MemoryConfig, tokenizer: Any) -> Task:
-    """A task from a recipe's entry: ``kind``, ``weight``, ``filler`` (sources), and the task's own settings.
+    """A task from a recipe's entry: ``kind``, ``weight``, ``filler`` (sources), ``path``, and the task's own settings.
 
     Raises:
         ValueError: settings that do not fit, or a task of text for a model without a tokenizer.
@@ -307,15 +313,17 @@ def build_task(settings: dict[str, Any], recipe: Recipe, config: MemoryConfig, t
         return DictionaryTask(**(shape | own))
     if tokenizer is None:
         raise ValueError(
-            "kind is 'retrieval', which is text, but the model has no tokenizer: name a model that has one"
+            f"kind is {settings['kind']!r}, which is text, but the model has no tokenizer: name a model that has one"
         )
     texts = []
     for number, source in enumerate(settings["filler"]):
         with entry(f"filler[{number}]"):
             texts += list(tokenised(source, tokenizer))
-    if "facts" in own:
-        own["facts"] = tuple(own["facts"])
-    return SyntheticRetrieval(tokenizer, filler_from(texts, tokenizer), **(shape | own))
+    filler = filler_from(texts, tokenizer)
+    own |= {key: tuple(own[key]) for key in ("facts", "passages") if key in own}
+    if settings["kind"] == "questions":
+        return PassageQuestions(tokenizer, filler, read_asked(own.pop("path")), **(shape | own))
+    return SyntheticRetrieval(tokenizer, filler, **(shape | own))
 
 
 def tokenised(settings: dict[str, Any], tokenizer: Any) -> Iterator[list[int]]:

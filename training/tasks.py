@@ -10,16 +10,13 @@ training.
 """
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
-from typing import Any, NamedTuple
-
-import numpy as np
+from typing import Any
 
 from fot.tasks.task import Document, Passage
 from fot.tasks.wordings import KINDS, Kind, chat_turns, draw, forbidden, render
-from training.pieces import content_of, framed, special_ids
+from training.hiding import Filler, Piece, chat_piece, lay
 
 # What stands around a statement or question. Each ends with a line break, so that some token ends every answer.
 _FRAMES = (("\n", "\n"), ("\n", "\n"), ("\n\n", "\n\n"), (" ", "\n"), ("\n# ", "\n"), ("\n- ", "\n"), ("\n> ", "\n"))
@@ -27,23 +24,6 @@ _BLOCK_FRAMES = (("\n", "\n"), ("\n\n", "\n\n"))  # for templates of several lin
 _ASKED = 0.8  # share of facts that are asked for, as far as questions fit
 _MOST_SYNTHETIC = 0.75  # share of the tokens of a window that facts and questions may take; the rest is real text
 _ATTEMPTS = 50
-
-
-class Stretch(NamedTuple):
-    """Consecutive tokens of a real text.
-
-    Attributes:
-        text: names the text.
-        first: place of the first token there.
-        ids: the tokens.
-    """
-
-    text: int
-    first: int
-    ids: Sequence[int]
-
-
-Filler = Callable[[random.Random, int], Sequence[Stretch]]
 
 
 @dataclass(frozen=True)
@@ -54,24 +34,6 @@ class Fact:
     entity: str
     relation: str
     value: str
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A statement or a question in a document.
-
-    Attributes:
-        fact: its number in the sample's facts.
-        ids: its tokens.
-        answer: for a question, where in ``ids`` the answer lies: (first, last + 1). The token after it ends it.
-            None for a statement.
-        reply: for a question in the chat template, where all that the model says lies, with the token that ends it.
-    """
-
-    fact: int
-    ids: list[int]
-    answer: tuple[int, int] | None = None
-    reply: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True)
@@ -210,42 +172,9 @@ class SyntheticRetrieval:
 
     def _place(self, facts: list[Fact], earlier: list[Piece], last: list[Piece], rng: random.Random) -> Sample:
         bos = [self.tokenizer.bos_token_id] if getattr(self.tokenizer, "add_bos_token", False) else []
-        first = self.window * (self.windows - 1)
-        regions = ((first - len(bos), earlier), (self.window + 1, last))
-        rooms = [length - sum(len(piece.ids) for piece in pieces) for length, pieces in regions]
-        # One text runs through the document, facts stand between.
-        filler = list(_tokens_of(self.filler(rng, sum(rooms))))
-        if len(filler) != sum(rooms):
-            raise ValueError(
-                f"the filler gave {len(filler)} tokens, but {sum(rooms)} were asked for: it must give all of them"
-            )
-        text = iter(filler)
-        sample = Sample(list(bos), [0.0] * len(bos), facts, [], [])
-        for room, (_, pieces) in zip(rooms, regions, strict=True):
-            cuts = sorted(rng.randint(0, room) for _ in pieces)
-            for before, cut, piece in zip([0, *cuts], [*cuts, room], [*pieces, None], strict=True):
-                self._add_text(sample, text, cut - before, rng)
-                if piece is not None:
-                    sample.placed.append((len(sample.ids), piece))
-                    sample.ids.extend(piece.ids)
-                    sample.weights.extend(self._piece_weights(piece))
-        sample.weights[0] = 0.0  # nothing predicts the first token
-        return sample
-
-    def _piece_weights(self, piece: Piece) -> list[float]:
-        weights = [0.0] * len(piece.ids)
-        first, end = piece.reply
-        weights[first:end] = [self.text_weight] * (end - first)
-        if piece.answer is not None:
-            first, end = piece.answer
-            weights[first : end + 1] = [1.0] * (end + 1 - first)
-        return weights
-
-    def _add_text(self, sample: Sample, text: Iterator[tuple[int, int, int]], count: int, rng: random.Random) -> None:
-        for token, name, place in islice(text, count):
-            _add_to(sample.passages, len(sample.ids), name, place)
-            sample.ids.append(token)
-            sample.weights.append(self.text_weight if rng.random() < self.text_share else 0.0)
+        regions = ((self.window * (self.windows - 1) - len(bos), earlier), (self.window + 1, last))
+        laid = lay(regions, self.filler, rng, bos=bos, text_weight=self.text_weight, text_share=self.text_share)
+        return Sample(laid.ids, laid.weights, facts, laid.placed, laid.passages)
 
     def _statement(self, number: int, fact: Fact, rng: random.Random) -> Piece:
         text = render(rng.choice(fact.kind.statements), fact.entity, fact.relation, fact.value, rng)
@@ -280,22 +209,7 @@ class SyntheticRetrieval:
         asked, head, tail = (
             render(part, fact.entity, fact.relation, "", rng) for part in (question, *reply.split("{v}"))
         )
-        said = head + fact.value + tail
-        user = {"role": "user", "content": asked}
-        prompt = self.tokenizer.apply_chat_template([user], tokenize=False, add_generation_prompt=True)
-        whole = self.tokenizer.apply_chat_template([user, {"role": "assistant", "content": said}], tokenize=False)
-        if not whole.startswith(prompt + said):
-            raise ValueError(
-                "the chat template does not put a reply at the place where its generation prompt "
-                "ends: set chat_share to 0"
-            )
-        texts = (prompt, prompt + head.rstrip(" "), prompt + head + fact.value, prompt + said, whole)
-        pieces = [self._encode(text) for text in texts]
-        ids = pieces[-1]
-        if forbidden(f"{asked} {said}") or any(ids[: len(piece)] != piece for piece in pieces):
-            return None
-        first, start, end, last, _ = map(len, pieces)
-        return Piece(number, ids, (start, end), (first, min(last + 1, len(ids))))
+        return chat_piece(self.tokenizer, number, asked, (head, fact.value, tail))
 
     def _encode(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False).input_ids
@@ -337,53 +251,3 @@ def _tell_first(pieces: list[Piece]) -> list[Piece]:
         order.remove(told)
         order.insert(places[0], told)
     return order
-
-
-def _tokens_of(stretches: Sequence[Stretch]) -> Iterator[tuple[int, int, int]]:
-    """(token, name of its text, place there) of each token."""
-    for text, first, ids in stretches:
-        yield from ((token, text, place) for place, token in enumerate(ids, first))
-
-
-def _add_to(passages: list[Passage], start: int, text: int, place: int) -> None:
-    """Note where the token ``start`` of a document was taken from; the last passage grows if it goes on there."""
-    last = passages[-1] if passages else None
-    if last is not None and (last.start + last.length, last.text, last.first + last.length) == (start, text, place):
-        passages[-1] = last._replace(length=last.length + 1)
-    else:
-        passages.append(Passage(start, 1, text, place))
-
-
-def filler_from(texts: Sequence[Sequence[int]], tokenizer: Any = None) -> Filler:
-    """Real text from tokenised texts: n tokens from a random place of one, going on with others where it ends.
-
-    Longer texts are drawn more often.
-
-    Args:
-        texts: token ids of each, without BOS and EOS.
-        tokenizer: of a run whose lanes may read the same texts; they are then known as the same.
-
-    Raises:
-        ValueError: all texts are empty.
-    """
-    kept = [list(text) for text in texts if len(text)]
-    if not kept:
-        raise ValueError("no text to hide facts in: all texts are empty")
-    lengths = [len(text) for text in kept]
-    bos, eos, _ = special_ids(tokenizer)
-    # As lanes read them, which leave EOS to the next text if it is BOS, too.
-    whole = [framed(text, bos, None if bos == eos else eos) for text in kept]
-    names = [content_of(np.asarray(text, np.int32)) for text in whole]
-    numbers, before = range(len(kept)), int(bos is not None)
-
-    def stretch(number: int, start: int, count: int) -> Stretch:
-        return Stretch(names[number], before + start, kept[number][start : start + count])
-
-    def fill(rng: random.Random, count: int) -> list[Stretch]:
-        number = rng.choices(numbers, lengths)[0]
-        found = [stretch(number, rng.randrange(max(1, lengths[number] - count + 1)), count)]
-        while (left := count - sum(len(some.ids) for some in found)) > 0:
-            found.append(stretch(rng.choices(numbers, lengths)[0], 0, left))
-        return found if count else []
-
-    return fill
