@@ -113,7 +113,8 @@ class Crossbatch:
     @contextmanager
     def collecting(self) -> Iterator[list[Tensor]]:
         """The losses of ``training.focus`` of the memory layers that run within."""
-        self.focus = found = []
+        found: list[Tensor] = []
+        self.focus = found
         try:
             yield found
         finally:

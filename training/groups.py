@@ -6,7 +6,7 @@ the keys of all rows at once: a group is read in slices of at most ``PICKED_BYTE
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -36,10 +36,9 @@ class Group:
 
     def slices(self, count: int) -> Iterator["Group"]:
         """Groups of at most ``count`` rows, at least 1."""
-        tensors = [getattr(self, field.name) for field in fields(self)]
+        given = {name: tensor for name, tensor in vars(self).items() if tensor is not None}
         for start in range(0, len(self.rows), max(1, count)):
-            stop = start + max(1, count)
-            yield Group(*(None if tensor is None else tensor[start:stop] for tensor in tensors))
+            yield replace(self, **{name: tensor[start : start + max(1, count)] for name, tensor in given.items()})
 
     def bias(self, queries: Tensor, full_weight_tokens: int) -> Tensor | None:
         """What is added to the scores over the chosen rows: (r, 1, 1, M * T), or None for nothing.
