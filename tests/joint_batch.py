@@ -53,7 +53,9 @@ def tiny_model() -> tuple[LlamaForCausalLM, MemoryConfig]:
     return model, MemoryConfig(mem_layers=(1, 2), local_context=WINDOW).resolve(3, 64, "float32")
 
 
-def one_step(accelerator: Accelerator) -> tuple[float, dict[str, torch.Tensor]]:
+def one_step(
+    accelerator: Accelerator, *, focus: float = 0.0, recomputed: bool = False
+) -> tuple[float, dict[str, torch.Tensor]]:
     """Loss and gradients of a training step over both batches, as the change of the weights at a learning rate of 1."""
     rank, world = accelerator.process_index, accelerator.num_processes
     model, config = tiny_model()
@@ -64,11 +66,14 @@ def one_step(accelerator: Accelerator) -> tuple[float, dict[str, torch.Tensor]]:
         contexts={"values": [D]},
         accumulation=2,
         clip=0,
+        focus=focus,
     )
+    if recomputed:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     crossbatch = enable_crossbatch(model, config)
-    module, optimizer = accelerator.prepare(Step(model, crossbatch), optimizer)
+    module, optimizer = accelerator.prepare(Step(model, crossbatch).train(), optimizer)
     batches = (part_of(joint_batch(number), rank, world) for number in range(2))
     trained = dict(model.named_parameters())
     sums = train_step(recipe, 0, D, batches, module, crossbatch, optimizer, trained, accelerator)

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from training.batches import NO_DOCUMENT, Batch
-from training.crossbatch import Contexts
+from training.groups import Contexts
 from training.schedule import ContextSchedule
 
 Held = tuple[int, int, int]  # content, first and last position there
@@ -76,28 +76,33 @@ class Choice:
     Attributes:
         rows: for each row, those it attends to.
         copies: for each row, how often each of those counts; None: once.
+        positives: for each row, how many of those are of its own document: the first ones.
         wanted: negatives that the schedule asks for, of all rows together.
         found: negatives that there are.
     """
 
     rows: list[list[int]]
     copies: list[list[float]] | None
+    positives: list[int]
     wanted: int
     found: int
 
-    def of(self, mine: range, padding: Tensor | None, device: torch.device) -> Contexts:
-        """Those of some rows, for crossbatch."""
-        rows = [torch.tensor(self.rows[row], dtype=torch.int64, device=device) for row in mine]
-        if self.copies is None:
-            return Contexts(rows, padding)
-        return Contexts(rows, padding, [torch.tensor(self.copies[row], device=device) for row in mine])
+    def of(self, mine: range, padding: Tensor | None) -> Contexts:
+        """Those of some rows, for crossbatch, which moves them to its device."""
+        rows = [torch.tensor(self.rows[row], dtype=torch.int64) for row in mine]
+        copies = None if self.copies is None else [torch.tensor(self.copies[row]) for row in mine]
+        return Contexts(rows, padding, copies, positives=[self.positives[row] for row in mine])
+
+    def mixed(self) -> int:
+        """How many rows see both their own document and others."""
+        return sum(0 < own < len(chosen) for own, chosen in zip(self.positives, self.rows, strict=True))
 
 
 def choose_contexts(
     schedule: ContextSchedule, rows: Rows, mine: range, d: int, seed: str, *, isolated: bool = False
 ) -> Contexts:
     """``choose_all``, for the rows ``mine`` of this process."""
-    return choose_all(schedule, rows, d, seed, isolated=isolated).of(mine, rows.padding, rows.lane.device)
+    return choose_all(schedule, rows, d, seed, isolated=isolated).of(mine, rows.padding)
 
 
 def choose_all(schedule: ContextSchedule, rows: Rows, d: int, seed: str, *, isolated: bool = False) -> Choice:
@@ -121,6 +126,7 @@ def choose_all(schedule: ContextSchedule, rows: Rows, d: int, seed: str, *, isol
     demands = _Demands(schedule, d, lane)
     chosen: list[list[int]] = [[] for _ in lane]
     copies: list[list[float]] = [[] for _ in lane]
+    known = [0] * len(lane)
     reached = [1 << row for row in range(len(lane))]  # as bits: the row itself, and all that it knows of
     wanted = found = 0
     for row in range(len(lane)) if isolated else order:
@@ -136,12 +142,12 @@ def choose_all(schedule: ContextSchedule, rows: Rows, d: int, seed: str, *, isol
         rng = random.Random(f"{seed}/{row}")
         drawn = _sample(rng, before, sorted(barred), negatives)
         times = schedule.copies ** rng.random()
-        chosen[row] = own[:positives] + drawn
+        chosen[row], known[row] = own[:positives] + drawn, positives
         copies[row] = [1.0] * positives + [times] * len(drawn)
         for other in chosen[row]:
             reached[row] |= reached[other]
         wanted, found = wanted + negatives, found + len(drawn)
-    return Choice(chosen, copies if schedule.copies > 1 else None, wanted, found)
+    return Choice(chosen, copies if schedule.copies > 1 else None, known, wanted, found)
 
 
 def reading_order(rows: Rows, seed: str, *, isolated: bool = False) -> list[int]:

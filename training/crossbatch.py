@@ -10,7 +10,8 @@ with those windows in its memory, except that gradients reach their keys and val
     hidden = model.base_model(input_ids=rows, use_cache=False).last_hidden_state
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -29,27 +30,10 @@ from fot.model import without_positions
 from fot.rotary import Rotary, rotary_of
 from memory import attend, merge
 from memory.softmax import fused_backward, fused_backward_fits
+from training.focus import focus_loss
+from training.groups import Contexts, fold, pick, slices_of
 
 Gather = Callable[[Tensor], Tensor]
-
-
-@dataclass(frozen=True)
-class Contexts:
-    """Which rows each row of a batch attends to besides itself.
-
-    Attributes:
-        rows: for each of the R rows here, (M,) int64 indices among the C candidate rows: the rows of this process, or
-            those of all processes in the order of their ranks.
-        padding: (C, T) bool, True where a candidate's token is padding; None if there is none.
-        copies: for each of the R rows, (M,) float32: the chosen row counts as so many of itself, as in a memory that
-            held it so often. That is ``log(copies)`` on its scores, and costs nothing. None: 1.
-        full_weight_tokens: tokens, copies counted, from which on contexts weigh no more, as a memory does; 0: never.
-    """
-
-    rows: Sequence[Tensor]
-    padding: Tensor | None = None
-    copies: Sequence[Tensor] | None = None
-    full_weight_tokens: int = 0
 
 
 @dataclass
@@ -62,6 +46,7 @@ class Crossbatch:
         rotary: of the model; without positions in memory layers if they use none.
         gather: (R, G, T, D) of this process -> (C, G, T, D) of all, differentiably.
         attention_mass: if a list, memory layers append (layer, (R, M) share of attention that each chosen row got).
+        focus: if a list, memory layers append the loss of ``training.focus`` where contexts ask for it.
         warned: it has been said that there are no negatives.
         modules: attention modules of the memory layers.
         hooks: handles of what hands this to the memory layers.
@@ -74,6 +59,7 @@ class Crossbatch:
     contexts: Contexts | None = None
     gather: Gather = field(default=lambda tensor: gather_from_all(tensor))
     attention_mass: list[tuple[int, list[Tensor]]] | None = None
+    focus: list[Tensor] | None = None
     warned: bool = False
     modules: dict[int, Any] = field(default_factory=dict)
     hooks: list[RemovableHandle] = field(default_factory=list)
@@ -110,13 +96,29 @@ class Crossbatch:
             candidates = (keys[:0], values[:0])
             contexts = Contexts([torch.empty(0, dtype=torch.int64, device=keys.device)] * len(keys))
         else:
-            contexts = replace(contexts, full_weight_tokens=self.config.full_weight_tokens or 0)
+            if contexts.full_weight_tokens != (self.config.full_weight_tokens or 0):  # once a batch: groups are kept
+                contexts = replace(contexts, full_weight_tokens=self.config.full_weight_tokens or 0)
+                self.contexts = contexts
             at_0 = self.rotary.back(layer, keys, torch.arange(keys.shape[2], device=keys.device))
             candidates = (self.gather(at_0), self.gather(values))
         if self.attention_mass is not None:
             mass = context_mass(queries, keys, candidates[0], contexts, scale=scale, learnt_sinks=learnt_sinks)
             self.attention_mass.append((layer, mass))
+        if contexts.asked is not None:  # also where gradient checkpointing recomputes a layer, and nobody collects it
+            found = focus_loss(queries, candidates[0], contexts, scale=scale)
+            if found is not None and self.focus is not None:
+                self.focus.append(found)
         return attend_batch(queries, keys, values, *candidates, contexts, scale=scale, learnt_sinks=learnt_sinks)
+
+    @contextmanager
+    def collecting(self) -> Iterator[list[Tensor]]:
+        """The losses of ``training.focus`` of the memory layers that run within."""
+        found: list[Tensor] = []
+        self.focus = found
+        try:
+            yield found
+        finally:
+            self.focus = None
 
 
 def enable_crossbatch(model: Any, config: MemoryConfig, kind: type[Crossbatch] = Crossbatch) -> Crossbatch:
@@ -302,7 +304,8 @@ class _FusedCrossbatch(torch.autograd.Function):
         grad_q = grad_q.float()
         # float32: many rows add to one candidate
         grad_ck, grad_cv = (torch.zeros_like(tensor, dtype=torch.float32) for tensor in (context_keys, context_values))
-        for rows, chosen in rows_by_count(ctx.contexts):
+        for group in slices_of(ctx.contexts, context_keys):
+            rows, chosen = group.rows, group.chosen
             part_q, part_k, part_v = fused_backward(
                 fold(grad[rows], heads),
                 fold(queries[rows], heads),
@@ -311,7 +314,7 @@ class _FusedCrossbatch(torch.autograd.Function):
                 fold(output[rows], heads),
                 lse[rows].reshape(len(rows), heads, -1),
                 causal=False,
-                bias=bias_of(ctx.contexts, rows, chosen, queries),
+                bias=group.bias(queries, ctx.contexts.full_weight_tokens),
                 scale=scale,
             )
             grad_q.index_add_(0, rows, part_q.reshape(len(rows), *queries.shape[1:]).float())
@@ -349,51 +352,15 @@ def _attend_in_parts(
     """Output (R, H, T, D) and log-sum-exp (R, H, T) of the joint softmax."""
     heads = keys.shape[1]
     output, lse = with_sinks(*attend(queries, keys, values, scale=scale, causal=True), learnt_sinks)
-    for rows, chosen in rows_by_count(contexts):
-        picked = [pick(tensor, chosen) for tensor in (context_keys, context_values)]
-        bias = bias_of(contexts, rows, chosen, queries)
-        found = attend(fold(queries[rows], heads), *picked, scale=scale, mask=bias)
-        there = (found[0].reshape(len(rows), *queries.shape[1:]), found[1].reshape(len(rows), *lse.shape[1:]))
-        mixed = merge([(output[rows], lse[rows]), there])
-        output = output.index_copy(0, rows, mixed[0])
-        lse = lse.index_copy(0, rows, mixed[1])
-    return output, lse
-
-
-def rows_by_count(contexts: Contexts) -> list[tuple[Tensor, Tensor]]:
-    """Rows that see equally many others, together: (r,) rows and (r, M) the chosen, for each M > 0."""
-    by_count: dict[int, list[int]] = {}
-    for row, chosen in enumerate(contexts.rows):
-        if len(chosen):
-            by_count.setdefault(len(chosen), []).append(row)
-    return [
-        (torch.tensor(rows, device=contexts.rows[rows[0]].device), torch.stack([contexts.rows[row] for row in rows]))
-        for rows in by_count.values()
-    ]
-
-
-def pick(candidates: Tensor, chosen: Tensor) -> Tensor:
-    """(C, G, T, D), (r, M) -> (r, G, M * T, D)."""
-    return candidates[chosen].transpose(1, 2).flatten(2, 3)
-
-
-def fold(tensor: Tensor, heads: int) -> Tensor:
-    """(r, H, T, D) -> (r, G, H / G * T, D): query heads of a KV head lie behind one another."""
-    return tensor.reshape(len(tensor), heads, -1, tensor.shape[-1])
-
-
-def bias_of(contexts: Contexts, rows: Tensor, chosen: Tensor, queries: Tensor) -> Tensor | None:
-    """What is added to the scores of ``rows`` over their ``chosen`` rows: (r, 1, 1, M * T), or None for nothing."""
-    if contexts.padding is None and contexts.copies is None and not contexts.full_weight_tokens:
-        return None
-    bias = torch.zeros(*chosen.shape, queries.shape[2], device=queries.device)
-    if contexts.copies is not None:
-        copies = torch.stack([contexts.copies[row] for row in rows.tolist()])
-        bias += copies.to(queries.device).log().unsqueeze(-1)
-    if contexts.padding is not None:
-        bias.masked_fill_(contexts.padding[chosen], -torch.inf)
-    bias = bias.flatten(1)  # (r, M * T)
-    if contexts.full_weight_tokens:  # as ``fot.attention.memory_discount``; exp(bias) is how often a token counts
-        weight = bias.exp().sum(1, keepdim=True) / contexts.full_weight_tokens
-        bias = bias - weight.clamp(min=1).log()
-    return bias.to(queries.dtype)[:, None, None]
+    found = []
+    for group in slices_of(contexts, context_keys):
+        rows = group.rows
+        picked = [pick(tensor, group.chosen) for tensor in (context_keys, context_values)]
+        bias = group.bias(queries, contexts.full_weight_tokens)
+        part = attend(fold(queries[rows], heads), *picked, scale=scale, mask=bias)
+        there = (part[0].reshape(len(rows), *queries.shape[1:]), part[1].reshape(len(rows), *lse.shape[1:]))
+        found.append((rows, *merge([(output[rows], lse[rows]), there])))
+    if not found:
+        return output, lse
+    rows, outputs, lses = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return output.index_copy(0, rows, outputs), lse.index_copy(0, rows, lses)

@@ -59,6 +59,8 @@ class Recipe:
         lanes: number of documents that each process reads side by side.
         windows: number of consecutive windows of each document in a batch (k).
         contexts: settings of ``ContextSchedule``.
+        focus: weight of a loss, added to that of the labels, that draws the attention to other windows to those of the
+            own document; see ``training.focus``. 0 means none. Only ``crossbatch`` with negatives has it.
         trainable: what is trained: ``all`` parameters, the attention of the ``memory`` layers, or ``lora`` adapters.
         lora: settings of ``peft.LoraConfig`` for ``lora``.
         quantization: ``nf4`` holds the frozen weights in 4 bits (QLoRA, arXiv 2305.14314); it needs bitsandbytes. None
@@ -105,6 +107,7 @@ class Recipe:
     lanes: Positive = 4
     windows: Positive = 2
     contexts: Contexts = field(default_factory=dict)
+    focus: NotNegative = 0.0
     trainable: Literal["all", "memory", "lora"] = "all"
     lora: Lora = field(default_factory=dict)
     quantization: Literal["nf4"] | None = None

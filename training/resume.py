@@ -35,7 +35,8 @@ FREE = ("steps", "result", "strength", "clip", "patience", "log_every", "eval_ev
         "trackers")  # fmt: skip
 # What may change if it is said on the command line, so that no edited or mistaken recipe file changes it.
 SAID = ("learning_rate", "lr_schedule", "warmup_steps", "decay_steps", "betas", "weight_decay", "accumulation",
-        "contexts", "dtype", "checkpointing", "held_out", "held_out_memory", "best_by", "eval_batches")  # fmt: skip
+        "contexts", "focus", "dtype", "checkpointing", "held_out", "held_out_memory", "best_by",
+        "eval_batches")  # fmt: skip
 
 Result = TypeVar("Result")
 

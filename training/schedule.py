@@ -76,6 +76,13 @@ class ContextSchedule:
             return random.Random(f"{seed}/{step}/d").choice(self.values)
         return self.values[0]
 
+    def mixes(self, windows: int) -> bool:
+        """Whether it ever shows a row both its own document and others, in batches of so many windows of a lane."""
+        own = range(1, windows)
+        if self.segments:
+            return any(min(positives, count) > 0 < negatives for positives, negatives in self.segments for count in own)
+        return any(0 < min(d, self.previous_windows, count) < d for d in self.values for count in own)
+
 
 def schedule_from(settings: dict[str, Any]) -> ContextSchedule:
     """The schedule that a recipe's ``contexts`` describes.

@@ -3,6 +3,7 @@
 import math
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -16,11 +17,13 @@ from fot.loss import token_losses
 from training.batches import Batch
 from training.contexts import Rows, choose_all, held_by, rows_of
 from training.crossbatch import Crossbatch
+from training.focus import draw_queries
+from training.groups import Contexts
 from training.recipe import Recipe
 from training.sharding import clip_gradients, whole
 
 # What one batch is summed up to, over all processes.
-SUMS = ("loss", "weight", "correct", "labels", "correct_answers", "answers")
+SUMS = ("loss", "weight", "correct", "labels", "correct_answers", "answers", "focus")
 
 
 class Step(nn.Module):
@@ -40,10 +43,12 @@ class Step(nn.Module):
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Sums over this batch, by the names in ``SUMS``: ``loss`` is weighted and ``weight`` what it is divided by;
-        ``labels`` count tokens with loss and ``answers`` those that are answers, of which so many are ``correct``."""
+        ``labels`` count tokens with loss and ``answers`` those that are answers, of which so many are ``correct``;
+        ``focus`` is the loss of ``training.focus``, a mean over layers and a sum over rows, 0 if none is asked for."""
         if self.rows is not None:
             batch = self.rows(batch, self.model)
-        hidden = decoder_of(self.model)(input_ids=batch.input_ids, use_cache=False).last_hidden_state
+        with self.crossbatch.collecting() as focus:
+            hidden = decoder_of(self.model)(input_ids=batch.input_ids, use_cache=False).last_hidden_state
         counts = (batch.weights > 0) & (batch.labels != -100)
         targets, weights = batch.labels[counts], batch.weights[counts]
         losses, correct = token_losses(hidden[counts], targets, partial(head, self.model))
@@ -55,6 +60,7 @@ class Step(nn.Module):
             "labels": counts.sum().float(),
             "correct_answers": (correct & answers).sum().float(),
             "answers": answers.sum().float(),
+            "focus": torch.stack(focus).mean() if focus else losses.new_zeros(()),
         }
 
 
@@ -71,6 +77,8 @@ def train_step(
 ) -> dict[str, float]:
     """One optimiser step over ``accumulation`` batches, on the mean loss over all their labels, of all processes.
 
+    With ``focus``, the mean of its loss over all their rows that have one is added.
+
     Args:
         step: 0, 1, ...
         d: contexts of a row.
@@ -79,8 +87,8 @@ def train_step(
         trained: parameters by name.
 
     Returns:
-        sums over all batches and processes by the names in ``SUMS``, but ``loss`` is their weighted mean; ``tokens``
-        read; ``norm`` of the gradient before clipping.
+        sums over all batches and processes by the names in ``SUMS``, but ``loss`` is their weighted mean; rows that
+        have a ``focus``, ``focus_rows``; ``tokens`` read; ``norm`` of the gradient before clipping.
 
     Raises:
         FloatingPointError: the loss, or the gradient, is not finite; no weight has changed.
@@ -88,9 +96,14 @@ def train_step(
     parts = [next(batches).to(accelerator.device) for _ in range(recipe.accumulation)]
     # Of all parts, before the first backward pass: a mean of their means would favour those with few labels.
     weight = float(accelerator.reduce(torch.stack([part.weights[part.labels != -100].sum() for part in parts]).sum()))
+    seen = [
+        contexts_of(crossbatch, recipe, part, d, f"{recipe.seed}/{step}/{number}", accelerator)
+        for number, part in enumerate(parts)
+    ]
+    focus_rows = sum(count for _, count in seen)
     total = dict.fromkeys((*SUMS, "tokens"), 0.0)
-    for number, part in enumerate(parts):
-        set_contexts(crossbatch, recipe, part, d, f"{recipe.seed}/{step}/{number}", accelerator)
+    for number, (part, (contexts, _)) in enumerate(zip(parts, seen, strict=True)):
+        crossbatch.contexts = contexts
         with accelerator.autocast():
             sums = module(part)
         mine = torch.stack([sums[name].detach() for name in SUMS])
@@ -101,7 +114,10 @@ def train_step(
                 f"{part.document.tolist()}"
             )
         # DDP averages gradients over processes; the loss is a sum over all of them, divided by all weights.
-        accelerator.backward(sums["loss"] * (accelerator.num_processes / max(weight, 1e-8)))
+        objective = sums["loss"] * (accelerator.num_processes / max(weight, 1e-8))
+        if focus_rows:
+            objective = objective + sums["focus"] * (recipe.focus * accelerator.num_processes / focus_rows)
+        accelerator.backward(objective)
         for name in SUMS:
             total[name] += found[name]
         total["tokens"] += part.input_ids.numel() * accelerator.num_processes
@@ -109,7 +125,7 @@ def train_step(
     check_gradients(norm, trained, step)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return total | {"loss": total["loss"] / max(total["weight"], 1e-8), "norm": norm}
+    return total | {"loss": total["loss"] / max(total["weight"], 1e-8), "norm": norm, "focus_rows": float(focus_rows)}
 
 
 def check_gradients(norm: float, trained: dict[str, Tensor], step: int) -> None:
@@ -131,19 +147,24 @@ def accuracies(sums: dict[str, float]) -> dict[str, float]:
     return found
 
 
-def set_contexts(
+def contexts_of(
     crossbatch: Crossbatch, recipe: Recipe, batch: Batch, d: int, seed: str, accelerator: Accelerator
-) -> None:
+) -> tuple[Contexts | None, int]:
     """Choose what each row of this process sees, among the rows of all processes.
 
     Every process chooses for all rows, so all know whether any row has contexts, and then all of them gather.
+
+    Returns:
+        the contexts, None if no row has any; how many rows of all processes have the loss of ``training.focus``.
     """
     rank, count = accelerator.process_index, len(batch.input_ids)
     rows = gathered_rows(batch, accelerator)
     choice = choose_all(recipe.schedule(), rows, d, seed, isolated=crossbatch.config.isolated_windows)
     mine = range(rank * count, (rank + 1) * count)
-    found = choice.of(mine, rows.padding, batch.input_ids.device)
-    crossbatch.contexts = found if any(choice.rows) else None
+    found = choice.of(mine, rows.padding)
+    if recipe.focus:
+        real = batch.input_ids.shape[1] - batch.padding.sum(1)
+        found = replace(found, asked=draw_queries(real.tolist(), mine.start, seed))
     if choice.wanted and not choice.found and not crossbatch.warned:
         crossbatch.warned = True
         if accelerator.is_main_process:
@@ -153,6 +174,7 @@ def set_contexts(
                 f"read {texts} different text(s): give more documents, or more lanes",
                 file=sys.stderr,
             )
+    return (found if any(choice.rows) else None), choice.mixed() if recipe.focus else 0
 
 
 def gathered_rows(batch: Batch, accelerator: Accelerator) -> Rows:

@@ -184,6 +184,8 @@ def train(
                         "tokens_per_second": sums["tokens"] / seconds,
                         "run_tokens_per_second": tokens_done / (time.perf_counter() - clock),
                         "memory_bytes": peak_memory_bytes(accelerator.device)}  # fmt: skip
+                if sums["focus_rows"]:
+                    line["focus_loss"] = sums["focus"] / sums["focus_rows"]
                 if peak_tflops:
                     flops = flops_per_token(model, config.window, len(config.layers), d) * line["tokens_per_second"]
                     line["mfu"] = flops / (peak_tflops * 1e12 * accelerator.num_processes)

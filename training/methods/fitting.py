@@ -16,6 +16,8 @@ def check_method(recipe: Any) -> None:
         ValueError: names the entry, its value and a remedy.
     """
     method = METHODS[recipe.method]
+    if recipe.focus:
+        _check_focus(recipe)
     said = f"but method is {recipe.method!r}, which"
     if not method.whole:
         for name, value, unused in (("length", recipe.length, None), ("factor", recipe.factor, 1)):
@@ -39,6 +41,20 @@ def check_method(recipe: Any) -> None:
         raise ValueError(f"recipe: trainable is {recipe.trainable!r}, {said} trains a LoRA: set trainable: lora")
     if recipe.method == "longlora":
         bounds(recipe.length)
+
+
+def _check_focus(recipe: Any) -> None:
+    if recipe.method != "crossbatch":
+        raise ValueError(
+            f"recipe: focus is {recipe.focus:g}, but method is {recipe.method!r}, which shows no windows of other "
+            "documents: omit focus, or set method: crossbatch"
+        )
+    if not recipe.schedule().mixes(recipe.windows):
+        raise ValueError(
+            f"recipe: focus is {recipe.focus:g}, but with windows {recipe.windows} and contexts "
+            f"{recipe.contexts!r:.80} no window sees both earlier windows of its document and windows of others: set "
+            "windows and contexts.values to at least 2, or omit focus"
+        )
 
 
 def _check_memorizing(recipe: Any, said: str) -> None:

@@ -15,7 +15,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from fot.config import MemoryConfig
 from fot.families import attention_modules
-from training.crossbatch import Contexts, Crossbatch, bias_of, fold, pick, rows_by_count
+from training.crossbatch import Crossbatch
+from training.groups import Contexts, fold, pick
 
 GATE = "memory_gate"  # the parameter b of an attention module
 # Gates in settings are not 0 or 1, whose logits are infinite.
@@ -116,10 +117,11 @@ def add_memory(
     """
     share = gate.float().sigmoid().view(-1, 1, 1)
     output = local
-    for rows, chosen in rows_by_count(contexts):
-        keys, values = pick(memory_keys, chosen), pick(memory_values, chosen)  # (r, G, M * T, D)
+    for group in contexts.groups(queries.device):
+        rows = group.rows
+        keys, values = pick(memory_keys, group.chosen), pick(memory_values, group.chosen)  # (r, G, M * T, D)
         scores = scale * (fold(queries[rows], keys.shape[1]).float() @ keys.float().mT)  # (r, G, H / G * T, M * T)
-        if (bias := bias_of(contexts, rows, chosen, queries)) is not None:
+        if (bias := group.bias(queries, contexts.full_weight_tokens)) is not None:
             scores = scores + bias
         best, where = scores.topk(min(top_k, scores.shape[-1]))
         weights = torch.zeros_like(scores).scatter(-1, where, best.softmax(-1))
