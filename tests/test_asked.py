@@ -1,6 +1,5 @@
 """Questions that people asked: their passages are there, they are put as `fot ask` puts them, only answers count."""
 
-import copy
 import json
 import random
 import re
@@ -9,8 +8,11 @@ from typing import Any
 
 import pytest
 import yaml
-from chat_templates import CHATML
+from conftest import configuration
+from test_chat import make_tokenizer
 from train_helpers import losses, train
+from transformers import AutoModelForCausalLM
+from wide import make_wide
 
 from fot.ask import Conversation
 from fot.chat import prompt_ids
@@ -25,20 +27,18 @@ NAMES = ("Anna", "Boris", "Clara", "David", "Edith", "Frank")
 PLACES = ("the mill", "the inn", "a barn", "the tower", "the old wood", "a boat")
 PASSAGES = [
     AskedPassage(
-        f'Once {name} lived in {place}. {name} had {number + 3} hens. "Come here!" said {name} to them.\nThey came.',
+        f'Once {name} lived in {place}. {name} had {hens} hens. "Come here!" said {name} to them.\nThey came.',
         f"{name.lower()}.txt",
-        [(f"Where did {name} live?", [f"in {place}"]), (f"How many hens had {name}?", [f"{number + 3}", f"{number + 3} hens."])],
+        [(f"Where did {name} live?", [f"in {place}"]), (f"How many hens had {name}?", [f"{hens}", f"{hens} hens."])],
     )
-    for number, (name, place) in enumerate(zip(NAMES, PLACES, strict=True))
-]  # fmt: skip
+    for hens, (name, place) in enumerate(zip(NAMES, PLACES, strict=True), 3)
+]
 WINDOWS, WINDOW, DOCUMENTS = 3, 700, 60
 
 
 @pytest.fixture(scope="module")
 def chatty(tokenizer: Any) -> Any:
-    with_template = copy.deepcopy(tokenizer)
-    with_template.chat_template = CHATML
-    return with_template
+    return make_tokenizer(tokenizer, "chatml")
 
 
 def make_task(tokenizer: Any, **settings: Any) -> PassageQuestions:
@@ -59,9 +59,8 @@ def documents(task: PassageQuestions) -> list[AskedDocument]:
 
 def turns(text: str) -> list[tuple[str, str]]:
     """(what the user says, the reply) of each chat in a text."""
-    return re.findall(
-        r"<\|im_start\|>user\n(.*?)<\|im_end\|>\n<\|im_start\|>assistant\n(.*?)<\|im_end\|>", text, re.DOTALL
-    )
+    mark, end = re.escape("<|im_start|>"), re.escape("<|im_end|>")
+    return re.findall(f"{mark}user\n(.*?){end}\n{mark}assistant\n(.*?){end}", text, re.DOTALL)
 
 
 def test_passages_stand_before_their_questions(task: PassageQuestions, documents: list[AskedDocument]) -> None:
@@ -100,13 +99,12 @@ def test_questions_stand_as_a_model_is_asked(task: PassageQuestions, documents: 
             assert piece.ids[: piece.answer[0]] == prompt
 
 
-def test_near_questions_are_the_turns_that_fot_ask_makes(chatty: Any, make_model: Any) -> None:
+def test_near_questions_are_the_turns_that_fot_ask_makes(chatty: Any) -> None:
     """A conversation whose memory is the passage reads the same in front of the same question."""
     (passage,) = (one for one in PASSAGES if one.title == "anna.txt")
-    model = make_model(local_context=1024)
-    model.tokenizer = chatty
+    model = make_wide(chatty, 1024)
     memory = model.new_memory()
-    model.read(chatty(passage.text, return_tensors="pt", add_special_tokens=False).input_ids, memory, "anna.txt")
+    model.ingest(passage.text, memory, passage.title)
     question = passage.questions[0][0]
     asked = Conversation(model, memory).prepare(question).ids
     task = make_task(chatty, asked=[passage], near_share=1.0, passages=(1, 1), window=1024)
@@ -225,7 +223,7 @@ def test_what_does_not_fit_is_refused(tokenizer: Any, chatty: Any) -> None:
     with pytest.raises(ValueError, match="no chat template"):
         make_task(tokenizer)
     with pytest.raises(ValueError, match="no room for a question: make windows longer"):
-        make_task(chatty, windows=9, window=90).document(random.Random(0))
+        make_task(chatty, windows=12, window=40).document(random.Random(0))
     dull = filler_from([chatty("The grass is " + "green. ").input_ids * 400])
     with pytest.raises(ValueError, match="The grass is green"):
         PassageQuestions(chatty, dull, PASSAGES, windows=2, window=700).document(random.Random(0))
@@ -278,20 +276,18 @@ def test_files_without_rows_are_refused(tmp_path: Path) -> None:
         read_asked(str(tmp_path / "none.jsonl"))
 
 
-def test_a_run_goes_on_as_if_it_had_not_stopped(tmp_path: Path, make_plain: Any, chatty: Any) -> None:
-    make_plain("llama").save_pretrained(tmp_path / "model")
+def test_a_run_goes_on_as_if_it_had_not_stopped(tmp_path: Path, chatty: Any) -> None:
+    plain = AutoModelForCausalLM.from_config(configuration("llama", max_position_embeddings=512))
+    plain.save_pretrained(tmp_path / "model")
     chatty.save_pretrained(tmp_path / "model")
     (tmp_path / "asked.jsonl").write_text(json.dumps(GOOD) + "\n")
     (tmp_path / "text.txt").write_text(FILLER)
-    task = {
-        "kind": "questions",
-        "path": str(tmp_path / "asked.jsonl"),
-        "filler": [{"path": str(tmp_path / "text.txt")}],
-    }
     recipe = tmp_path / "recipe.yaml"
+    task = {"kind": "questions", "path": str(tmp_path / "asked.jsonl"), "passages": [1, 2], "weight": 1}
     settings = {
         "model": str(tmp_path / "model"), "memory": {"mem_layers": [1], "local_context": 200}, "lanes": 2, "windows": 2,
-        "tasks": [task | {"passages": [1, 2], "weight": 1}], "steps": 4, "save_every": 2, "dtype": "float32",
+        "tasks": [task | {"filler": [{"path": str(tmp_path / "text.txt")}]}], "steps": 4, "save_every": 2,
+        "dtype": "float32",
     }  # fmt: skip
     recipe.write_text(yaml.safe_dump(settings))
     assert train(recipe, tmp_path / "whole") == 0

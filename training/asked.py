@@ -44,7 +44,7 @@ def read_asked(path: str) -> list[AskedPassage]:
             place = f"{path}, line {number}"
             try:
                 row = json.loads(line.decode("utf-8-sig"))
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:  # lists in lists in lists
                 raise ValueError(f"{place}, is no JSON in UTF-8 ({error}): write it as {_ROW}") from None
             passage, title, question, answers = _checked(row, place)
             found.setdefault((passage, title), []).append((question, answers))
