@@ -79,7 +79,7 @@ def test_no_book_is_trained_on_and_held_out(script: Callable[[str], Any]) -> Non
 
 
 def test_a_clone_that_is_not_there(script: Callable[[str], Any], tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="no such clone: .*a_book; run git clone"):
+    with pytest.raises(FileNotFoundError, match=r"no such clone: .*a_book; run git clone"):
         script("clones").read_files("https://host.test/of/a_book", ["src"], tmp_path)
 
 
