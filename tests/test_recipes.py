@@ -29,8 +29,14 @@ WRONG: list[tuple[dict[str, Any], list[str]]] = [
     ({"held_out": [{"path": "no/such/file.txt"}]}, ["held_out[0]", "no/such/file.txt"]),
     ({"tasks": "dictionary"}, ["tasks is 'dictionary'", "list"]),
     ({"tasks": ["dictionary"]}, ["tasks[0] is 'dictionary'", "{kind: dictionary}"]),
-    ({"tasks": [{}]}, ["tasks[0]", "{}", "add kind: retrieval or kind: dictionary"]),
-    ({"tasks": [{"kind": "lookup"}]}, ["tasks[0]", "kind is 'lookup'", "choose retrieval or dictionary"]),
+    ({"tasks": [{}]}, ["tasks[0]", "{}", "add kind: retrieval or kind: dictionary or kind: questions"]),
+    ({"tasks": [{"kind": "lookup"}]}, ["tasks[0]", "kind is 'lookup'", "choose retrieval or dictionary or questions"]),
+    ({"tasks": [{"kind": "questions", "path": "a.jsonl"}]}, ["tasks[0]", "no filler", "passages", "add filler: "]),
+    ({"tasks": [{"kind": "questions", "filler": [{"path": "a"}]}]}, ["tasks[0]", "no path", "add path: "]),
+    (
+        {"tasks": [{"kind": "questions", "filler": [{"path": "pyproject.toml"}], "path": "no/such.jsonl"}]},
+        ["tasks[0]", "no such file", "no/such.jsonl", "correct path"],
+    ),
     ({"tasks": [{"kind": "retrieval"}]}, ["tasks[0]", "no filler", "add filler: "]),
     ({"tasks": [DICTIONARY, {"kind": "retrieval", "filler": []}]}, ["tasks[1].filler is []", "at least 1"]),
     (
@@ -135,8 +141,12 @@ def base(make_plain: Any, tokenizer: Any, tmp_path_factory: pytest.TempPathFacto
     tokenizer.save_pretrained(folder / "model")
     for name, count in (("long", 2000), ("short", 11)):
         (folder / f"{name}.txt").write_text("abcdefghi " * (count // 10) + "x" * (count % 10))
+    (folder / "asked.jsonl").write_text('{"passage": "A cat sat.", "question": "Who sat?", "answers": ["a cat"]}\n')
     (folder / "rows.csv").write_text("number,story\n" + "".join(f"{n},{'word ' * 20}{n}\n" for n in range(30)))
     return folder
+
+
+QUESTIONS = {"kind": "questions", "filler": [{"path": "{base}/long.txt"}], "path": "{base}/asked.jsonl"}
 
 
 def text_recipe(base: Path, **changes: Any) -> dict[str, Any]:
@@ -157,6 +167,12 @@ def text_recipe(base: Path, **changes: Any) -> dict[str, Any]:
          ["tasks[0]", "chat_share=0.5", "set it to 0"]),
         ({"tasks": [{"kind": "retrieval", "filler": [{"path": "{base}/long.txt"}], "facts": [3, 1]}]},
          ["tasks[0]", "(3, 1)"]),
+        ({"tasks": [QUESTIONS | {"path": "{base}/long.txt"}]},
+         ["tasks[0]", "long.txt, line 1", "no JSON", "write it as"]),
+        ({"tasks": [QUESTIONS | {"passages": [3, 1]}]}, ["tasks[0]", "(3, 1)", "least"]),
+        ({"tasks": [QUESTIONS | {"near_share": 2}]}, ["tasks[0].near_share is 2", "at most 1"]),
+        ({"tasks": [QUESTIONS | {"pasages": [1, 2]}]}, ["tasks[0]", "'pasages'", "known: ", "passages"]),
+        ({"tasks": [QUESTIONS]}, ["tasks[0]", "no chat template", "leave this task out"]),
         ({"sources": [{"path": "{base}/rows.csv"}]}, ["sources[0]", "'text' is missing", "'story'", "text_field"]),
         ({"trainable": "lora", "lora": {"target_modules": ["nothing"]}}, ["lora", "nothing"]),
         ({"trainable": "lora", "strength": 0.5}, ["strength is 0.5", "lora_alpha"]),

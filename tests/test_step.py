@@ -64,13 +64,14 @@ def test_processes_of_one_lane_each_do_not_wait_for_ever(name: str, ranks: dict[
     assert recomputed["leaks"] == 0
 
 
-def test_two_processes_equal_one_with_the_joint_batch(ranks: dict[int, dict[str, Any]]) -> None:
-    loss, gradients = one_step(Accelerator(cpu=True))
-    found = ranks[2]["joint"]
-    assert found["loss"] == pytest.approx(loss, abs=1e-6, rel=1e-6)
-    assert found["gradients"].keys() == gradients.keys()
+@pytest.mark.parametrize("focus", [0.0, 2.0])
+def test_two_processes_equal_one_with_the_joint_batch(focus: float, ranks: dict[int, dict[str, Any]]) -> None:
+    loss, gradients = one_step(Accelerator(cpu=True), focus=focus)
+    found_loss, found = ranks[2]["joint"][int(focus > 0)]
+    assert found_loss == pytest.approx(loss, abs=1e-6, rel=1e-6)
+    assert found.keys() == gradients.keys()
     for name, gradient in gradients.items():
-        torch.testing.assert_close(found["gradients"][name], gradient, atol=1e-6, rtol=1e-4)
+        torch.testing.assert_close(found[name], gradient, atol=1e-6, rtol=1e-4)
 
 
 def test_accuracy_of_answers_is_told_from_that_of_text() -> None:

@@ -256,7 +256,8 @@ def test_sharded_run_equals_one_with_whole_parameters(begun: int, tmp_path: Path
     """FSDP over two processes, going on from a checkpoint of one or of DDP over two: losses, checkpoints, result."""
     recipe, sharded, whole = tmp_path / "recipe.yaml", tmp_path / "sharded", tmp_path / "whole"
     model = SMALL["model"] | {"tie_word_embeddings": True}
-    recipe.write_text(yaml.safe_dump(SMALL | {"model": model, "lanes": 4 // begun, "steps": 4, "clip": 0.5}))
+    changes = {"model": model, "lanes": 4 // begun, "steps": 4, "clip": 0.5, "focus": 0.5}
+    recipe.write_text(yaml.safe_dump(SMALL | changes))
     launch(begun, "-m", "fot", "train", recipe, "--out", whole)
     assert [step for step, _ in losses(whole)] == [1, 2, 3, 4], "one process writes the log"
     shutil.copytree(whole, sharded)

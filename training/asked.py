@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+Asked = tuple[str, Sequence[str]]  # a question and its answers
 _ROW = '{"passage": "...", "question": "...", "answers": ["..."]}'
 
 
@@ -16,12 +17,12 @@ class AskedPassage:
     Attributes:
         text: the passage.
         title: the document that it is from, or empty.
-        questions: (question, its answers) of each.
+        questions: what was asked.
     """
 
     text: str
     title: str
-    questions: Sequence[tuple[str, Sequence[str]]]
+    questions: Sequence[Asked]
 
 
 def read_asked(path: str) -> list[AskedPassage]:
@@ -35,7 +36,7 @@ def read_asked(path: str) -> list[AskedPassage]:
         FileNotFoundError: no such file.
         ValueError: a line that is no such row, or no row at all.
     """
-    found: dict[tuple[str, str], list[tuple[str, list[str]]]] = {}
+    found: dict[tuple[str, str], list[Asked]] = {}
     with find_asked(path).open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
@@ -43,7 +44,7 @@ def read_asked(path: str) -> list[AskedPassage]:
             place = f"{path}, line {number}"
             try:
                 row = json.loads(line.decode("utf-8-sig"))
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:  # lists in lists in lists
                 raise ValueError(f"{place}, is no JSON in UTF-8 ({error}): write it as {_ROW}") from None
             passage, title, question, answers = _checked(row, place)
             found.setdefault((passage, title), []).append((question, answers))

@@ -21,7 +21,7 @@ from fot.retrieval.prompt import with_passages
 from fot.tasks.haystack import bos
 from fot.tasks.task import Document
 from fot.tasks.wordings import forbidden
-from training.asked import AskedPassage
+from training.asked import Asked, AskedPassage
 from training.hiding import Filler, Laid, Piece, chat_piece, lay
 from training.pieces import content_of
 
@@ -149,18 +149,18 @@ class PassageQuestions:
         # Half of the near questions are about passages that stand only there, half about the others.
         only_near = {number for number in chosen if rng.random() < self.near_share / 2}
         near_share = self.near_share / (2 - self.near_share)
-        drawn = []
-        for number in chosen:
-            for question, answers in self.kept[number].questions:
-                near = number in only_near or rng.random() < near_share
-                drawn.append((number, question, answers, near))
+        drawn = [
+            (number, asked, number in only_near or rng.random() < near_share)
+            for number in chosen
+            for asked in self.kept[number].questions
+        ]
         rng.shuffle(drawn)
         left, questions = int(_MOST_ASKED * self.window), []
-        for number, question, answers, near in drawn:
-            piece = self._question(number, question, answers, chosen if near else None, left, rng)
+        for number, asked, near in drawn:
+            piece = self._question(number, asked, chosen if near else None, left, rng)
             if piece is not None:
                 left -= len(piece.ids)
-                questions.append((piece, question, near))
+                questions.append((piece, asked[0], near))
             elif questions:
                 break  # going on, short questions would be found that fit: fewer near ones than near_share says
         return [number for number in chosen if number not in only_near], questions
@@ -179,19 +179,16 @@ class PassageQuestions:
         return chosen
 
     def _question(
-        self,
-        number: int,
-        question: str,
-        answers: Sequence[str],
-        near: Sequence[int] | None,
-        room: int,
-        rng: random.Random,
+        self, number: int, asked: Asked, near: Sequence[int] | None, room: int, rng: random.Random
     ) -> Piece | None:
         """A question and its answer of at most ``room`` tokens; None if it takes more.
 
         Args:
+            number: of its passage.
+            asked: the question and its answers.
             near: numbers of the document's passages, if passages are to stand in front of the question.
         """
+        question, answers = asked
         said = as_said(rng.choice(answers))
         sources = [] if near is None else self._sources(number, answers, near, rng)
         for count in range(len(sources), min(len(sources), 1) - 1, -1):
@@ -220,8 +217,8 @@ class PassageQuestions:
 
     def _parts(self, text: str) -> list[str]:
         """A text cut at ends of sentences into parts of at most as many tokens as a passage that is read again."""
-        parts, last = [""], 0
         sentences = _SENTENCE.findall(text)
+        parts, last = [""], 0
         encoded = self.tokenizer(sentences, add_special_tokens=False).input_ids
         for sentence, length in zip(sentences, map(len, encoded), strict=True):
             if last and last + length > LONGEST:

@@ -141,7 +141,7 @@ class LoraEntry(TypedDict, total=False):
 
 
 def _known_task(value: Any) -> Any:
-    kinds = ("retrieval", "questions", "dictionary")
+    kinds = ("retrieval", "dictionary", "questions")
     if "kind" not in value:
         raise ValueError(f"it has no kind: add kind: {' or kind: '.join(kinds)}")
     if value["kind"] not in kinds:

@@ -222,7 +222,9 @@ def describe_data(recipe: Recipe) -> dict[str, Any]:
 
     tasks = []
     for number, task in enumerate(recipe.tasks):
-        read = {"filler": all_of(f"tasks[{number}].filler", task["filler"])} if "filler" in task else {}
+        read: dict[str, Any] = {}
+        if "filler" in task:
+            read["filler"] = all_of(f"tasks[{number}].filler", task["filler"])
         if "path" in task:
             with entry(f"tasks[{number}]"):
                 read["bytes"] = find_asked(task["path"]).stat().st_size
