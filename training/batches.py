@@ -38,7 +38,7 @@ between the places where the others are in it, so that lanes do not go through t
 
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import accumulate, pairwise
 from typing import Any
@@ -243,16 +243,21 @@ class DocumentLoader(Iterator[Batch]):
 
     def state_dict(self) -> dict[str, Any]:
         """The position in the data, for JSON. Holds the tokens left of the documents that lanes are reading."""
-        return {
+        return self.here()()
+
+    def here(self) -> Callable[[], dict[str, Any]]:
+        """What gives this position later, when the loader has gone on; it costs next to nothing until then."""
+        lanes = [list(pieces) for pieces in self._lanes]
+        state = {
             "settings": self._settings(),
             "streams": {str(n): stream.state_dict() for n, stream in self._streams.items()},
-            "lanes": [[piece.to_dict() for piece in pieces] for pieces in self._lanes],
             "drawn": list(self._drawn),
             "tokens": list(self._tokens),
             "text_tokens": self._text_tokens,
             "begun": list(self._begun),
             "layout": LAYOUT,
         }
+        return lambda: state | {"lanes": [[piece.to_dict() for piece in pieces] for pieces in lanes]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a position, with the batches that would have followed it.

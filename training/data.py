@@ -27,10 +27,7 @@ def read_documents(source: DataSource, tokenizer: PreTrainedTokenizerBase) -> It
     """
     reader = Reader(source, tokenizer)
     for block in reader.blocks():
-        for _, item in block.items:
-            ids = reader.ids(item)
-            if ids is not None:
-                yield ids
+        yield from reader.all_ids(item for _, item in block.items)
 
 
 class DocumentStream:

@@ -10,7 +10,7 @@ import hashlib
 import json
 import logging
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,9 +26,19 @@ logger = logging.getLogger(__name__)
 BLOCK_CHARACTERS = 100_000_000
 
 
+# Texts that are tokenized together, by several cores, end at this many characters: a token takes a hundred bytes then.
+TOGETHER_CHARACTERS = 4_000_000
+
+
 def tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Token ids without BOS and EOS; special tokens spelt out in the text are ordinary characters."""
-    return tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+    return tokenize_all(tokenizer, [text])[0]
+
+
+def tokenize_all(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """``tokenize`` of several texts."""
+    settings = {"add_special_tokens": False, "split_special_tokens": True, "return_attention_mask": False}
+    return tokenizer(list(texts), verbose=False, **settings)["input_ids"]
 
 
 @dataclass(frozen=True)
@@ -76,14 +86,43 @@ class Reader:
 
     def ids(self, item: str | Path) -> list[int] | None:
         """Tokens of a document; None if it is left out, which is counted."""
+        text = self._text(item)
+        return None if text is None else self._kept(tokenize(self._tokenizer, text))
+
+    def all_ids(self, items: Iterable[str | Path]) -> Iterator[list[int]]:
+        """Tokens of those documents that are not left out, in order; ``tokenizers`` reads several on several cores."""
+        texts: list[str] = []
+        waiting = 0
+        for item in items:
+            text = self._text(item)
+            if text is None:
+                continue
+            texts.append(text)
+            waiting += len(text)
+            if waiting >= TOGETHER_CHARACTERS:
+                yield from self._all_kept(texts)
+                texts, waiting = [], 0
+        yield from self._all_kept(texts)
+
+    def _all_kept(self, texts: list[str]) -> Iterator[list[int]]:
+        for ids in tokenize_all(self._tokenizer, texts) if texts else ():
+            if (kept := self._kept(ids)) is not None:
+                yield kept
+
+    def _text(self, item: str | Path) -> str | None:
+        """A document's text; None if it is left out, which is counted."""
         text = self._read(item) if isinstance(item, Path) else item
         if text is None:
             self.skipped["unreadable"] += 1
-            return None
-        if text.strip() and len(text) >= self.source.min_chars:
-            ids = tokenize(self._tokenizer, text)
-            if len(ids) >= self.source.min_tokens:
-                return ids
+        elif not text.strip() or len(text) < self.source.min_chars:
+            self.skipped["short"] += 1
+        else:
+            return text
+        return None
+
+    def _kept(self, ids: list[int]) -> list[int] | None:
+        if len(ids) >= self.source.min_tokens:
+            return ids
         self.skipped["short"] += 1
         return None
 

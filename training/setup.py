@@ -1,8 +1,10 @@
 """From a recipe to what the loop needs: model, trained parameters, data."""
 
+import json
 import sysconfig
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -320,12 +322,18 @@ def build_task(settings: dict[str, Any], recipe: Recipe, config: MemoryConfig, t
     texts = []
     for number, source in enumerate(settings["filler"]):
         with entry(f"filler[{number}]"):
-            texts += list(tokenised(source, tokenizer))
+            texts += filler_texts(json.dumps(source, sort_keys=True), tokenizer)
     filler = filler_from(texts, tokenizer)
     own |= {key: tuple(own[key]) for key in ("facts", "passages") if key in own}
     if settings["kind"] == "questions":
         return PassageQuestions(tokenizer, filler, read_asked(own.pop("path")), **(shape | own))
     return SyntheticRetrieval(tokenizer, filler, **(shape | own))
+
+
+@lru_cache(maxsize=8)
+def filler_texts(settings: str, tokenizer: Any) -> tuple[list[int], ...]:
+    """``tokenised`` of an entry as JSON; once for all tasks with this filler, and for their evaluation."""
+    return tuple(tokenised(json.loads(settings), tokenizer))
 
 
 def tokenised(settings: dict[str, Any], tokenizer: Any) -> Iterator[list[int]]:

@@ -10,9 +10,13 @@ the other lanes' rows. Reading costs little beside a training step.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from training.batches import Batch, DocumentLoader, join_lanes, select_lanes
+
+# Of each share, what gives its position in the data.
+Position = dict[int, Callable[[], dict[str, Any]]]
 
 
 def lanes_of_a_process(lanes: int, processes: int) -> int:
@@ -31,7 +35,7 @@ def lanes_of_a_process(lanes: int, processes: int) -> int:
 
 
 class LaneLoader(Iterator[Batch]):
-    """Batches of one process's lanes.
+    """Batches of one process's lanes. While one is used, a thread makes the next, so that a GPU need not wait for it.
 
     Args:
         make_share: the number of a share -> its loader.
@@ -53,8 +57,26 @@ class LaneLoader(Iterator[Batch]):
         self._loaders = {
             number: make_share(number) for number in range(self._mine[0] // lanes, self._mine[-1] // lanes + 1)
         }
+        self._thread = ThreadPoolExecutor(1, "batches")
+        self._next: Future[tuple[Batch, Position]] | None = None
+        self._position = self._here()
 
     def __next__(self) -> Batch:
+        coming = self._next or self._thread.submit(self._made)
+        self._next = None
+        batch, self._position = coming.result()
+        self._next = self._thread.submit(self._made)
+        return batch
+
+    def _made(self) -> tuple[Batch, Position]:
+        batch = self._batch()
+        return batch, self._here()
+
+    def _here(self) -> Position:
+        """The position after the last batch that was made, for ``state_dict``."""
+        return {number: loader.here() for number, loader in self._loaders.items() if number * self._lanes in self._mine}
+
+    def _batch(self) -> Batch:
         parts = []
         for number, loader in self._loaders.items():
             first = number * self._lanes
@@ -64,11 +86,7 @@ class LaneLoader(Iterator[Batch]):
 
     def state_dict(self) -> dict[int, dict[str, Any]]:
         """The positions of the shares whose first lane this process has, by number. All processes' are the run's."""
-        return {
-            number: loader.state_dict()
-            for number, loader in self._loaders.items()
-            if number * self._lanes in self._mine
-        }
+        return {number: state() for number, state in self._position.items()}
 
     def load_state_dict(self, states: Sequence[dict[str, Any]]) -> None:
         """Go on from the positions of all shares, in order, with the batches that would have followed.
@@ -76,8 +94,12 @@ class LaneLoader(Iterator[Batch]):
         Raises:
             ValueError: as ``DocumentLoader.load_state_dict``.
         """
+        if self._next is not None:
+            self._next.exception()  # it is done then
+            self._next = None
         for number, loader in self._loaders.items():
             loader.load_state_dict(states[number])
+        self._position = self._here()
 
 
 def all_shares(found: Sequence[dict[int, dict[str, Any]]]) -> list[dict[str, Any]]:
