@@ -319,7 +319,7 @@ def build_task(settings: dict[str, Any], recipe: Recipe, config: MemoryConfig, t
         raise ValueError(
             f"kind is {settings['kind']!r}, which is text, but the model has no tokenizer: name a model that has one"
         )
-    texts = []
+    texts: list[list[int]] = []
     for number, source in enumerate(settings["filler"]):
         with entry(f"filler[{number}]"):
             texts += filler_texts(json.dumps(source, sort_keys=True), tokenizer)
