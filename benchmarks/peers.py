@@ -8,7 +8,7 @@ where it was stopped. Columns: tokens a second of reading a text, milliseconds o
 bytes kept of a token of it, the most memory held (of the GPU by tensors, else of the process), passkeys found, and
 perplexity of the last 256 tokens of so much of the texts. On a CPU with one thread, times are CPU times, which other
 programs disturb least. ``--shape shipped`` takes the weights of ``--model``; ``--shape random`` 8 layers of 512, 8
-heads of 64, windows of 512, memory in layers 2, 4 and 6, as in the comparison with LongLLaMA's code, and judges nothing.
+heads of 64, windows of 512, memory in layers 2, 4 and 6, as in the comparison with LongLLaMA's code; it judges nothing.
 
 Peers that need more than fot does:
 
@@ -199,9 +199,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--llama-cpp", metavar="PYTHON", help="an interpreter that has llama-cpp-python")
     parser.add_argument("--gguf", type=Path)
     parser.add_argument("--seconds", type=float, default=1800, help="most time of a measurement")
-    parser.add_argument(
-        "--minutes", type=float, default=1e6, help="begin no measurement after so long, and end the last"
-    )
+    parser.add_argument("--minutes", type=float, default=1e6, help="begin none after so long, and end the last")
     parser.add_argument("--out", type=Path, help="folder for results.jsonl, table.md and machine.json")
     args = parser.parse_args()
     unknown = [name for name in (args.peers or "").split(";") if name and name not in PEERS]
@@ -235,7 +233,7 @@ def main() -> None:
         tokenizer = make_checkpoint(args.shape, args.model, folder / "model")
         trained = json.loads((folder / "model" / "config.json").read_text())["max_position_embeddings"]
         text = [] if tokenizer is None else [
-            one for path in args.texts for one in tokenizer(path.read_text(), add_special_tokens=False).input_ids
+            one for path in args.texts for one in tokenizer(path.read_text(encoding="utf-8"), add_special_tokens=False).input_ids
         ]  # fmt: skip
         planned, keys = list(plan(args)), dict[int, list[int]]()
         for number, (length, name) in enumerate(planned):
