@@ -32,7 +32,8 @@ def measure(job: Job, name: str, material: dict[str, Any]) -> dict[str, Any]:
 
     Returns:
         ``tokens_per_second`` and ``bytes_per_token`` of the first trial's text, ``decode_ms``: the median of the tokens
-        written after it, ``peak_bytes`` of that, ``answers``: ids written in each trial, and ``perplexity`` or None.
+        written after it, ``peak_bytes`` of that, ``answers``: ids written in each trial, ``perplexity`` or None, and
+        ``note``.
     """
     peer = PEERS[name]
     reader = peer.open(job)
@@ -53,6 +54,7 @@ def measure(job: Job, name: str, material: dict[str, Any]) -> dict[str, Any]:
         "decode_ms": 1e3 * sorted(times)[len(times) // 2],
         "bytes_per_token": held / len(text),
         "peak_bytes": peak_bytes(job),
+        "note": reader.note,
         "answers": [ids],
         "perplexity": None,
     }

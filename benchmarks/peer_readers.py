@@ -45,7 +45,13 @@ class Job:
 
 
 class Reader(Protocol):
-    """One peer with its model."""
+    """One peer with its model.
+
+    Attributes:
+        note: what its row must say of this machine.
+    """
+
+    note: str
 
     def read(self, ids: Sequence[int]) -> None:
         """Forget the last text and read this one, to the end: nothing is left to be done on the device."""
@@ -85,8 +91,7 @@ class Compared:
         from fot.compare import readers
         from fot.compare.methods import Setting, opened
 
-        if method == "cache-int4":
-            _quanto_without_compiler(job)
+        self.note = _quanto_without_compiler(job) if method == "cache-int4" else ""
         if job.device == "cuda":
             readers.CHUNK = max(readers.CHUNK, job.longest)
         model: Any = fot.FoTForCausalLM.from_pretrained(job.folder, dtype=getattr(torch, job.dtype))
@@ -109,13 +114,15 @@ class Compared:
         return self.reader.held_bytes(self.state)
 
 
-def _quanto_without_compiler(job: Job) -> None:
-    """On a GPU, quanto compiles a kernel that unpacks 4 bits; where nothing can compile, torch does it."""
-    if job.device == "cuda" and shutil.which("nvcc") is None:
-        from optimum.quanto.library.extensions.cuda import ext
-        from optimum.quanto.library.unpack import unpack
+def _quanto_without_compiler(job: Job) -> str:
+    """On a GPU, quanto compiles a kernel that unpacks 4 bits; where nothing can compile, torch does it. A note of it."""
+    if job.device == "cpu" or shutil.which("nvcc"):
+        return ""
+    from optimum.quanto.library.extensions.cuda import ext
+    from optimum.quanto.library.unpack import unpack
 
-        ext._lib = SimpleNamespace(unpack=unpack)
+    ext._lib = SimpleNamespace(unpack=unpack)
+    return "unpacked by torch: no nvcc"
 
 
 class Pressed:
@@ -128,6 +135,7 @@ class Pressed:
 
         self.model: Any = AutoModelForCausalLM.from_pretrained(job.folder, dtype=getattr(torch, job.dtype))
         self.model = self.model.to(job.device).eval()
+        self.note = ""
         self.job, self.press, self.cache, self.place = job, getattr(kvpress, press)(ratio), None, 0
 
     def read(self, ids: Sequence[int]) -> None:
@@ -162,10 +170,12 @@ class LlamaCpp:
         import llama_cpp
 
         assert job.gguf is not None
+        on_gpu = job.device == "cuda" and llama_cpp.llama_supports_gpu_offload()
+        self.note = "" if job.device == "cpu" or on_gpu else "built without CUDA: on the CPU"
         self.model = llama_cpp.Llama(
             job.gguf, n_ctx=job.longest, n_batch=CHUNK, n_threads=job.threads, n_threads_batch=job.threads,
-            n_gpu_layers=-1 if job.device == "cuda" else 0, verbose=False,
-            flash_attn=job.device == "cuda",  # on a CPU it took 45 ms a token, and 25 without
+            n_gpu_layers=-1 if on_gpu else 0, verbose=False,
+            flash_attn=on_gpu,  # on a CPU it took 45 ms a token, and 25 without
         )  # fmt: skip
         if self.model.n_ctx() < job.longest:
             raise ValueError(f"a context of {self.model.n_ctx():,} tokens is the longest that it makes")
@@ -236,7 +246,7 @@ class LongLlama:
         model.load_state_dict(weights)
         self.model = model.to(job.device, getattr(torch, job.dtype)).eval()
         self.model.lm_head = _last_logits(self.model.lm_head, lambda: self.keep)
-        self.job, self.keep, self.past = job, 1, None
+        self.note, self.job, self.keep, self.past = "", job, 1, None
 
     def read(self, ids: Sequence[int]) -> None:
         self.past = None
@@ -270,7 +280,7 @@ class Memorizing:
             max_knn_memories=job.longest, knn_memories_directory=job.scratch, xl_max_memories=CHUNK,
         ).eval().to(job.device)  # fmt: skip
         self.model.to_logits = _last_logits(self.model.to_logits, lambda: self.keep)
-        self.job, self.keep, self.memories, self.local = job, 1, None, None
+        self.note, self.job, self.keep, self.memories, self.local = "", job, 1, None, None
 
     def read(self, ids: Sequence[int]) -> None:
         if self.memories is not None:

@@ -147,7 +147,7 @@ def cells(row: dict[str, Any], trained: int) -> list[str]:
     peer = PEERS[row["peer"]]
     start = [f"{row['tokens']:,}", row["peer"]]
     past = [f"past its {trained:,} positions"] if peer.whole and row["tokens"] > trained else []
-    notes = "; ".join([note for note in (peer.note, row.get("unfinished")) if note] + past)
+    notes = "; ".join([note for note in (peer.note, row.get("note"), row.get("unfinished")) if note] + past)
     if "failed" in row:
         return [*start, *["-"] * 6, row["failed"]]
     quality = [
