@@ -115,7 +115,7 @@ class Compared:
 
 
 def _quanto_without_compiler(job: Job) -> str:
-    """On a GPU, quanto compiles a kernel that unpacks 4 bits; where nothing can compile, torch does it. A note of it."""
+    """On a GPU, quanto compiles a kernel that unpacks 4 bits; where nothing can compile, torch does it, and so it says."""
     if job.device == "cpu" or shutil.which("nvcc"):
         return ""
     from optimum.quanto.library.extensions.cuda import ext
@@ -273,10 +273,11 @@ class Memorizing:
         from memorizing_transformers_pytorch import MemorizingTransformer
 
         shape = json.loads((Path(job.folder) / "config.json").read_text())
-        self.heads, self.layers = shape["num_attention_heads"], tuple(shape["fot_memory"]["mem_layers"])
+        heads = shape["num_attention_heads"]
         self.model = MemorizingTransformer(
             num_tokens=shape["vocab_size"], dim=shape["hidden_size"], depth=shape["num_hidden_layers"],
-            heads=self.heads, dim_head=shape["hidden_size"] // self.heads, memorizing_layers=self.layers,
+            heads=heads, dim_head=shape["hidden_size"] // heads,
+            memorizing_layers=tuple(layer + 1 for layer in shape["fot_memory"]["mem_layers"]),  # it counts from 1
             max_knn_memories=job.longest, knn_memories_directory=job.scratch, xl_max_memories=CHUNK,
         ).eval().to(job.device)  # fmt: skip
         self.model.to_logits = _last_logits(self.model.to_logits, lambda: self.keep)
