@@ -115,7 +115,7 @@ class Compared:
 
 
 def _quanto_without_compiler(job: Job) -> str:
-    """On a GPU, quanto compiles a kernel that unpacks 4 bits; where nothing can compile, torch does it, and so it says."""
+    """On a GPU, quanto compiles a kernel that unpacks 4 bits. Without a compiler torch unpacks, and a note says so."""
     if job.device == "cpu" or shutil.which("nvcc"):
         return ""
     from optimum.quanto.library.extensions.cuda import ext
