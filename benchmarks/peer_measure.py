@@ -110,7 +110,7 @@ def reason(error: BaseException) -> str:
     text = (str(error).strip() or type(error).__name__).splitlines()[0]
     if isinstance(error, MemoryError) or "out of memory" in text.lower() or "can't allocate memory" in text:
         return "out of memory"
-    return f"{type(error).__name__}: {text}"[:160]
+    return (text if isinstance(error, ValueError) else f"{type(error).__name__}: {text}")[:160]
 
 
 def without_gradients(peer: Peer) -> contextlib.AbstractContextManager[Any]:

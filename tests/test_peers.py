@@ -67,7 +67,8 @@ def test_perplexity_is_that_of_torch() -> None:
         (RuntimeError("CUDA out of memory. Tried to allocate 20 GiB"), "out of memory"),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), "out of memory"),
         (MemoryError(), "out of memory"),
-        (ValueError("a context of 8,192 tokens\nmore"), "ValueError: a context of 8,192 tokens"),
+        (ValueError("a context of 8,192 tokens\nmore"), "a context of 8,192 tokens"),
+        (ModuleNotFoundError("No module named 'kvpress'"), "ModuleNotFoundError: No module named 'kvpress'"),
     ],
 )
 def test_a_peer_says_why_it_failed(error: Exception, said: str) -> None:
