@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -24,6 +24,17 @@ from memory.atomic import write_json
 
 TENSORS = "adapter.safetensors"
 FORMAT = 1
+
+# Of peft: its tensors, how their names end, and settings that say nothing about how B A is used. With any other setting
+# that says something, an adapter is more than that.
+LORA_TENSORS = "adapter_model.safetensors"
+LORA_A, LORA_B = ".lora_A.weight", ".lora_B.weight"
+NO_MATTER = frozenset({
+    "auto_mapping", "base_model_name_or_path", "exclude_modules", "inference_mode", "layers_pattern",
+    "layers_to_transform", "lora_alpha", "lora_dropout", "megatron_core", "peft_type", "peft_version",
+    "qalora_group_size", "r", "revision", "target_modules", "task_type",
+})  # fmt: skip
+PLAIN = (None, False, "none", {}, [])
 
 
 @dataclass(frozen=True)
@@ -141,10 +152,12 @@ def apply_adapter(model: Any, folder: Path) -> None:
             LoRA that is not merged.
         ImportError: it was made by peft, which is not installed.
     """
-    if (folder / PEFT_CONFIG).is_file():
-        _add_peft(model, folder)
+    if not (folder / PEFT_CONFIG).is_file():
+        _replace(model, load_file(folder / TENSORS), folder)
+    elif (scale := _scale_of_plain_lora(folder)) is not None and not is_quantised(model):
+        _merge_lora(model, scale, folder)
     else:
-        _replace(model, folder)
+        _add_peft(model, folder)
 
 
 def has_unmerged(model: Any) -> bool:
@@ -177,15 +190,52 @@ def _add_peft(model: Any, folder: Path) -> None:
         )
 
 
+def _scale_of_plain_lora(folder: Path) -> float | None:
+    """The factor of B A in an adapter of peft that is LoRA of one rank and no more, which needs no peft; None."""
+    try:
+        settings = json.loads((folder / PEFT_CONFIG).read_text(encoding="utf-8"))
+        # Some other ways to begin (PiSSA) change the base weights, too.
+        more = {key for key, value in settings.items() if value not in PLAIN} - NO_MATTER - {"init_lora_weights"}
+        if settings["peft_type"] != "LORA" or more or settings.get("init_lora_weights", True) is not True:
+            return None
+        with safe_open(folder / LORA_TENSORS, "pt") as tensors:
+            plain = all(name.endswith((LORA_A, LORA_B)) for name in tensors.keys())  # noqa: SIM118  it is no dict
+        return settings["lora_alpha"] / settings["r"] if plain else None
+    except (OSError, KeyError, TypeError, AttributeError, ValueError, SafetensorError):
+        return None  # peft says what is wrong
+
+
 @torch.no_grad()
-def _replace(model: Any, folder: Path) -> None:
+def _merge_lora(model: Any, scale: float, folder: Path) -> None:
+    """W + scale B A for each W that an adapter has A (r, in) and B (out, r) of (arXiv 2106.09685)."""
+    tensors = load_file(folder / LORA_TENSORS)
+    parameters = dict(model.named_parameters())
+    merged = {}
+    for key in sorted(tensors):
+        if not key.endswith(LORA_A):
+            continue
+        name = key.removeprefix("base_model.model.").removesuffix(LORA_A) + ".weight"
+        factors = tensors[key].float(), tensors[key.removesuffix(LORA_A) + LORA_B].float()
+        shape = (factors[1].shape[0], factors[0].shape[1])
+        if name not in parameters or parameters[name].shape != shape:
+            raise ValueError(
+                f"the adapter in {folder} does not fit its base model: it has a LoRA of {name} of shape {shape}, which "
+                "the model has not: it belongs to another model"
+            )
+        weight = kept_tensor(model, name)
+        delta = scale * (factors[1].to(weight.device) @ factors[0].to(weight.device))
+        merged[name] = (weight.float() + delta).to(weight.dtype)
+    _replace(model, merged, folder)
+
+
+@torch.no_grad()
+def _replace(model: Any, tensors: dict[str, Tensor], folder: Path) -> None:
     if has_unmerged(model):
         raise ValueError(
             f"the adapter in {folder} replaces weights over a LoRA that stays beside weights in 4 bits, so both cannot "
             f"hold: load it without quantization, or fot merge {folder} FOLDER and load FOLDER"
         )
     parameters = dict(model.named_parameters())
-    tensors = load_file(folder / TENSORS)
     for name, tensor in tensors.items():
         if name not in parameters or parameters[name].shape != tensor.shape:
             raise ValueError(

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,9 @@ import pytest
 import torch
 import yaml
 from accelerate import cpu_offload, disk_offload
-from peft import PeftModel, PromptTuningConfig, get_peft_model
+from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from train_helpers import train
-from transformers import LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import fot
 from fot.adapter import apply_adapter
@@ -70,6 +71,37 @@ def test_lora_gives_what_peft_gives(project: Path) -> None:
         merged = PeftModel.from_pretrained(plain, project / "runs/lora/adapter").merge_and_unload()
         torch.testing.assert_close(logits(wrapped), logits(fot.attach_memory(merged, fot.MemoryConfig(**settings))))
         assert not torch.equal(tuned, logits(LlamaForCausalLM.from_pretrained(project / "runs" / "base")))
+
+
+def test_plain_lora_needs_no_peft(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapter = project / "runs/lora/adapter"
+    expected = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(project / "runs/base"), adapter)
+    merged = expected.merge_and_unload().state_dict()
+    monkeypatch.setitem(sys.modules, "peft", None)
+    model = LlamaForCausalLM.from_pretrained(project / "runs/base")
+    apply_adapter(model, adapter)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, merged[name]), name
+
+
+@pytest.mark.parametrize("more", [{"use_dora": True}, {"init_lora_weights": "pissa"}, {"alpha_pattern": {"q_proj": 3}}])
+def test_more_than_lora_needs_peft(
+    project: Path, tmp_path: Path, more: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(project / "runs/lora/adapter", tmp_path / "adapter")
+    settings = tmp_path / "adapter/adapter_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | more))
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(ImportError, match="takes peft: pip install"):
+        apply_adapter(LlamaForCausalLM.from_pretrained(project / "runs/base"), tmp_path / "adapter")
+
+
+def test_lora_of_another_model_is_refused(project: Path, tmp_path: Path) -> None:
+    other = LlamaForCausalLM(LlamaConfig(vocab_size=16, hidden_size=24, intermediate_size=8, num_attention_heads=2))
+    around = get_peft_model(other, LoraConfig(target_modules=["q_proj"]))
+    around.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"has a LoRA of model\.layers\.\d\.self_attn\.q_proj\.weight of shape"):
+        apply_adapter(LlamaForCausalLM.from_pretrained(project / "runs/base"), tmp_path)
 
 
 def test_lora_over_an_adapter_keeps_both(project: Path) -> None:
