@@ -73,27 +73,30 @@ def pytest_collection_finish() -> None:
 
 @pytest.fixture(scope="session")
 def make_plain() -> ModelMaker:
-    """family -> a plain transformers model; the same weights each time."""
+    """family, layers -> a plain transformers model; the same weights each time."""
 
     import torch
     from transformers import AutoModelForCausalLM
 
-    def make(family: str = "llama", seed: int = 0) -> Any:
+    def make(family: str = "llama", seed: int = 0, layers: int = 5) -> Any:
         torch.manual_seed(seed)  # transformers.set_seed would load peft
-        return AutoModelForCausalLM.from_config(FAMILIES[family]()).eval()
+        return AutoModelForCausalLM.from_config(FAMILIES[family](num_hidden_layers=layers)).eval()
 
     return make
 
 
 @pytest.fixture(scope="session")
 def make_model(make_plain: ModelMaker) -> ModelMaker:
-    """family, settings -> a model with memory layers 1 and 3, windows of 16 tokens, and the paper's method."""
+    """family, layers, settings -> a model with memory layers 1 and 3, windows of 16 tokens, and the paper's method.
+
+    Where the depth does not matter, fewer layers save as much of the time.
+    """
 
     import fot
 
-    def make(family: str = "llama", seed: int = 0, **settings: Any) -> Any:
+    def make(family: str = "llama", seed: int = 0, layers: int = 5, **settings: Any) -> Any:
         defaults = {"mem_layers": (1, 3), "local_context": WINDOW, "index": "exact"} | PAPER
-        return fot.attach_memory(make_plain(family, seed), fot.MemoryConfig(**(defaults | settings)))
+        return fot.attach_memory(make_plain(family, seed, layers), fot.MemoryConfig(**(defaults | settings)))
 
     return make
 

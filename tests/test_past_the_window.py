@@ -47,7 +47,8 @@ CASES = [("llama", settings) for settings in SETTINGS] + [
 def test_past_the_window_equals_the_method_written_out(
     settings: dict[str, Any], mem_positionals: bool, family: str, make_model: ModelMaker, ids: Draw
 ) -> None:
-    model, tokens = make_model(family, mem_positionals=mem_positionals, **settings), ids(2 * WINDOW + 2)
+    shape = {"layers": 3, "mem_layers": (0, 2)}
+    model, tokens = make_model(family, mem_positionals=mem_positionals, **shape, **settings), ids(2 * WINDOW + 2)
     first, *others = tokens.split([WINDOW - 2] + [1] * (WINDOW + 4), dim=1)
     output = model(first)
     logits = [output.logits]
