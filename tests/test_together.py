@@ -90,10 +90,10 @@ def turns(blank: Conversation) -> list[Heard]:
 def test_each_gets_what_it_gets_alone(model: Any, memory: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     blank = Conversation(model, memory)
     assert pays(blank)
+    last = turns(blank)[3].alone()
+    model.generation_config.eos_token_id = [2, last.scorer.scored[20].token]  # the last ends by itself
     wanted = [one.alone() for one in turns(blank)]
     assert wanted[1].answer.prompt_tokens + LONG > WINDOW
-    model.generation_config.eos_token_id = [2, wanted[3].scorer.scored[20].token]  # the last ends by itself
-    wanted = [one.alone() for one in turns(blank)]
     assert wanted[3].answer.ended
     assert wanted[3].answer.answer_tokens <= 21
     sizes: list[int] = []
