@@ -64,6 +64,14 @@ ModelMaker = Callable[..., Any]
 gc.disable()  # until all is imported: that makes no garbage, and takes a tenth longer with collections
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Nearly every worker needs what the server of processes needs, so that the server is a copy of it."""
+    if hasattr(config, "workerinput"):
+        import forks
+
+        forks.copy_this_process()
+
+
 def pytest_collection_finish() -> None:
     """What is imported by now stays. Collections during tests need not go through it again and again."""
     gc.collect()
