@@ -3,6 +3,7 @@
 torch and transformers are imported where they are used: the process that hands tests out to workers needs neither.
 """
 
+import copy
 import gc
 import os
 import sys
@@ -86,9 +87,16 @@ def make_plain() -> ModelMaker:
     import torch
     from transformers import AutoModelForCausalLM
 
+    made: dict[tuple[str, int, int], tuple[Any, torch.Tensor]] = {}
+
     def make(family: str = "llama", seed: int = 0, layers: int = 5) -> Any:
-        torch.manual_seed(seed)  # transformers.set_seed would load peft
-        return AutoModelForCausalLM.from_config(FAMILIES[family](num_hidden_layers=layers)).eval()
+        if (family, seed, layers) not in made:
+            torch.manual_seed(seed)  # transformers.set_seed would load peft
+            model = AutoModelForCausalLM.from_config(FAMILIES[family](num_hidden_layers=layers)).eval()
+            made[family, seed, layers] = model, torch.get_rng_state()
+        model, state = made[family, seed, layers]
+        torch.set_rng_state(state)
+        return copy.deepcopy(model)  # in half of the time
 
     return make
 
