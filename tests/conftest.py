@@ -3,6 +3,7 @@
 torch and transformers are imported where they are used: the process that hands tests out to workers needs neither.
 """
 
+import copy
 import gc
 import os
 import sys
@@ -64,6 +65,14 @@ ModelMaker = Callable[..., Any]
 gc.disable()  # until all is imported: that makes no garbage, and takes a tenth longer with collections
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Nearly every worker needs what the server of processes needs, so that the server is a copy of it."""
+    if hasattr(config, "workerinput"):
+        import forks
+
+        forks.copy_this_process()
+
+
 def pytest_collection_finish() -> None:
     """What is imported by now stays. Collections during tests need not go through it again and again."""
     gc.collect()
@@ -73,27 +82,37 @@ def pytest_collection_finish() -> None:
 
 @pytest.fixture(scope="session")
 def make_plain() -> ModelMaker:
-    """family -> a plain transformers model; the same weights each time."""
+    """family, layers -> a plain transformers model; the same weights each time."""
 
     import torch
     from transformers import AutoModelForCausalLM
 
-    def make(family: str = "llama", seed: int = 0) -> Any:
-        torch.manual_seed(seed)  # transformers.set_seed would load peft
-        return AutoModelForCausalLM.from_config(FAMILIES[family]()).eval()
+    made: dict[tuple[str, int, int], tuple[Any, torch.Tensor]] = {}
+
+    def make(family: str = "llama", seed: int = 0, layers: int = 5) -> Any:
+        if (family, seed, layers) not in made:
+            torch.manual_seed(seed)  # transformers.set_seed would load peft
+            model = AutoModelForCausalLM.from_config(FAMILIES[family](num_hidden_layers=layers)).eval()
+            made[family, seed, layers] = model, torch.get_rng_state()
+        model, state = made[family, seed, layers]
+        torch.set_rng_state(state)
+        return copy.deepcopy(model)  # in half of the time
 
     return make
 
 
 @pytest.fixture(scope="session")
 def make_model(make_plain: ModelMaker) -> ModelMaker:
-    """family, settings -> a model with memory layers 1 and 3, windows of 16 tokens, and the paper's method."""
+    """family, layers, settings -> a model with memory layers 1 and 3, windows of 16 tokens, and the paper's method.
+
+    Where the depth does not matter, fewer layers save as much of the time.
+    """
 
     import fot
 
-    def make(family: str = "llama", seed: int = 0, **settings: Any) -> Any:
+    def make(family: str = "llama", seed: int = 0, layers: int = 5, **settings: Any) -> Any:
         defaults = {"mem_layers": (1, 3), "local_context": WINDOW, "index": "exact"} | PAPER
-        return fot.attach_memory(make_plain(family, seed), fot.MemoryConfig(**(defaults | settings)))
+        return fot.attach_memory(make_plain(family, seed, layers), fot.MemoryConfig(**(defaults | settings)))
 
     return make
 

@@ -1,6 +1,7 @@
 """Imports what most processes of the tests need, once; then its copies go on as ``python ARGUMENTS`` would.
 
-Loading torch and transformers takes seconds, which is most of what a short run does. ``forks.py`` starts it and asks.
+Loading torch and transformers takes seconds, which is most of what a short run does. ``forks.py`` starts it and asks:
+a program of its own, or a copy of a worker that has collected no test yet.
 
 python tests/fork_server.py NUMBER_OF_A_SOCKET
 """
@@ -15,6 +16,7 @@ import socket
 import sys
 import threading
 import traceback
+import warnings
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
@@ -97,11 +99,38 @@ def end(work: Callable[[], None]) -> NoReturn:
     os._exit(status)
 
 
-if __name__ == "__main__":
-    asked_here = socket.socket(fileno=int(sys.argv[1]))
-    gc.disable()  # nothing that is imported becomes garbage
+def preload() -> None:
+    """Nothing of it becomes garbage."""
+    gc.disable()
     for name in PRELOADED:
         import_module(name)
+
+
+def answer(asked: socket.socket) -> NoReturn:
+    """Be the server, and then, in each copy, the process that it was asked for."""
     gc.freeze()
     gc.enable()
-    end(lambda: go_on(**serve(asked_here)))
+    end(lambda: go_on(**serve(asked)))
+
+
+def forget_tests(asked: socket.socket) -> None:
+    """Make a copy of a worker of pytest what a new process would be, with the files 0 to 2 and ``asked`` alone."""
+    os.closerange(3, asked.fileno())
+    os.closerange(asked.fileno() + 1, 1024)
+    sys.stdin = sys.__stdin__ = open(0, closefd=False)  # type: ignore[misc]  # noqa: SIM115
+    sys.stdout = sys.__stdout__ = open(1, "w", closefd=False)  # type: ignore[misc]  # noqa: SIM115
+    sys.stderr = sys.__stderr__ = open(  # type: ignore[misc]  # noqa: SIM115
+        2, "w", buffering=1, errors="backslashreplace", closefd=False
+    )
+    warnings.resetwarnings()
+    for category in (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning):
+        warnings.simplefilter("ignore", category)
+    sys.unraisablehook, threading.excepthook = sys.__unraisablehook__, threading.__excepthook__
+    sys.meta_path[:] = [finder for finder in sys.meta_path if not type(finder).__module__.startswith("_pytest")]
+    tests = Path(__file__).parent
+    sys.path[:] = [str(tests), *(place for place in sys.path if Path(place) not in (tests, tests.parent, Path()))]
+
+
+if __name__ == "__main__":
+    preload()
+    answer(socket.socket(fileno=int(sys.argv[1])))

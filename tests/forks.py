@@ -12,9 +12,12 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from subprocess import CompletedProcess, TimeoutExpired
+
+import fork_server
 
 SERVER = Path(__file__).with_name("fork_server.py")
 # Code after which fot's own packages, and FAISS, are imported anew.
@@ -24,9 +27,34 @@ FORGET = (
 )
 
 
+_copied: list[socket.socket] = []  # where one asks the server that is a copy of this process
+
+
+def copy_this_process() -> None:
+    """Have a copy of this process as the server. It has no test yet, and loads here what it needs there as well."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # which pytest would show, though nobody's test is at work
+        fork_server.preload()
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    pid = os.fork()
+    if not pid:
+        fork_server.forget_tests(theirs)
+        fork_server.answer(theirs)
+    theirs.close()
+
+    def end() -> None:
+        ours.close()
+        os.waitpid(pid, 0)
+
+    atexit.register(end)
+    _copied.append(ours)
+
+
 @functools.cache
 def _server() -> socket.socket:
     """Where one asks the server, which starts at the first request and ends with this process."""
+    if _copied:
+        return _copied[0]
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with theirs:
         number = theirs.fileno()

@@ -92,7 +92,12 @@ def test_an_error_chooses_the_share(wanted: float) -> None:
     memory[LAYER].attend(queries(100, seed=8), scale=SCALE)  # what it tries shares on
     singles = [error(memory, exact, one) for one in queries(100).split(1, dim=1)]
     assert sum(singles) / len(singles) < 1.3 * wanted  # other queries than those that it tried
-    loosest = store("clusters;share=0.0025", data)
+
+
+def test_too_small_a_share_errs_more() -> None:
+    """So that the test above can fail."""
+    data = topics(4096, spread=1.0)
+    exact, loosest = store("exact", data), store("clusters;share=0.0025", data)
     assert sum(error(loosest, exact, one) for one in queries(100).split(1, dim=1)) / 100 > 0.05
 
 

@@ -189,8 +189,8 @@ def test_interrupted_documents_go_on(
 ) -> None:
     """Interrupted (stop windows on), or killed before the last note was written, as a rerun of ``append`` meets it."""
     fot.attach_memory(model, replace(model.memory_config, window_overlap=overlap))
-    wanted = model.new_memory()
-    model.ingest(TEXT, wanted, source="a")
+    wanted, text = model.new_memory(), TEXT[:400]
+    model.ingest(text, wanted, source="a")
     left, append = [stop], Memory.append
 
     def interrupting(self: Memory, *args: Any, **kwargs: Any) -> None:
@@ -203,9 +203,9 @@ def test_interrupted_documents_go_on(
     with opened(model, tmp_path / "m") as memory:
         if stop < 1000:
             with pytest.raises(KeyboardInterrupt):
-                add_document(model, memory, "a", TEXT)
+                add_document(model, memory, "a", text)
         else:
-            add_document(model, memory, "a", TEXT)
+            add_document(model, memory, "a", text)
             memory.notes["a"] = DocumentNote(memory.notes["a"].sha256, complete=False)
             memory.flush()
     monkeypatch.undo()
@@ -213,9 +213,9 @@ def test_interrupted_documents_go_on(
     assert len(part) == min(overlap + stop * (WINDOW - overlap), len(wanted))
     assert not part.notes["a"].complete
     with Memory.open(tmp_path / "m", "a") as memory:
-        assert add_document(model, memory, "a", TEXT) == len(wanted) - len(part)
+        assert add_document(model, memory, "a", text) == len(wanted) - len(part)
         assert memory.notes["a"].complete
-        assert add_document(model, memory, "a", TEXT) == 0
+        assert add_document(model, memory, "a", text) == 0
     assert_same(Memory.open(tmp_path / "m"), wanted)
     assert Memory.open(tmp_path / "m").notes["a"].complete
     assert verify(tmp_path / "m") == []

@@ -188,7 +188,7 @@ def test_ingest_and_a_window_equal_the_method_written_out(name: str, ids: Draw) 
 @torch.no_grad()
 def test_one_by_one_equals_all_at_once(name: str, ids: Draw) -> None:
     """Within a window, with a memory, and past it from a window that was filled at once or bit by bit."""
-    model, tokens, past = attached(name), ids(WINDOW + 6), ids(40, seed=3)
+    model, tokens, past = attached(name), ids(WINDOW + 3), ids(40, seed=3)
     memory = model.new_memory()
     model.ingest(past, memory)
     whole = model(tokens[:, :WINDOW], memory=memory)
@@ -206,7 +206,7 @@ def test_one_by_one_equals_all_at_once(name: str, ids: Draw) -> None:
 
 def test_padded_rows_generate_what_they_give_alone(name: str, ids: Draw) -> None:
     model, rows = attached(name), [ids(count, seed=count) for count in (37, 12, 2)]
-    options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "max_new_tokens": WINDOW}
+    options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "max_new_tokens": 6}
     tokens, mask = (torch.zeros(3, 37, dtype=torch.int64) for _ in range(2))
     for number, row in enumerate(rows):
         tokens[number, -row.shape[1] :], mask[number, -row.shape[1] :] = row[0], 1

@@ -79,7 +79,7 @@ def test_memory_is_written_when_told_to(make_model: ModelMaker, ids: Draw) -> No
 
 
 def test_left_padded_rows_give_what_they_give_alone(family: str, make_model: ModelMaker, ids: Draw) -> None:
-    model = make_model(family)
+    model = make_model(family, layers=3, mem_layers=(0, 2))
     rows = [ids(count, seed=count) for count in (75, 37, 12, 2)]
     options = GREEDY | {"max_new_tokens": WINDOW + 4}
     tokens = torch.zeros(4, 75, dtype=torch.int64)
@@ -235,10 +235,10 @@ CHECKPOINT_SETTINGS = [
 def test_what_a_checkpoint_says_of_caches_changes_no_token(
     settings: dict[str, Any], length: int, make_model: ModelMaker, ids: Draw
 ) -> None:
-    model, prompt = make_model(), ids(length)
+    model, prompt = make_model(layers=3, mem_layers=(0, 2)), ids(length)
     past, memory = ids(40, seed=5), model.new_memory()
     model.ingest(past, memory)
-    options = {"do_sample": False, "eos_token_id": None, "max_new_tokens": WINDOW + 4}
+    options = {"do_sample": False, "eos_token_id": None, "max_new_tokens": WINDOW - 4}  # past the window for both
     expected = model.generate(prompt, memory=memory, **options)
     for name, value in settings.items():
         setattr(model.generation_config, name, value)

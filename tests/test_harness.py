@@ -20,6 +20,13 @@ pytest.importorskip("lm_eval")
 NAMES = ["tiny_choice", "tiny_word", "tiny_answer"]
 
 
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The harness would copy this process to draw a few numbers, and list all packages at each evaluation."""
+    monkeypatch.setenv("DISABLE_MULTIPROC", "1")
+    monkeypatch.setattr("torch.utils.collect_env.get_pretty_env_info", str)
+
+
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tasks(tmp_path_factory.mktemp("tasks"))
@@ -104,7 +111,16 @@ def test_ctrl_c_keeps_finished_tasks(
         (["--tasks", "tiny_word", "--include-path", "not-there"], "--include-path not-there is not a folder"),
     ],
 )
-def test_mistakes(options: list[str], message: str, checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes(
+    options: list[str],
+    message: str,
+    checkpoint: Path,
+    tasks: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    # The package looks beside this file for its own tasks, which are thousands.
+    monkeypatch.setattr("lm_eval.tasks.manager.__file__", str(tasks / "manager.py"))
     assert main(["eval", "harness", str(checkpoint), *options]) == 2
     assert message in capsys.readouterr().err
 

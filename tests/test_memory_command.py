@@ -18,23 +18,37 @@ TEXT = "".join(f"Line {number} of a document.\n" for number in range(40))
 OPTIONS = ["--mem-layers", "1,3", "--local-context", "16", "--dtype", "float32", "--device", "cpu"]
 
 
+def write_documents(folder: Path) -> None:
+    (folder / "book.txt").write_text(TEXT)
+    (folder / "code").mkdir()
+    (folder / "code" / "a.py").write_text("print('a')\n")
+    (folder / "code" / "b.md").write_text("# B\n")
+    (folder / "code" / "c.bin").write_bytes(b"\0\1")
+
+
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with documents, which is the working folder."""
-    (tmp_path / "book.txt").write_text(TEXT)
-    (tmp_path / "code").mkdir()
-    (tmp_path / "code" / "a.py").write_text("print('a')\n")
-    (tmp_path / "code" / "b.md").write_text("# B\n")
-    (tmp_path / "code" / "c.bin").write_bytes(b"\0\1")
+    write_documents(tmp_path)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
+@pytest.fixture(scope="module")
+def first_built(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A memory of such documents."""
+    folder = tmp_path_factory.mktemp("built")
+    write_documents(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert main(["memory", "build", "m", "book.txt", "code", "--model", str(checkpoint), *OPTIONS]) == 0
+    return folder / "m"
+
+
 @pytest.fixture
-def built(place: Path, checkpoint: Path, capsys: pytest.CaptureFixture) -> Path:
-    assert main(["memory", "build", "m", "book.txt", "code", "--model", str(checkpoint), *OPTIONS]) == 0
-    capsys.readouterr()
-    return place / "m"
+def built(place: Path, first_built: Path) -> Path:
+    """A copy of it in the working folder."""
+    return shutil.copytree(first_built, place / "m")
 
 
 def test_clusters_read_a_memory_built_with_a_number_of_pairs(

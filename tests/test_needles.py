@@ -22,7 +22,7 @@ TEXT = "It was a dark evening in the old town, and nobody would have gone out wi
 
 @pytest.fixture
 def model(make_model: ModelMaker, tokenizer: PreTrainedTokenizerFast) -> Any:
-    model = make_model(local_context=32)
+    model = make_model(layers=2, mem_layers=(1,), local_context=64)
     model.tokenizer = tokenizer
     return model
 

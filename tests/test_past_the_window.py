@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import WINDOW, ModelMaker
+from conftest import FAMILIES, WINDOW, ModelMaker
 from reference import reference_stream
 
 Draw = Callable[..., torch.Tensor]
@@ -27,27 +27,33 @@ def test_overflow_moves_the_oldest_tokens(make_model: ModelMaker, ids: Draw) -> 
     assert local.layers[0].keys.shape[2] == local.counts[0]
 
 
+SETTINGS: list[dict[str, Any]] = [
+    {},
+    {"attention_sinks": 1},
+    {"attention_sinks": 0},
+    {"overflow_keep": 0},
+    {"full_weight_tokens": 12},
+    {"full_weight_tokens": 12, "attention_sinks": 0},
+]
+# How families differ (biases, norms, sizes of heads) and what a window keeps have nothing to do with one another.
+CASES = [("llama", settings) for settings in SETTINGS] + [
+    (family, settings) for family in FAMILIES if family != "llama" for settings in (SETTINGS[0], SETTINGS[-1])
+]
+
+
 @torch.no_grad()
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {},
-        {"attention_sinks": 1},
-        {"attention_sinks": 0},
-        {"overflow_keep": 0},
-        {"full_weight_tokens": 12},
-        {"full_weight_tokens": 12, "attention_sinks": 0},
-    ],
-)
+@pytest.mark.parametrize(("family", "settings"), CASES, ids=str)
 @pytest.mark.parametrize("mem_positionals", [True, False])
 def test_past_the_window_equals_the_method_written_out(
     settings: dict[str, Any], mem_positionals: bool, family: str, make_model: ModelMaker, ids: Draw
 ) -> None:
-    model, tokens = make_model(family, mem_positionals=mem_positionals, **settings), ids(2 * WINDOW + 6)
-    cache, logits = None, []
-    for token in tokens[0]:
-        output = model(token.view(1, 1), past_key_values=cache)
-        cache = output.past_key_values
+    shape = {"layers": 3, "mem_layers": (0, 2)}
+    model, tokens = make_model(family, mem_positionals=mem_positionals, **shape, **settings), ids(2 * WINDOW + 2)
+    first, *others = tokens.split([WINDOW - 2] + [1] * (WINDOW + 4), dim=1)
+    output = model(first)
+    logits = [output.logits]
+    for token in others:
+        output = model(token, past_key_values=output.past_key_values)
         logits.append(output.logits)
     torch.testing.assert_close(torch.cat(logits, dim=1), reference_stream(model, tokens), **CLOSE)
 

@@ -13,7 +13,7 @@ import torch
 from accelerate.state import AcceleratorState
 from accelerate.utils import LoggerType
 from safetensors.torch import load_file
-from train_helpers import SMALL, losses, on_processes, train, write_recipe
+from train_helpers import SMALL, losses, train, write_recipe
 
 import training.launch
 import training.progress
@@ -165,9 +165,7 @@ def test_a_run_goes_on_with_another_number_of_processes(first: int, then: int, t
     whole, parts = tmp_path / "whole", tmp_path / "parts"
 
     def run(processes: int, out: Path, *arguments: str) -> None:
-        if processes > 1 and first == 1:
-            on_processes(processes, recipe, out, *arguments)
-        elif processes > 1:
+        if processes > 1:
             forks.run_ranks(processes, "-m", "fot", "train", recipe, "--out", out, *arguments)
         else:
             assert train(recipe, out, *arguments) == 0

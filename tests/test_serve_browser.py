@@ -128,7 +128,7 @@ def test_an_upload_becomes_a_memory(page: Browser, tmp_path: Path) -> None:
 
 
 def test_errors_are_shown(page: Browser) -> None:
-    page.type("#question", "word " * 300 + ENTER)
+    page.type("#question", "word " * 60 + ENTER)
     page.wait("document.querySelector('#turns .wrong')")
     assert "tokens, but the window has 256" in text(page, "#turns .wrong")
     page.press(ESCAPE)

@@ -30,7 +30,7 @@ def library(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPat
 
 @pytest.fixture(scope="module")
 def server(library: Library) -> Iterator[str]:
-    with running(library, Settings(max_tokens=12, waiting=12)) as (address, _):
+    with running(library, Settings(max_tokens=8, waiting=12)) as (address, _):
         yield address
 
 

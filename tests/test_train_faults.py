@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from train_helpers import losses, train, write_recipe
+from train_helpers import SMALL, losses, train, write_recipe
 
 import training.checkpoints
 import training.log
@@ -25,7 +25,8 @@ import training.train
 from training.checkpoints import BEST, list_checkpoints
 from training.files import damage
 
-STEPS = {"steps": 4, "save_every": 1, "eval_every": 2, "result": "best", "eval_batches": 1}
+SHALLOW = {"model": SMALL["model"] | {"num_hidden_layers": 2}}
+STEPS = SHALLOW | {"steps": 4, "save_every": 1, "eval_every": 2, "result": "best", "eval_batches": 1}
 
 
 class Killed(BaseException):
@@ -307,7 +308,7 @@ def test_full_disk_in_the_log(
 def tiny_disk(tmp_path: Path) -> Any:
     place = tmp_path / "disk"
     place.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=700k", "tmpfs", place]
+    command = ["mount", "-t", "tmpfs", "-o", "size=480k", "tmpfs", place]
     if subprocess.run(command, capture_output=True, check=False).returncode:
         pytest.skip("mounting a tmpfs needs root")
     yield place

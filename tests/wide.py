@@ -10,9 +10,9 @@ import fot
 
 
 def make_wide(tokenizer: Any, window: int, family: str = "llama") -> Any:
-    """A tiny random model with memory layers 1 and 3, and a tokenizer of its own."""
+    """A tiny random model with memory layers 1 and 3 of four, and a tokenizer of its own."""
     set_seed(0)
-    config = FAMILIES[family]()
+    config = FAMILIES[family](num_hidden_layers=4)
     config.max_position_embeddings = 4096
     plain = AutoModelForCausalLM.from_config(config).eval()
     settings = {"mem_layers": (1, 3), "local_context": window, "index": "exact"} | PAPER
