@@ -103,6 +103,14 @@ def test_differs_from_plain_past_the_trained_length(llama: object, name: str, id
     assert (found[-1] - plain[-1]).abs().max() > 1e-3
 
 
+def test_a_cache_that_transformers_lacks_is_said(llama: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    def lacks(backend: str, *args: object, **kwargs: object) -> None:
+        raise ValueError(f"Unknown quantization backend `{backend}`")
+
+    monkeypatch.setattr("fot.compare.methods.QuantizedCache", lacks)
+    assert "has no 8-bit cache: upgrade it" in missing(["plain", "cache-fp8"], llama, SETTING)["cache-fp8"]
+
+
 # optimum-quanto compiles what it needs when it is first used, for minutes.
 @pytest.mark.parametrize("name", ["cache-fp8", pytest.param("cache-int4", marks=pytest.mark.slow)])
 def test_quantised_caches_are_near(llama: object, name: str, ids: Ids) -> None:

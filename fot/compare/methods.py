@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
+import transformers
 from transformers import DynamicCache, QuantizedCache
 from transformers.utils import is_optimum_quanto_available
 
@@ -152,6 +153,10 @@ def _ntk(model: Any, factor: float) -> dict[str, Any]:
 @contextmanager
 def _fp8(model: Any, setting: Setting) -> Iterator[Reader]:
     with without_memory(model) as plain:
+        try:
+            QuantizedCache("fp8", plain.config)
+        except ValueError as error:  # that of older releases
+            raise ValueError(f"transformers {transformers.__version__} has no 8-bit cache: upgrade it") from error
         yield CachedReader(plain, lambda: QuantizedCache("fp8", plain.config))
 
 

@@ -160,5 +160,7 @@ def positions_picture(path: Path, kinds: Panel, trained_length: int) -> None:
         axes.plot(list(known), list(known.values()), "s:" if remembers else "o-", color=color, label=kind)
     axes.axvline(trained_length, color="0.6", linestyle="--", linewidth=0.8)
     axes.set(xscale="log", yscale="log", xlabel="bytes (dashed: trained length)", ylabel="perplexity of bytes")
-    axes.legend()
+    for which in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        which("{x:g}")
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))  # beside the lines, many of which lie together
     save_figure(figure, path)
