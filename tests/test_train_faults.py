@@ -304,11 +304,11 @@ def test_full_disk_in_the_log(
     assert_resumes(recipe, out, expected)
 
 
-@pytest.fixture
-def tiny_disk(tmp_path: Path) -> Any:
+@pytest.fixture(params=["480k", "560k"])  # full at the weights, at the state of the optimiser
+def tiny_disk(tmp_path: Path, request: pytest.FixtureRequest) -> Any:
     place = tmp_path / "disk"
     place.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=480k", "tmpfs", place]
+    command = ["mount", "-t", "tmpfs", "-o", f"size={request.param}", "tmpfs", place]
     if subprocess.run(command, capture_output=True, check=False).returncode:
         pytest.skip("mounting a tmpfs needs root")
     yield place

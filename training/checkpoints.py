@@ -24,6 +24,7 @@ KEEP = 2
 BEST = "best"
 TENSORS = "trained.safetensors"
 SET_ASIDE = "failed-"
+ASKED = 1 << 20  # bytes that are written to hear why a file could not be
 
 
 def save_checkpoint(
@@ -44,8 +45,8 @@ def save_checkpoint(
     final = folder / f"step-{step:07d}"
     with _sealed_folder(final) as temporary:
         _save_tensors(temporary, tensors)
-        torch.save(optimizer, temporary / "optimizer.pt")
-        torch.save(torch.get_rng_state(), temporary / "rng.pt")
+        _save_any(temporary / "optimizer.pt", optimizer)
+        _save_any(temporary / "rng.pt", torch.get_rng_state())
         (temporary / "state.json").write_text(json.dumps(state | {"step": step}))
     remove_old(folder, final)
     for later in list_checkpoints(folder):
@@ -55,6 +56,21 @@ def save_checkpoint(
         if failed.name.removeprefix(SET_ASIDE) < final.name:  # the run has come past it
             shutil.rmtree(failed, ignore_errors=True)
     return final
+
+
+def _save_any(path: Path, value: Any) -> None:
+    """``torch.save``, which says of a full disk only where it stopped ("unexpected pos").
+
+    Raises:
+        OSError: what the disk says.
+    """
+    try:
+        torch.save(value, path)
+    except RuntimeError:
+        with path.open("ab") as file:
+            file.write(bytes(ASKED))
+            os.fsync(file.fileno())
+        raise
 
 
 def remove_old(folder: Path, newest: Path) -> None:
