@@ -142,8 +142,8 @@ class Numbers:
 
     bos_token_id, eos_token_id, pad_token_id = 1, 2, 0
 
-    def __call__(self, text: str, **options: Any) -> dict[str, list[int]]:
-        return {"input_ids": [int(word) for word in text.split()]}
+    def __call__(self, texts: list[str], **options: Any) -> dict[str, list[list[int]]]:
+        return {"input_ids": [[int(word) for word in text.split()] for text in texts]}
 
 
 def write_numbers(folder: Path, lengths: list[int]) -> dict[int, tuple[int, int]]:

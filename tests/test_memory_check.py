@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import ModelMaker
-from test_memory_command import OPTIONS, built, place  # noqa: F401 - fixtures
+from test_memory_command import OPTIONS, built, first_built, place  # noqa: F401 - fixtures
 from torch import Tensor
 
 from fot.cli import main
