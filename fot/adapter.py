@@ -34,7 +34,7 @@ NO_MATTER = frozenset({
     "layers_to_transform", "lora_alpha", "lora_dropout", "megatron_core", "peft_type", "peft_version",
     "qalora_group_size", "r", "revision", "target_modules", "task_type",
 })  # fmt: skip
-PLAIN = (None, False, "none", {}, [])
+PLAIN: tuple[Any, ...] = (None, False, "none", {}, [])
 
 
 @dataclass(frozen=True)
