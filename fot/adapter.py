@@ -191,7 +191,7 @@ def _add_peft(model: Any, folder: Path) -> None:
 
 
 def _scale_of_plain_lora(folder: Path) -> float | None:
-    """The factor of B A in an adapter of peft that is LoRA of one rank and no more, which needs no peft; None."""
+    """The factor of B A, if an adapter of peft is LoRA of one rank and no more, which needs no peft; else None."""
     try:
         settings = json.loads((folder / PEFT_CONFIG).read_text(encoding="utf-8"))
         # Some other ways to begin (PiSSA) change the base weights, too.

@@ -45,9 +45,7 @@ def assert_same_state(found: Any, expected: Any) -> None:
 
 
 CASES = [
-    ("llama", "lookup", {}),
-    ("llama", "assistant", {}),
-    ("qwen3", "assistant", {}),
+    *((family, method, {}) for family in ("llama", "qwen3") for method in ("lookup", "assistant")),
     ("llama", "lookup", {"overflow_keep": 0}),
     ("llama", "lookup", {"last_context_length": 5}),
 ]
