@@ -50,7 +50,7 @@ def test_compare(checkpoint: Path, text: Path, tmp_path: Path, capsys: pytest.Ca
     ]  # fmt: skip
     assert (out / "passkey.png").read_bytes().startswith(b"\x89PNG")
     by_method = {row.method: row for row in rows(trials) if (row.task, row.length) == ("perplexity", 400)}
-    whole = 5 * 2 * 2 * 8 * 4  # layers, keys and values, heads, size, bytes
+    whole = 4 * 2 * 2 * 8 * 4  # layers, keys and values, heads, size, bytes
     assert by_method["plain"].bytes_per_token == whole
     assert by_method["streaming"].bytes_per_token == pytest.approx(whole * 23 / 200)
     assert by_method["memory"].bytes_per_token >= 2 * 2 * 2 * 8 * 4 + 16

@@ -33,7 +33,7 @@ def test_any_iterable_stores_the_same(make_model: ModelMaker, ids: Draw) -> None
 
 
 def test_nothing_above_the_last_memory_layer_runs(make_model: ModelMaker, ids: Draw) -> None:
-    model, calls = make_model(mem_layers=(1, 3)), []
+    model, calls = make_model(mem_layers=(1, 3), layers=5), []
     watched = {
         "layer 3 mlp": model.model.layers[3].mlp,
         "layer 3 output": model.model.layers[3].self_attn.o_proj,
