@@ -1,5 +1,6 @@
 """No token sees its future: whole models of two to four memory layers, the contexts of every shipped recipe."""
 
+import functools
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -75,6 +76,7 @@ SHAPES = {name: shape_of(name, 4) for name in RECIPES} | {
 }
 
 
+@functools.cache  # some recipes differ in nothing that matters here
 def rows_reached_by_their_future(shape: Shape, mem_layers: tuple[int, ...], chooser: Chooser, seed: int = 0) -> int:
     """How many rows' logits change when tokens after some token of theirs do, in the row and in the lane's later rows.
 
