@@ -75,5 +75,5 @@ def test_command(model: Any, tmp_path: Path, capsys: pytest.CaptureFixture) -> N
     assert main(["eval", "layers", *arguments, "--json", str(tmp_path / "out.json")]) == 0
     assert "none" in capsys.readouterr().out
     assert len(json.loads((tmp_path / "out.json").read_text())["results"]) == 2
-    assert main(["eval", "layers", *arguments, "--count", "6"]) == 2
-    assert "6 memory layers are asked for, but the model has 5" in capsys.readouterr().err
+    assert main(["eval", "layers", *arguments, "--count", "5"]) == 2
+    assert "5 memory layers are asked for, but the model has 4" in capsys.readouterr().err
