@@ -24,8 +24,8 @@ QUESTIONS = (
     "Who saw the ship at Lyme again?",
     "Was it dark?",
 )
-WINDOW = 384
-LONG = 90  # behind a prompt, past the window
+WINDOW = 512
+LONG = 220  # behind a prompt, past the window
 
 
 @pytest.fixture(params=[False, True], ids=["plain", "template"])
