@@ -84,8 +84,9 @@ def rows_reached_by_their_future(shape: Shape, mem_layers: tuple[int, ...], choo
     chosen among the rows of all processes.
     """
     set_seed(seed)
-    settings = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 5,
-                "num_attention_heads": 2, "num_key_value_heads": 1, "initializer_range": 0.5}  # fmt: skip
+    settings = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 16,
+                "num_hidden_layers": mem_layers[-1] + 1, "num_attention_heads": 2, "num_key_value_heads": 1,
+                "initializer_range": 0.5}  # fmt: skip
     model = LlamaForCausalLM(LlamaConfig(**settings)).eval()
     config = MemoryConfig(mem_layers=mem_layers, local_context=WINDOW, isolated_windows=shape.isolated)
     crossbatch = enable_crossbatch(model, config)
