@@ -223,23 +223,26 @@ class ClusterIndex(Index):
         """As ``_attend_together``, of many queries (b, D) of one head: those that are alike at a time."""
         order, sizes = alike(queries, ALIKE if len(queries) < MANY else MANY_ALIKE)
         own, shares = slice(head, head + 1), torch.tensor([min(1.0, ALIKE_SHARE * share)])
-        parts = [self._attend_together(own, some[None], table, shares) for some in queries[order].split(sizes)]
+        # Of a window's queries a correction would take half as long as all else.
+        few = len(queries) < MANY
+        parts = [self._attend_together(own, some[None], table, shares, few) for some in queries[order].split(sizes)]
         output, lse = (torch.empty_like(one) for one in (queries, queries[:, 0]))
         output[order], lse[order] = (torch.cat(found, dim=1)[0] for found in zip(*parts, strict=True))
         return output, lse
 
     def _attend_together(
-        self, heads: slice, queries: Tensor, table: ClusterTable, shares: Tensor
+        self, heads: slice, queries: Tensor, table: ClusterTable, shares: Tensor, correct: bool = True
     ) -> tuple[Tensor, Tensor]:
         """Of scaled queries (g, b, D) float32 of some heads; those of a head attend to the same clusters.
 
-        ``shares`` (g,) float32 are those of the keys. Output and log-sum-exp as from ``attend``.
+        ``shares`` (g,) float32 are those of the keys; ``correct`` lets the clusters attended to correct the others.
+        Output and log-sum-exp as from ``attend``.
         """
         asked = table.ask(heads, queries, (shares * len(self._keys)).to(queries.device))
         keys, values = (blocks.gather_heads(heads, asked.slots) for blocks in (self._keys, self._values))
         places = torch.arange(asked.slots.shape[1], device=queries.device)
         logits = (queries @ keys.mT).masked_fill_(places >= asked.held[:, None, None], -torch.inf)
-        measured = Measured(asked.estimate, asked.chosen, asked.of, logits)
+        measured = Measured(asked.estimate, asked.chosen, asked.of, logits) if correct else None
         always = [(queries @ k[heads].mT, v[heads]) for k, v in table.always]
         weights = [asked.estimate.weights, logits] + [one for one, _ in always]
         if asked.coarse is not None:
@@ -248,7 +251,10 @@ class ClusterIndex(Index):
         shares, attended, *others = ((one - top).exp_() for one in weights)
         total = torch.cat([one.sum(2, keepdim=True) for one in (shares, attended, *others)], dim=2)
         total = total.sum(2, keepdim=True)  # (g, b, 1)
-        output = measured.outputs(queries, shares, attended, values, top)
+        if measured is None:
+            output = asked.estimate.outputs(queries, shares) + attended @ values
+        else:
+            output = measured.outputs(queries, shares, attended, values, top)
         if asked.coarse is not None:
             output = output + asked.coarse.outputs(queries, others.pop())
         for share, (_, found) in zip(others, always, strict=True):
