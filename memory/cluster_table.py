@@ -29,13 +29,19 @@ class Asked:
     """What scaled queries attend to.
 
     Attributes:
-        estimates: of what is not attended to key by key.
-        slots: (G, m) int64 ascending, of the keys that are; rows of fewer end in some slot again and again.
+        estimate: of clusters of keys.
+        coarse: of coarse clusters; None with one level.
+        chosen: (G, L) bool, the clusters of keys that are attended to key by key.
+        slots: (G, m) int64 ascending, of these keys; rows of fewer end in some slot again and again.
+        of: (G, m) int64, the cluster of each.
         held: (G,) int64, so many of each row count.
     """
 
-    estimates: list[Estimate]
+    estimate: Estimate
+    coarse: Estimate | None
+    chosen: Tensor
     slots: Tensor
+    of: Tensor
     held: Tensor
 
 
@@ -80,15 +86,16 @@ class Tier:
         keys, values = (mean.view(*places.shape, -1) for mean in self._means(heads, flat))
         return Level(keys, values, facts, *(one[heads] for one in self._sums))
 
-    def members(self, heads: slice, chosen: Tensor, places: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def members(self, heads: slice, chosen: Tensor, places: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """The members (g, m) int64 of the chosen clusters (g, l) bool of those in these places, or of all.
 
-        And which are valid, (g, m) bool: rows of fewer end in some that are not.
+        And which of the l each is of, (g, m) int64; and which are valid, (g, m) bool: rows of fewer end in some that
+        are not.
         """
         about = self._firsts[heads], self._starts[heads], self._clusters.counts[heads]
         firsts, starts, counts = about if places is None else (one.gather(1, places) for one in about)
         rows, of, valid = ranges(firsts, counts.long() * chosen)
-        return self._clusters.order[heads].gather(1, rows) + starts.gather(1, of), valid
+        return self._clusters.order[heads].gather(1, rows) + starts.gather(1, of), of, valid
 
     def _means(self, heads: slice, flat: Tensor | None) -> list[Tensor]:
         """Mean keys and values (..., D) float32 of some heads; ``flat`` (n,) are places in all of them together."""
@@ -148,15 +155,16 @@ class ClusterTable:
     def ask(self, heads: slice, queries: Tensor, budgets: Tensor) -> Asked:
         """What scaled queries (g, b, D) of these heads attend to, key by key to about so many keys (g,) float32."""
         estimate = self._top.of_heads(heads).estimate(queries)
-        estimates, places, total = [estimate], None, estimate.total()
+        coarse, places, total = None, None, estimate.total()
         if self._coarse is not None:
-            opened = estimate.look_into(RANKED * self._fine.size * budgets, total, self._coarse.size)
-            places, valid = self._coarse.members(heads, opened)
+            coarse = estimate
+            opened = coarse.look_into(RANKED * self._fine.size * budgets, total, self._coarse.size)
+            places, _, valid = self._coarse.members(heads, opened)
             estimate = self._fine.rows(heads, places, valid).estimate(queries)
-            estimates.append(estimate)
         chosen = estimate.look_into(budgets, total, self._fine.size)
-        slots, valid = self._fine.members(heads, chosen, places)
-        return Asked(estimates, slots.masked_fill_(~valid, self.end - 1).sort().values, valid.sum(1))
+        slots, of, valid = self._fine.members(heads, chosen, places)
+        slots, order = slots.masked_fill_(~valid, self.end - 1).sort()
+        return Asked(estimate, coarse, chosen, slots, of.gather(1, order), valid.sum(1))
 
 
 def ranges(firsts: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:

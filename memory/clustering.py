@@ -8,7 +8,8 @@ keys needs its count, mean key, mean value and spread alone, and a query q (time
     value    mean_value + min(spread, 2 / q'Cq) * q'slope
 
 The weight is the log-sum-exp of a normal distribution. It is capped, for the tail of a normal distribution promises
-large keys that few real ones do not have. The value is the mean under the same softmax.
+large keys that few real ones do not have. The value is the mean under the same softmax. So clusters are chosen; those
+attended to then show what both should have been, and correct them for the others (``memory.levels.Measured``).
 """
 
 import torch

@@ -20,6 +20,7 @@ from memory.cluster_table import ClusterTable, coarse_groups
 from memory.clustered import SEGMENT, Clusters, LearntClusters
 from memory.clustering import assign, cluster
 from memory.index import ExactIndex, Index, Starts
+from memory.levels import Measured
 from memory.vectors import VectorBlocks
 
 NAME = "clusters"
@@ -222,32 +223,41 @@ class ClusterIndex(Index):
         """As ``_attend_together``, of many queries (b, D) of one head: those that are alike at a time."""
         order, sizes = alike(queries, ALIKE if len(queries) < MANY else MANY_ALIKE)
         own, shares = slice(head, head + 1), torch.tensor([min(1.0, ALIKE_SHARE * share)])
-        parts = [self._attend_together(own, some[None], table, shares) for some in queries[order].split(sizes)]
+        # Of a window's queries a correction would take half as long as all else.
+        few = len(queries) < MANY
+        parts = [self._attend_together(own, some[None], table, shares, few) for some in queries[order].split(sizes)]
         output, lse = (torch.empty_like(one) for one in (queries, queries[:, 0]))
         output[order], lse[order] = (torch.cat(found, dim=1)[0] for found in zip(*parts, strict=True))
         return output, lse
 
     def _attend_together(
-        self, heads: slice, queries: Tensor, table: ClusterTable, shares: Tensor
+        self, heads: slice, queries: Tensor, table: ClusterTable, shares: Tensor, correct: bool = True
     ) -> tuple[Tensor, Tensor]:
         """Of scaled queries (g, b, D) float32 of some heads; those of a head attend to the same clusters.
 
-        ``shares`` (g,) float32 are those of the keys. Output and log-sum-exp as from ``attend``.
+        ``shares`` (g,) float32 are those of the keys; ``correct`` lets the clusters attended to correct the others.
+        Output and log-sum-exp as from ``attend``.
         """
         asked = table.ask(heads, queries, (shares * len(self._keys)).to(queries.device))
         keys, values = (blocks.gather_heads(heads, asked.slots) for blocks in (self._keys, self._values))
         places = torch.arange(asked.slots.shape[1], device=queries.device)
         logits = (queries @ keys.mT).masked_fill_(places >= asked.held[:, None, None], -torch.inf)
-        pairs = [(queries @ k[heads].mT, v[heads]) for k, v in table.always]
-        pairs.append((logits, values))
-
-        weights = [estimate.weights for estimate in asked.estimates] + [logit for logit, _ in pairs]
+        measured = Measured(asked.estimate, asked.chosen, asked.of, logits) if correct else None
+        always = [(queries @ k[heads].mT, v[heads]) for k, v in table.always]
+        weights = [asked.estimate.weights, logits] + [one for one, _ in always]
+        if asked.coarse is not None:
+            weights.append(asked.coarse.weights)
         top = torch.cat([one.amax(2, keepdim=True) for one in weights if one.shape[2]], dim=2).amax(2, keepdim=True)
-        shares_of = [(one - top).exp_() for one in weights]
-        total = torch.cat([one.sum(2, keepdim=True) for one in shares_of], dim=2).sum(2, keepdim=True)  # (g, b, 1)
-        stand_ins = zip(asked.estimates, shares_of, strict=False)
-        output = torch.stack([estimate.outputs(queries, share) for estimate, share in stand_ins]).sum(0)
-        for share, (_, found) in zip(shares_of[len(asked.estimates) :], pairs, strict=True):
+        shares, attended, *others = ((one - top).exp_() for one in weights)
+        total = torch.cat([one.sum(2, keepdim=True) for one in (shares, attended, *others)], dim=2)
+        total = total.sum(2, keepdim=True)  # (g, b, 1)
+        if measured is None:
+            output = asked.estimate.outputs(queries, shares) + attended @ values
+        else:
+            output = measured.outputs(queries, shares, attended, values, top)
+        if asked.coarse is not None:
+            output = output + asked.coarse.outputs(queries, others.pop())
+        for share, (_, found) in zip(others, always, strict=True):
             output = output + share @ found
         return output / total, (top + total.log()).squeeze(2)
 

@@ -12,6 +12,10 @@ from torch import Tensor
 
 from memory.clustering import MOST_DRIFT
 
+MOST_RISE = 80.0  # of a key's logit above its mean key's; float32 has no exponential of much more
+FORMULAE_COUNT = 8  # as so many clusters, beside those looked into
+MOST_CHANGE = 1.0  # of a log-weight, by those: what they say of others can be wrong, as of clusters of two topics
+SLOPE_COUNTS = 3.0  # times as much as the clusters looked into, where values' drift is measured; 2 and 5 are as good
 DEVIATIONS = 2.0  # of its keys' logits by which a cluster is ranked above its mean; 1 and 3 are as good
 
 
@@ -43,10 +47,11 @@ class Level:
         counts, logs, spreads = self.facts.unsqueeze(2).unbind()  # each (G, 1, L)
         variance = ((queries @ self.covariance) * queries).sum(2, keepdim=True).clamp(min=1e-12)  # (G, b, 1)
         means = queries @ self.mean_keys.mT  # (G, b, L)
-        weights = (variance / 2 * spreads).clamp_(max=MOST_DRIFT).add_(means).add_(logs)
+        plain = means + logs
+        weights = (variance / 2 * spreads).clamp_(max=MOST_DRIFT).add_(plain)
         # A cluster is worth a look for the largest logits that its keys may have, whatever it costs to read.
         ranks = torch.addcmul(means, DEVIATIONS * variance.sqrt(), spreads.sqrt())
-        return Estimate(self, weights, ranks.masked_fill_(counts == 0, -torch.inf), 2 * MOST_DRIFT / variance)
+        return Estimate(self, plain, weights, ranks.masked_fill_(counts == 0, -torch.inf), 2 * MOST_DRIFT / variance)
 
 
 @dataclass
@@ -55,12 +60,14 @@ class Estimate:
 
     Attributes:
         level: the clusters.
+        plain: (G, b, L), their log-weights if all keys of each were at its mean; -inf for empty ones.
         weights: (G, b, L), their log-weights; -inf once they are looked into.
         ranks: (G, b, L), by which they are chosen.
         pull: (G, b, 1), the most spread whose drift of values is believed.
     """
 
     level: Level
+    plain: Tensor
     weights: Tensor
     ranks: Tensor
     pull: Tensor
@@ -92,10 +99,66 @@ class Estimate:
         self.weights.masked_fill_(chosen.unsqueeze(1), -torch.inf)
         return chosen & (counts > 0)
 
+    def drifts(self) -> Tensor:
+        """By how much of the slope the values of each move, (G, b, L)."""
+        return torch.minimum(self.level.facts[2].unsqueeze(1), self.pull)
+
     def outputs(self, queries: Tensor, shares: Tensor) -> Tensor:
         """What stands in for those not looked into, (G, b, D), for their shares (G, b, L) of any scale."""
-        drift = (torch.minimum(self.level.facts[2].unsqueeze(1), self.pull) * shares).sum(2, keepdim=True)
+        drift = (self.drifts() * shares).sum(2, keepdim=True)
         return shares @ self.level.mean_values + drift * (queries @ self.level.slope)
+
+
+class Measured:
+    """Clusters of keys of which some were looked into, and what those say of the others.
+
+    A cluster that was looked into shows by how much it weighs more than all its keys at their mean would. A rise that
+    grows with the spread is fitted to these and changes the weights of the others, by ``MOST_CHANGE`` at most. It
+    shows, too, how far its mean value was from the mean of its values under the softmax; this counts beside the slope.
+
+    Args:
+        estimate: of the clusters; its weights are replaced.
+        opened: (G, L) bool, those looked into.
+        of: (G, m) int64, the cluster of each of their keys.
+        logits: (G, b, m) of these; -inf for what is no key.
+    """
+
+    def __init__(self, estimate: Estimate, opened: Tensor, of: Tensor, logits: Tensor) -> None:
+        self._estimate = estimate
+        self._of = of.unsqueeze(1).expand_as(logits)
+        spreads, opened = estimate.level.facts[2].unsqueeze(1), opened.unsqueeze(1)  # (G, 1, L)
+        self._plain = estimate.plain.clamp(min=torch.finfo(torch.float32).min)  # not -inf, from which nothing is taken
+        above = (logits - self._plain.gather(2, self._of)).clamp(max=MOST_RISE).exp()
+        self._rises = torch.zeros_like(estimate.plain).scatter_add(2, self._of, above)  # 0 but for opened ones
+        known = spreads * opened
+        products = self._rises.clamp(min=torch.finfo(torch.float32).tiny).log() * known
+        slope = products.sum(2, keepdim=True) / known.square().sum(2, keepdim=True).clamp(min=1e-12)
+        count = opened.sum(2, keepdim=True)
+        self._trust = count / (count + FORMULAE_COUNT)
+        # Of opened and of empty clusters the weights are -inf, and stay so.
+        formula = (estimate.weights - self._plain).clamp(min=0.0)
+        change = (self._trust * (slope * spreads - formula)).clamp_(-MOST_CHANGE, MOST_CHANGE)
+        estimate.weights = estimate.weights + change
+
+    def outputs(self, queries: Tensor, shares: Tensor, attended: Tensor, values: Tensor, top: Tensor) -> Tensor:
+        """What all of them give, (G, b, D).
+
+        Args:
+            queries: (G, b, D), scaled.
+            shares: (G, b, L), ``exp(weights - top)`` of those not looked into.
+            attended: (G, b, m), ``exp(logits - top)`` of the keys.
+            values: (G, m, D) of the keys.
+            top: (G, b, 1).
+        """
+        level, drifts = self._estimate.level, self._estimate.drifts()
+        drift = (drifts * shares).sum(2, keepdim=True)
+        seen = self._rises * (self._plain - top).exp() * drifts  # what was looked into, as often as it drifts
+        part = self._trust / (1 + SLOPE_COUNTS)
+        gain = part * drift / (drifts * seen).sum(2, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+        # Each key's value less its cluster's mean value, as parts of the products that are made anyway.
+        attended = attended * (1 + gain * drifts.gather(2, self._of))
+        found = attended @ values + (shares - gain * seen) @ level.mean_values
+        return found + (1 - part) * drift * (queries @ level.slope)
 
 
 def normed(covariances: Tensor, slopes: Tensor) -> tuple[Tensor, Tensor]:

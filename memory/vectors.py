@@ -2,7 +2,6 @@
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -196,17 +195,21 @@ class VectorBlocks:
     def gather_heads(self, heads: slice, slots: Tensor) -> Tensor:
         """The vectors (g, m, D) float32 of some heads in these slots, (g, m) int64 ascending, where the vectors are."""
         starts = torch.tensor([*self._starts, self._length], device=slots.device).expand(len(slots), -1).contiguous()
-        bounds = torch.searchsorted(slots, starts)
-        places = slots - starts[:, :-1].flatten().repeat_interleave(bounds.diff().flatten()).view_as(slots)
+        sizes = torch.searchsorted(slots, starts).diff()
+        places = slots - starts[:, :-1].flatten().repeat_interleave(sizes.flatten()).view_as(slots)
         found = torch.empty(*slots.shape, self.head_dim, dtype=self.dtype, device=slots.device)
         scales = torch.empty(*slots.shape, 1, device=slots.device) if self._scales else None
-        for row, (head, ends) in enumerate(zip(range(self.num_heads)[heads], bounds.tolist(), strict=True)):
-            for index, (first, stop) in enumerate(pairwise(ends)):
-                if first < stop:
-                    where = places[row, first:stop]
-                    torch.index_select(self._data[index][head], 0, where, out=found[row, first:stop])
-                    if scales is not None:
-                        scales[row, first:stop] = self._scales[index][head].index_select(0, where)
+        # Slices made at once: with many blocks, making them one by one takes longer than reading the vectors.
+        lengths = sizes.flatten().tolist()
+        wheres, rows = places.flatten().split(lengths), found.flatten(0, 1).split(lengths)
+        for where, row, source in zip(wheres, rows, _by_heads(self._data, heads), strict=True):
+            if len(where):
+                torch.index_select(source, 0, where, out=row)
+        if scales is not None:
+            rows = scales.flatten(0, 1).split(lengths)
+            for where, row, source in zip(wheres, rows, _by_heads(self._scales, heads), strict=True):
+                if len(where):
+                    row.copy_(source.index_select(0, where))
         return found.float() if scales is None else found.float() * scales
 
     def pieces(self, start: int, stop: int, dtype: torch.dtype) -> Iterator[Tensor]:
@@ -255,6 +258,11 @@ class VectorBlocks:
             return stored.to(dtype)
         scales = self._scales[block][:, where] if isinstance(where, slice) else self._scales[block][where]
         return (stored.float() * scales).to(dtype)
+
+
+def _by_heads(blocks: list[Tensor], heads: slice) -> list[Tensor]:
+    """Of blocks (G, n, D), the part (n, D) of each head and block, head after head."""
+    return [part for parts in zip(*(block[heads].unbind() for block in blocks), strict=True) for part in parts]
 
 
 def runs(slots: Tensor) -> list[tuple[int, int]]:
