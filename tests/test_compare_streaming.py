@@ -7,7 +7,8 @@ import pytest
 import torch
 from conftest import ModelMaker
 
-from fot.compare.caches import SinkCache, cache_bytes
+from fot.compare.caches import cache_bytes
+from fot.compare.sinks import SinkCache
 from fot.compare.streaming import attention_sinks, sink_cache, stream
 from fot.compat import CACHE
 

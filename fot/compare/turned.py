@@ -18,13 +18,13 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from fot.compare.rope import NONE, check_rotary, rotated
+from fot.compare.sinks import BLOCK, SinkCache, Turner
 from fot.compat import given_cache
 from fot.families import attention_modules
 from fot.implementation import set_attention
 from fot.rotary import Rotary, rotary_of
 from memory import attend, merge
 
-BLOCK = 256
 NAME = "turned"  # of the attention implementation
 GIVEN = "turned_by"  # keyword by which the hook hands over what is needed
 
@@ -94,7 +94,7 @@ def turned_by(model: Any, pattern: Pattern) -> Iterator[None]:
     """
     check_rotary(model)
     rotary, before = rotary_of(model), model.config._attn_implementation
-    hand_over = partial(_hand_over, pattern, rotary)
+    hand_over = partial(_hand_over, pattern, rotary, Turner(rotary))
     hooks = [module.register_forward_pre_hook(hand_over, with_kwargs=True) for module in attention_modules(model)]
     try:
         with rotated(model, {"rope_type": NONE}):
@@ -106,8 +106,10 @@ def turned_by(model: Any, pattern: Pattern) -> Iterator[None]:
         set_attention(model, before)
 
 
-def _hand_over(pattern: Pattern, rotary: Rotary, module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, Any]:
-    return args, kwargs | {GIVEN: (pattern, rotary, given_cache(kwargs))}
+def _hand_over(
+    pattern: Pattern, rotary: Rotary, turner: Turner, module: Any, args: Any, kwargs: dict[str, Any]
+) -> tuple[Any, Any]:
+    return args, kwargs | {GIVEN: (pattern, rotary, turner, given_cache(kwargs))}
 
 
 def turned_attention(
@@ -134,8 +136,12 @@ def turned_attention(
     Returns:
         (B, T, H, D), and no weights.
     """
-    pattern, rotary, cache = kwargs[GIVEN]
+    pattern, rotary, turner, cache = kwargs[GIVEN]
     length, layer = queries.shape[2], module.layer_idx
+    scale = queries.shape[-1] ** -0.5 if scaling is None else scaling
+    if isinstance(cache, SinkCache):
+        found = cache.layers[layer].attend(layer, turner, queries, keys, values, scale)
+        return found.transpose(1, 2).contiguous(), None
     seen = length if cache is None else cache.get_seq_length(layer)
     places = key_positions(seen, keys.shape[2], pattern.sinks, queries.device)
     outputs = []
@@ -145,7 +151,7 @@ def turned_attention(
         stop = keys.shape[2] - (seen - last)  # no key is later than the last query
         asked, known, read = queries[:, :, rows], keys[:, :, :stop], values[:, :, :stop]
         parts = pattern.parts(here, places[:stop])
-        outputs.append(attend_parts(parts, asked, known, read, rotary, layer, scaling))
+        outputs.append(attend_parts(parts, asked, known, read, rotary, layer, scale))
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
 
 
@@ -156,7 +162,7 @@ def attend_parts(
     values: Tensor,
     rotary: Rotary,
     layer: int,
-    scaling: float | None,
+    scale: float,
 ) -> Tensor:
     """One softmax over all parts: (B, H, T, D).
 
@@ -167,19 +173,16 @@ def attend_parts(
         values: (B, G, S, D).
         rotary: the model's own.
         layer: which.
-        scaling: factor on inner products; None: D**-0.5.
+        scale: factor on inner products.
     """
-    scale = queries.shape[-1] ** -0.5 if scaling is None else scaling
-    group = queries.shape[1] // keys.shape[1]
     output, lse = None, None
     for part in parts:
         asked = turn(queries[:, :, part.rows :], part.queries, part, rotary, layer)
         if part.scale is not None:
             asked = asked * part.scale.to(asked.dtype).unsqueeze(-1)
-        known = turn(keys[:, :, part.slots], part.keys, part, rotary, layer).repeat_interleave(group, dim=1)
-        read = values[:, :, part.slots].repeat_interleave(group, dim=1)
+        known = turn(keys[:, :, part.slots], part.keys, part, rotary, layer)
         seen = None if part.seen is None else part.seen[None, None]
-        found, found_lse = attend(asked, known, read, scale=scale, mask=seen)
+        found, found_lse = attend(asked, known, values[:, :, part.slots], scale=scale, mask=seen)
         if output is None or lse is None:
             output, lse = found, found_lse
         else:
