@@ -52,7 +52,7 @@ def test_compare(checkpoint: Path, text: Path, tmp_path: Path, capsys: pytest.Ca
     by_method = {row.method: row for row in rows(trials) if (row.task, row.length) == ("perplexity", 400)}
     whole = 5 * 2 * 2 * 8 * 4  # layers, keys and values, heads, size, bytes
     assert by_method["plain"].bytes_per_token == whole
-    assert by_method["streaming"].bytes_per_token == pytest.approx(whole * 23 / 200)
+    assert by_method["streaming"].bytes_per_token == pytest.approx(whole * (24 + 4 / 2) / 200)  # sinks' keys twice
     assert by_method["memory"].bytes_per_token >= 2 * 2 * 2 * 8 * 4 + 16
     assert all(row.low <= row.score <= row.high for row in rows(trials))
 
@@ -187,8 +187,11 @@ def test_fluency(model: object, material: Material, tmp_path: Path) -> None:
     assert len(planned) == 3, "bm25 has nothing to read again"
     trials = run(model, planned, Setting(60, window=20), material, tmp_path, [])["trials"]
     for trial in trials:
-        assert trial["figures"].keys() == {"repeated_ngrams", "newline_runs", "unlikely_tokens", "right", "asked"}
+        names = {"repeated_ngrams", "newline_runs", "unlikely_tokens"}
+        assert trial["figures"].keys() == names | {"right", "asked", "by_stretch"}
         assert trial["figures"]["asked"] == 60 - 30 - 3
+        whole = {name: trial["figures"][name] for name in names}
+        assert trial["figures"]["by_stretch"] == [{"end": 30, **whole}], "a short text is one stretch"
     assert [row.method for row in rows(trials)] == ["plain", "streaming", "memory"]
 
 

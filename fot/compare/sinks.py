@@ -47,11 +47,11 @@ class Turner:
 
 
 class SinkLayer(DynamicLayer):
-    """Keys and values of one layer. No gradients flow through what is kept.
+    """Keys and values of one layer. There are no gradients for what is kept.
 
     Slots: the token at position p of the window is in slot p % W, and the first tokens, turned for the newest query,
-    are in those from W on, so that a query at p sees slots 0..p and all of them in the end. Behind them, the keys of the
-    first tokens are kept as they came. All is in two tensors, which transformers sorts by rows.
+    are in those from W on, so that a query at p sees slots 0..p and all of them in the end. Behind them are the keys of
+    the first tokens as they came. All is in two tensors, whose rows transformers sorts for beams.
 
     Attributes:
         sinks: S, first tokens that are kept.
@@ -87,9 +87,7 @@ class SinkLayer(DynamicLayer):
         super().reset()
         self.seen = 0
 
-    def attend(
-        self, layer: int, turn: Turner, queries: Tensor, keys: Tensor, values: Tensor, scale: float
-    ) -> Tensor:
+    def attend(self, layer: int, turn: Turner, queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
         """Attention of the newest T tokens, which are taken in.
 
         Args:
@@ -175,7 +173,7 @@ class SinkLayer(DynamicLayer):
             self.keys[:, :, start : start + count] = keys[:, :, :count].detach()
 
     def _keep(self, turned: Tensor, values: Tensor, first: int) -> None:
-        """Take in tokens from position ``first`` on, or the last ones of them, instead of those that leave the window."""
+        """Take in tokens from position ``first`` on, or their last ones, in place of those that leave the window."""
         count = min(turned.shape[2], self.window)
         start = first + turned.shape[2] - count
         slots = torch.arange(start, start + count, device=turned.device) % self.window
@@ -198,3 +196,10 @@ class SinkCache(Cache):
 
     def __init__(self, num_hidden_layers: int, sinks: int, window: int) -> None:
         super().__init__(layers=[SinkLayer(sinks, window) for _ in range(num_hidden_layers)])
+        self.sizes = sinks, window
+
+    def check_sizes(self, sinks: int, window: int | None) -> None:
+        """Raise ValueError if a model attends to other tokens than are kept here."""
+        if self.sizes != (sinks, window):
+            raise ValueError(f"a cache of {self.sizes[0]} sinks and a window of {self.sizes[1]}, where the model sees "
+                             f"{sinks} and {window}: make the cache in the sizes of the block around it")  # fmt: skip

@@ -1,10 +1,10 @@
 """Attention that turns queries and keys itself, so that a method can give a key one position for some queries and
 another for others.
 
-The model's own rotation is switched off, and its cache holds keys as they are before it. transformers calls
+The model's own rotation is switched off, and its cache is handed keys as they are before it. transformers calls
 ``turned_attention`` by its ``AttentionInterface``; a hook on each attention module hands it the method and the cache.
 Queries go in blocks of ``BLOCK`` positions, which begin at fixed ones: what a query sees depends on its position alone,
-not on how many tokens are read at once.
+not on how many tokens are read at once. A ``SinkCache`` attends by itself, faster.
 """
 
 from collections.abc import Iterator, Sequence
@@ -127,7 +127,7 @@ def turned_attention(
     Args:
         module: the attention module; ``layer_idx`` is its layer.
         queries: (B, H, T, D), not turned.
-        keys: (B, G, S, D), not turned, those of the cache included.
+        keys: (B, G, S, D), not turned, those of all tokens so far; only the new ones with a ``SinkCache``.
         values: (B, G, S, D).
         attention_mask: not looked at: there is no padding.
         scaling: factor on inner products; None: D**-0.5.
@@ -135,22 +135,24 @@ def turned_attention(
 
     Returns:
         (B, T, H, D), and no weights.
+
+    Raises:
+        ValueError: a ``SinkCache`` of other sizes than the pattern's.
     """
     pattern, rotary, turner, cache = kwargs[GIVEN]
-    length, layer = queries.shape[2], module.layer_idx
+    length, seen, layer = queries.shape[2], keys.shape[2], module.layer_idx
     scale = queries.shape[-1] ** -0.5 if scaling is None else scaling
     if isinstance(cache, SinkCache):
+        cache.check_sizes(pattern.sinks, pattern.window)
         found = cache.layers[layer].attend(layer, turner, queries, keys, values, scale)
         return found.transpose(1, 2).contiguous(), None
-    seen = length if cache is None else cache.get_seq_length(layer)
-    places = key_positions(seen, keys.shape[2], pattern.sinks, queries.device)
+    places = torch.arange(seen, device=queries.device)
     outputs = []
     for first, last in blocks(seen - length, seen, pattern.origin):
         rows = slice(first - (seen - length), last - (seen - length))
         here = torch.arange(first, last, device=queries.device)
-        stop = keys.shape[2] - (seen - last)  # no key is later than the last query
-        asked, known, read = queries[:, :, rows], keys[:, :, :stop], values[:, :, :stop]
-        parts = pattern.parts(here, places[:stop])
+        asked, known, read = queries[:, :, rows], keys[:, :, :last], values[:, :, :last]
+        parts = pattern.parts(here, places[:last])
         outputs.append(attend_parts(parts, asked, known, read, rotary, layer, scale))
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
 
@@ -204,14 +206,6 @@ def turn(vectors: Tensor, positions: Tensor, part: Part, rotary: Rotary, layer: 
         return turned
     size = 2 * own.shape[0]
     return torch.cat([turned[..., :size] * part.factor, turned[..., size:]], dim=-1)
-
-
-def key_positions(seen: int, size: int, sinks: int, device: torch.device) -> Tensor:
-    """(S,) positions of the S keys at hand, of ``seen`` tokens: the first few and the last ones."""
-    if size == seen:
-        return torch.arange(seen, device=device)
-    last = torch.arange(seen - (size - sinks), seen, device=device)
-    return torch.cat([torch.arange(sinks, device=device), last])
 
 
 def block_end(position: int, origin: int) -> int:
