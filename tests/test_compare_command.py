@@ -17,6 +17,7 @@ from fot.compare.cost import Shape, cost, extrapolate
 from fot.compare.methods import Setting, opened
 from fot.compare.results import append, open_folder, perplexity_score, read_trials, rows, share_score
 from fot.compare.run import plan, run, searched
+from fot.compare.show import picture_along
 from fot.compare.tasks import TASK_FUNCTIONS, Material
 from fot.evaluation.intervals import wilson
 
@@ -193,6 +194,10 @@ def test_fluency(model: object, material: Material, tmp_path: Path) -> None:
         whole = {name: trial["figures"][name] for name in names}
         assert trial["figures"]["by_stretch"] == [{"end": 30, **whole}], "a short text is one stretch"
     assert [row.method for row in rows(trials)] == ["plain", "streaming", "memory"]
+    (picture,) = picture_along(tmp_path, trials, "tiny")
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    del trials[0]["figures"]["by_stretch"]  # as in results of earlier releases
+    assert picture_along(tmp_path, trials[:1], "tiny") == []
 
 
 def test_all_methods_get_the_same_texts(material: Material) -> None:
