@@ -174,11 +174,12 @@ class SinkLayer(DynamicLayer):
 
     def _keep(self, turned: Tensor, values: Tensor, first: int) -> None:
         """Take in tokens from position ``first`` on, or their last ones, in place of those that leave the window."""
-        count = min(turned.shape[2], self.window)
-        start = first + turned.shape[2] - count
-        slots = torch.arange(start, start + count, device=turned.device) % self.window
-        self.keys[:, :, slots] = turned[:, :, -count:].detach()
-        self.values[:, :, slots] = values[:, :, -count:].detach()
+        count, stop = min(turned.shape[2], self.window), first + turned.shape[2]
+        for kept, new in ((self.keys, turned), (self.values, values)):
+            start, new = (stop - count) % self.window, new[:, :, -count:].detach()
+            end = min(self.window, start + count)
+            kept[:, :, start:end] = new[:, :, : end - start]
+            kept[:, :, : start + count - end] = new[:, :, end - start :]
 
 
 def _slots(vectors: Tensor, count: int) -> Tensor:
