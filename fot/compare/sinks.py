@@ -104,10 +104,12 @@ class SinkLayer(DynamicLayer):
         length = queries.shape[2]
         if length == 1:
             return self._one(layer, turn, self.seen - 1, queries, keys, values, scale)
-        first, outputs = self.seen - length, []
-        for block in zip(*(part.split(BLOCK, dim=2) for part in (queries, keys, values)), strict=True):
-            outputs.append(self._block(layer, turn, first, *block, scale))
-            first += BLOCK
+        first = self.seen - length
+        outputs = []
+        for start in range(0, length, BLOCK):
+            here = slice(start, start + BLOCK)
+            block = queries[:, :, here], keys[:, :, here], values[:, :, here]
+            outputs.append(self._block(layer, turn, first + start, *block, scale))
         return torch.cat(outputs, dim=2)
 
     def _one(
