@@ -39,16 +39,30 @@ class Rotary:
         if frequencies is None:
             return keys
         angle = -positions.to(keys.device, torch.float32).unsqueeze(-1) * frequencies.to(keys.device, torch.float32)
-        cos, sin = angle.cos().unsqueeze(-3), angle.sin().unsqueeze(-3)  # (..., 1, T, R / 2)
-        size = 2 * cos.shape[-1]
-        turned = keys[..., :size].float()  # float32: the rotation must not add to bfloat16's rounding
-        if self.interleaved:
-            one, other = turned[..., 0::2], turned[..., 1::2]
-            pair = torch.stack([one * cos - other * sin, other * cos + one * sin], dim=-1).flatten(-2)
-        else:
-            one, other = turned.chunk(2, dim=-1)
-            pair = torch.cat([one * cos - other * sin, other * cos + one * sin], dim=-1)
-        return torch.cat([pair.to(keys.dtype), keys[..., size:]], dim=-1)
+        return turned_by_angles(keys, angle.cos().unsqueeze(-3), angle.sin().unsqueeze(-3), self.interleaved)
+
+
+def turned_by_angles(vectors: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """Queries or keys with their first R numbers turned.
+
+    Args:
+        vectors: (..., G, T, D).
+        cos: float32 (..., 1, T, R / 2) or (T, R / 2), of the angles.
+        sin: likewise.
+        interleaved: see ``Rotary``.
+
+    Returns:
+        (..., G, T, D) of the same dtype.
+    """
+    size = 2 * cos.shape[-1]
+    turned = vectors[..., :size].float()  # float32: the rotation must not add to bfloat16's rounding
+    if interleaved:
+        one, other = turned[..., 0::2], turned[..., 1::2]
+        pair = torch.stack([one * cos - other * sin, other * cos + one * sin], dim=-1).flatten(-2)
+    else:
+        one, other = turned.chunk(2, dim=-1)
+        pair = torch.cat([one * cos - other * sin, other * cos + one * sin], dim=-1)
+    return torch.cat([pair.to(vectors.dtype), vectors[..., size:]], dim=-1)
 
 
 def rotary_of(model: Any, without: Collection[int] = ()) -> Rotary:

@@ -17,6 +17,7 @@ from fot.compare.cost import Shape, cost, extrapolate
 from fot.compare.methods import Setting, opened
 from fot.compare.results import append, open_folder, perplexity_score, read_trials, rows, share_score
 from fot.compare.run import plan, run, searched
+from fot.compare.show import picture_along
 from fot.compare.tasks import TASK_FUNCTIONS, Material
 from fot.evaluation.intervals import wilson
 
@@ -52,7 +53,7 @@ def test_compare(checkpoint: Path, text: Path, tmp_path: Path, capsys: pytest.Ca
     by_method = {row.method: row for row in rows(trials) if (row.task, row.length) == ("perplexity", 400)}
     whole = 4 * 2 * 2 * 8 * 4  # layers, keys and values, heads, size, bytes
     assert by_method["plain"].bytes_per_token == whole
-    assert by_method["streaming"].bytes_per_token == pytest.approx(whole * 23 / 200)
+    assert by_method["streaming"].bytes_per_token == pytest.approx(whole * (24 + 4 / 2) / 200)  # sinks' keys twice
     assert by_method["memory"].bytes_per_token >= 2 * 2 * 2 * 8 * 4 + 16
     assert all(row.low <= row.score <= row.high for row in rows(trials))
 
@@ -187,9 +188,16 @@ def test_fluency(model: object, material: Material, tmp_path: Path) -> None:
     assert len(planned) == 3, "bm25 has nothing to read again"
     trials = run(model, planned, Setting(60, window=20), material, tmp_path, [])["trials"]
     for trial in trials:
-        assert trial["figures"].keys() == {"repeated_ngrams", "newline_runs", "unlikely_tokens", "right", "asked"}
+        names = {"repeated_ngrams", "newline_runs", "unlikely_tokens"}
+        assert trial["figures"].keys() == names | {"right", "asked", "by_stretch"}
         assert trial["figures"]["asked"] == 60 - 30 - 3
+        whole = {name: trial["figures"][name] for name in names}
+        assert trial["figures"]["by_stretch"] == [{"end": 30, **whole}], "a short text is one stretch"
     assert [row.method for row in rows(trials)] == ["plain", "streaming", "memory"]
+    (picture,) = picture_along(tmp_path, trials, "tiny")
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    del trials[0]["figures"]["by_stretch"]  # as in results of earlier releases
+    assert picture_along(tmp_path, trials[:1], "tiny") == []
 
 
 def test_all_methods_get_the_same_texts(material: Material) -> None:

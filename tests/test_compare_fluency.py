@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import ModelMaker
 
-from fot.compare.fluency import losses_in_windows, measures, newline_runs, repeated_ngrams, unlikely_tokens
+from fot.compare.fluency import losses_in_windows, measures, newline_runs, repeated_ngrams, stretches, unlikely_tokens
 
 
 def test_repeated_ngrams() -> None:
@@ -50,3 +50,16 @@ def test_every_token_is_judged_once(count: int, make_plain: ModelMaker, ids: Cal
 def test_measures() -> None:
     found = measures([1] * 10, "\n\n\n\n", torch.tensor([30.0]))
     assert found == {"repeated_ngrams": pytest.approx(6 / 7), "newline_runs": 1, "unlikely_tokens": 1}
+
+
+def test_stretches_count_each_token_once() -> None:
+    """Half a text of different tokens, then one token for ever, which the model did not expect."""
+    ids = [*range(3000), *[7] * 3000]
+    losses = torch.tensor([0.0] * 2999 + [30.0] * 3000)
+    found = stretches(ids, losses, lambda part: "".join("\n" if token == 7 else "a" for token in part))
+    assert [stretch["end"] for stretch in found] == [2000, 4000, 6000]
+    assert [stretch["repeated_ngrams"] for stretch in found] == pytest.approx([0, 996 / 1997, 1996 / 1997])
+    assert [stretch["unlikely_tokens"] for stretch in found] == pytest.approx([0, 0.5, 1])
+    assert [stretch["newline_runs"] for stretch in found] == pytest.approx([0, 0.5, 1])
+    (short,) = stretches(ids[:10], losses[:9], lambda part: "a")
+    assert short == {"end": 10, **measures(ids[:10], "a", losses[:9])}

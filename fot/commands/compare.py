@@ -92,7 +92,7 @@ def _compare(args: argparse.Namespace) -> int:
     from fot.compare.results import open_folder, rows
     from fot.compare.rope import trained_length
     from fot.compare.run import plan, run, searched
-    from fot.compare.show import pictures, score_text, tables
+    from fot.compare.show import picture_along, pictures, score_text, tables
     from fot.compare.tasks import Material, check_texts
     from fot.compare.tuned import find_tuned
     from fot.evaluation.texts import read_texts
@@ -130,6 +130,7 @@ def _compare(args: argparse.Namespace) -> int:
     summary, trained = rows(found["trials"]), trained_length(model)
     print(tables(summary, trained, without, args.whole_up_to, tuned))
     drawn = pictures(args.out, summary, args.model, trained)
+    drawn += picture_along(args.out, found["trials"], args.model)
     print(f"every trial: {args.out / 'results.jsonl'}; pictures: {', '.join(path.name for path in drawn)}")
     if found["interrupted"]:
         print("interrupted: finished trials only; go on with --resume")

@@ -1,59 +1,12 @@
-"""A cache that keeps a text's first tokens and its last ones, and so never grows."""
+"""The cache that a pattern goes with, and what caches of transformers hold."""
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache
-from transformers.cache_utils import DynamicLayer
 
+from fot.compare.sinks import SinkCache
 from fot.compare.turned import Pattern
-
-
-class SinkLayer(DynamicLayer):
-    """Keys and values of one layer, keys not turned.
-
-    Attributes:
-        seen: tokens so far, those that are forgotten included.
-    """
-
-    def __init__(self, sinks: int, window: int) -> None:
-        """
-        Args:
-            sinks: first tokens that are kept.
-            window: last tokens that a query sees, itself among them: ``window - 1`` are kept for it.
-        """
-        super().__init__()
-        self.sinks, self.kept, self.seen = sinks, window - 1, 0
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Take in T tokens: (B, G, T, D) each. Returns what is kept with all of these."""
-        self.seen += key_states.shape[-2]
-        keys, values = super().update(key_states, value_states)
-        if keys.shape[-2] > self.sinks + self.kept:
-            self.keys, self.values = self._rest(keys), self._rest(values)
-        return keys, values
-
-    def _rest(self, vectors: Tensor) -> Tensor:
-        last = vectors.shape[-2] - self.kept
-        return torch.cat([vectors[:, :, : self.sinks], vectors[:, :, last:]], dim=-2)
-
-    def get_seq_length(self) -> int:
-        """Tokens so far."""
-        return self.seen
-
-
-class SinkCache(Cache):
-    """A cache of ``sinks + window - 1`` tokens between steps, however long the text.
-
-    Args:
-        num_hidden_layers: of the model.
-        sinks: see ``SinkLayer``.
-        window: see ``SinkLayer``.
-    """
-
-    def __init__(self, num_hidden_layers: int, sinks: int, window: int) -> None:
-        super().__init__(layers=[SinkLayer(sinks, window) for _ in range(num_hidden_layers)])
 
 
 def cache_for(model: Any, pattern: Pattern) -> Cache:

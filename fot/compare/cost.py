@@ -79,9 +79,10 @@ def cost(method: Method, shape: Shape, tokens: int, setting: Setting) -> Cost:
         flops = shape.pair_flops(shape.layers)
         return Cost(flops * pairs, flops * (tokens + 1), _cache_bytes(shape, tokens, number))
     if method.attends == WINDOW:
-        most = setting.window + (SINKS if method.name == "streaming" else 0)
+        sinks = SINKS if method.name == "streaming" else 0
+        most = setting.window + sinks
         flops = shape.pair_flops(shape.layers)
-        kept = _cache_bytes(shape, min(tokens, most - 1), shape.number_bytes)
+        kept = _cache_bytes(shape, most + sinks / 2, shape.number_bytes)  # room is made at once; see SinkLayer
         return Cost(flops * _windowed(tokens, most), flops * min(tokens + 1, most), kept)
     if method.attends == MEMORY:
         return _memory_cost(method, shape, tokens)
@@ -111,7 +112,7 @@ def _windowed(tokens: int, most: int) -> float:
     return full * (full + 1) / 2 + max(0, tokens - most) * most
 
 
-def _cache_bytes(shape: Shape, tokens: int, number: float) -> float:
+def _cache_bytes(shape: Shape, tokens: float, number: float) -> float:
     return tokens * shape.layers * 2 * shape.key_value_heads * shape.head_dim * number
 
 

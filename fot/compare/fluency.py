@@ -3,8 +3,9 @@
 A model that has lost its positions repeats itself, or writes empty lines, or what it would not have expected itself.
 """
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ RUN = 3
 UNLIKELY = 1e-4
 # Tokens that are read at once to judge a token, and by which such windows move on.
 WINDOW, STEP = 512, 256
+# Tokens, about, of each stretch of a long text that is judged on its own.
+STRETCH = 2048
 
 
 def repeated_ngrams(ids: Sequence[int], size: int = NGRAM) -> float:
@@ -71,3 +74,23 @@ def measures(ids: Sequence[int], text: str, losses: Tensor) -> dict[str, float]:
         "newline_runs": newline_runs(text),
         "unlikely_tokens": unlikely_tokens(losses),
     }
+
+
+def stretches(ids: Sequence[int], losses: Tensor, decode: Callable[[list[int]], str]) -> list[dict[str, float]]:
+    """The three shares along a text, each of a stretch as if it were all of the text.
+
+    Args:
+        ids: N tokens.
+        losses: (N - 1,), of all but the first.
+        decode: gives the text of tokens.
+
+    Returns:
+        for each stretch the number of its last token, ``end``, and its measures. Stretches are equally long, as nearly
+        as can be: a short one would repeat itself less.
+    """
+    count = max(1, round(len(ids) / STRETCH))
+    bounds = [len(ids) * number // count for number in range(count + 1)]
+    return [
+        {"end": stop, **measures(ids[start:stop], decode(list(ids[start:stop])), losses[max(0, start - 1) : stop - 1])}
+        for start, stop in itertools.pairwise(bounds)
+    ]

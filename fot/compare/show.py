@@ -9,7 +9,7 @@ from rich.table import Table
 from fot.compare.catalogue import METHODS
 from fot.compare.cost import Cost
 from fot.compare.panel import MEMORY
-from fot.compare.results import Row
+from fot.compare.results import Row, Trial
 from fot.compare.tuned import Tuned
 from fot.evaluation.drawing import new_figure, render, save_figure
 
@@ -18,6 +18,11 @@ SCORES = {
     "perplexity": "perplexity",
     "needles": "right",
     "fluency": "repeated 4-grams",
+}
+SHARES = {
+    "repeated_ngrams": "repeated 4-grams",
+    "newline_runs": "line breaks in runs",
+    "unlikely_tokens": "unlikely tokens",
 }
 UNTUNED = {method.name: "no, wants it" if method.wants_tuning else "no" for method in METHODS}
 
@@ -111,6 +116,44 @@ def pictures(folder: Path, rows: Sequence[Row], title: str, trained_length: int)
         made.append(folder / f"{task}.png")
         save_figure(figure, made[-1])
     return made
+
+
+def picture_along(folder: Path, trials: Sequence[Trial], title: str) -> list[Path]:
+    """Draw the shares of fluency along the longest texts that were written, a line a method, into a folder.
+
+    Args:
+        folder: gets ``fluency_along.png``.
+        trials: of all tasks and lengths.
+        title: what was measured.
+
+    Returns:
+        its path; nothing if no text was written.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    # Results from before there were stretches have none.
+    written = [trial for trial in trials if trial["task"] == "fluency" and "by_stretch" in trial["figures"]]
+    longest = max((trial["length"] for trial in written), default=0)
+    groups: dict[str, list[list[dict[str, float]]]] = {}
+    for trial in written:
+        if trial["length"] == longest:
+            groups.setdefault(trial["method"], []).append(trial["figures"]["by_stretch"])
+    if not groups:
+        return []
+    figure = new_figure(11, 4)
+    for axes, (share, name) in zip(figure.subplots(1, len(SHARES)), SHARES.items(), strict=True):
+        for method, texts in groups.items():
+            ends = [stretch["end"] for stretch in texts[0]]
+            means = [sum(stretch[share] for stretch in same) / len(same) for same in zip(*texts, strict=True)]
+            axes.plot(ends, means, "o-", markersize=3, label=method)
+        axes.set(xlabel="tokens written", title=f"share of {name}")
+        axes.set_ylim(bottom=0)
+    figure.suptitle(f"fluency by stretches, {title}")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", fontsize="small")
+    path = folder / "fluency_along.png"
+    save_figure(figure, path)
+    return [path]
 
 
 def cost_table(costs: Mapping[str, Cost], model: str, tokens: int, missing: Mapping[str, str]) -> str:

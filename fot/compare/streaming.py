@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-from fot.compare.caches import SinkCache
 from fot.compare.patterns import Streaming
 from fot.compare.readers import CachedReader, written
+from fot.compare.sinks import SinkCache
 from fot.compare.turned import turned_by
 
 

@@ -8,12 +8,13 @@ import random
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch.nn.functional import cross_entropy
 
-from fot.compare.fluency import NGRAM, losses_in_windows, measures
+from fot.compare.fluency import NGRAM, losses_in_windows, measures, stretches
 from fot.compare.readers import Progress, Reader, greedy, written
 from fot.evaluation.needles import make_haystack, question_ids
 from fot.evaluation.passkey import LARGEST_KEY, QUESTION, key_in, make_prompt
@@ -136,17 +137,20 @@ def fluency(reader: Reader, material: Material, length: int, trial: int, progres
 
 @torch.no_grad()
 def judge(plain: Any, material: Material, ids: Sequence[int]) -> dict[str, Any]:
-    """Figures of what a model wrote: all measures of fluency, and repeated pieces as ``right`` of ``asked``.
+    """Figures of what a model wrote: all measures of fluency, of the whole and ``by_stretch``, and repeated pieces as
+    ``right`` of ``asked``.
 
     Args:
         plain: the model as it is.
         material: with its tokenizer.
         ids: written.
     """
-    text = material.tokenizer.decode(list(ids), clean_up_tokenization_spaces=False)
-    found = measures(ids, text, losses_in_windows(plain, ids))
+    decode = partial(material.tokenizer.decode, clean_up_tokenization_spaces=False)
+    losses = losses_in_windows(plain, ids)
+    found = measures(ids, decode(list(ids)), losses)
     pieces = max(0, len(ids) - NGRAM + 1)
-    return {**found, "right": round(found["repeated_ngrams"] * pieces), "asked": pieces}
+    right = round(found["repeated_ngrams"] * pieces)
+    return {**found, "right": right, "asked": pieces, "by_stretch": stretches(ids, losses, decode)}
 
 
 def check_texts(material: Material, trials: Iterable[tuple[str, int, int]]) -> None:

@@ -1,10 +1,10 @@
 """Attention that turns queries and keys itself, so that a method can give a key one position for some queries and
 another for others.
 
-The model's own rotation is switched off, and its cache holds keys as they are before it. transformers calls
+The model's own rotation is switched off, and its cache is handed keys as they are before it. transformers calls
 ``turned_attention`` by its ``AttentionInterface``; a hook on each attention module hands it the method and the cache.
 Queries go in blocks of ``BLOCK`` positions, which begin at fixed ones: what a query sees depends on its position alone,
-not on how many tokens are read at once.
+not on how many tokens are read at once. A ``SinkCache`` attends by itself, faster.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,13 +18,13 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from fot.compare.rope import NONE, check_rotary, rotated
+from fot.compare.sinks import BLOCK, SinkCache, Turner
 from fot.compat import given_cache
 from fot.families import attention_modules
 from fot.implementation import set_attention
 from fot.rotary import Rotary, rotary_of
 from memory import attend, merge
 
-BLOCK = 256
 NAME = "turned"  # of the attention implementation
 GIVEN = "turned_by"  # keyword by which the hook hands over what is needed
 
@@ -94,7 +94,7 @@ def turned_by(model: Any, pattern: Pattern) -> Iterator[None]:
     """
     check_rotary(model)
     rotary, before = rotary_of(model), model.config._attn_implementation
-    hand_over = partial(_hand_over, pattern, rotary)
+    hand_over = partial(_hand_over, pattern, rotary, Turner(rotary))
     hooks = [module.register_forward_pre_hook(hand_over, with_kwargs=True) for module in attention_modules(model)]
     try:
         with rotated(model, {"rope_type": NONE}):
@@ -106,8 +106,10 @@ def turned_by(model: Any, pattern: Pattern) -> Iterator[None]:
         set_attention(model, before)
 
 
-def _hand_over(pattern: Pattern, rotary: Rotary, module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, Any]:
-    return args, kwargs | {GIVEN: (pattern, rotary, given_cache(kwargs))}
+def _hand_over(
+    pattern: Pattern, rotary: Rotary, turner: Turner, module: Any, args: Any, kwargs: dict[str, Any]
+) -> tuple[Any, Any]:
+    return args, kwargs | {GIVEN: (pattern, rotary, turner, given_cache(kwargs))}
 
 
 def turned_attention(
@@ -125,7 +127,7 @@ def turned_attention(
     Args:
         module: the attention module; ``layer_idx`` is its layer.
         queries: (B, H, T, D), not turned.
-        keys: (B, G, S, D), not turned, those of the cache included.
+        keys: (B, G, S, D), not turned, those of all tokens so far; only the new ones with a ``SinkCache``.
         values: (B, G, S, D).
         attention_mask: not looked at: there is no padding.
         scaling: factor on inner products; None: D**-0.5.
@@ -133,19 +135,25 @@ def turned_attention(
 
     Returns:
         (B, T, H, D), and no weights.
+
+    Raises:
+        ValueError: a ``SinkCache`` of other sizes than the pattern's.
     """
-    pattern, rotary, cache = kwargs[GIVEN]
-    length, layer = queries.shape[2], module.layer_idx
-    seen = length if cache is None else cache.get_seq_length(layer)
-    places = key_positions(seen, keys.shape[2], pattern.sinks, queries.device)
+    pattern, rotary, turner, cache = kwargs[GIVEN]
+    length, seen, layer = queries.shape[2], keys.shape[2], module.layer_idx
+    scale = queries.shape[-1] ** -0.5 if scaling is None else scaling
+    if isinstance(cache, SinkCache):
+        cache.check_sizes(pattern.sinks, pattern.window)
+        found = cache.layers[layer].attend(layer, turner, queries, keys, values, scale)
+        return found.transpose(1, 2).contiguous(), None
+    places = torch.arange(seen, device=queries.device)
     outputs = []
     for first, last in blocks(seen - length, seen, pattern.origin):
         rows = slice(first - (seen - length), last - (seen - length))
         here = torch.arange(first, last, device=queries.device)
-        stop = keys.shape[2] - (seen - last)  # no key is later than the last query
-        asked, known, read = queries[:, :, rows], keys[:, :, :stop], values[:, :, :stop]
-        parts = pattern.parts(here, places[:stop])
-        outputs.append(attend_parts(parts, asked, known, read, rotary, layer, scaling))
+        asked, known, read = queries[:, :, rows], keys[:, :, :last], values[:, :, :last]
+        parts = pattern.parts(here, places[:last])
+        outputs.append(attend_parts(parts, asked, known, read, rotary, layer, scale))
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
 
 
@@ -156,7 +164,7 @@ def attend_parts(
     values: Tensor,
     rotary: Rotary,
     layer: int,
-    scaling: float | None,
+    scale: float,
 ) -> Tensor:
     """One softmax over all parts: (B, H, T, D).
 
@@ -167,19 +175,16 @@ def attend_parts(
         values: (B, G, S, D).
         rotary: the model's own.
         layer: which.
-        scaling: factor on inner products; None: D**-0.5.
+        scale: factor on inner products.
     """
-    scale = queries.shape[-1] ** -0.5 if scaling is None else scaling
-    group = queries.shape[1] // keys.shape[1]
     output, lse = None, None
     for part in parts:
         asked = turn(queries[:, :, part.rows :], part.queries, part, rotary, layer)
         if part.scale is not None:
             asked = asked * part.scale.to(asked.dtype).unsqueeze(-1)
-        known = turn(keys[:, :, part.slots], part.keys, part, rotary, layer).repeat_interleave(group, dim=1)
-        read = values[:, :, part.slots].repeat_interleave(group, dim=1)
+        known = turn(keys[:, :, part.slots], part.keys, part, rotary, layer)
         seen = None if part.seen is None else part.seen[None, None]
-        found, found_lse = attend(asked, known, read, scale=scale, mask=seen)
+        found, found_lse = attend(asked, known, values[:, :, part.slots], scale=scale, mask=seen)
         if output is None or lse is None:
             output, lse = found, found_lse
         else:
@@ -201,14 +206,6 @@ def turn(vectors: Tensor, positions: Tensor, part: Part, rotary: Rotary, layer: 
         return turned
     size = 2 * own.shape[0]
     return torch.cat([turned[..., :size] * part.factor, turned[..., size:]], dim=-1)
-
-
-def key_positions(seen: int, size: int, sinks: int, device: torch.device) -> Tensor:
-    """(S,) positions of the S keys at hand, of ``seen`` tokens: the first few and the last ones."""
-    if size == seen:
-        return torch.arange(seen, device=device)
-    last = torch.arange(seen - (size - sinks), seen, device=device)
-    return torch.cat([torch.arange(sinks, device=device), last])
 
 
 def block_end(position: int, origin: int) -> int:
