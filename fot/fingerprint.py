@@ -27,7 +27,7 @@ MADE_WITH = "made_with"
 
 # Settings of MemoryConfig that change what is stored.
 _SETTINGS = ("mem_layers", "local_context", "mem_positionals", "isolated_windows")
-_LATER_SETTINGS = ("window_overlap", "full_weight_tokens")
+_LATER_SETTINGS = ("window_overlap", "full_weight_tokens", "newest_full_weight")
 # Fields of a model's configuration that do and that no weight's shape shows.
 _CONFIG_FIELDS = ("num_attention_heads", "rms_norm_eps", "hidden_act")
 _LATER_FIELDS = (
@@ -167,7 +167,7 @@ def _named_setting(model: Any, memory: Any) -> str | None:
 def _settings(config: MemoryConfig) -> dict[str, Any]:
     found = {name: _plain(getattr(config, name)) for name in (*_SETTINGS, *_LATER_SETTINGS)}
     if config.isolated_windows:  # what is stored has read no memory, and so does not depend on what one weighs
-        found["full_weight_tokens"] = None
+        found["full_weight_tokens"] = found["newest_full_weight"] = None
     elif config.memory_gates is not None:  # else unsaid, as in memories of before
         found["memory_gates"] = _plain(config.memory_gates)
     return found
