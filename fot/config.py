@@ -42,7 +42,7 @@ class MemoryConfig:
             paper.
         newest_full_weight: of those, number of newest tokens of a larger memory that keep their full weight; all others
             share the rest. What is near matters most to ordinary text, to code above all, and keys in a memory do not
-            show how near they are. None takes a quarter of ``full_weight_tokens``. With 0, all tokens weigh alike.
+            show how near they are. None takes half of ``full_weight_tokens``. With 0, all tokens weigh alike.
         retrieval_heads: (layer, head) of the query heads whose attention finds the passages that a question is about;
             ``fot eval heads`` chooses them. None takes all heads of the memory layers.
         memory_gates: for each memory layer, a number between 0 and 1 for each query head: the share of attention that
@@ -163,7 +163,7 @@ class MemoryConfig:
                 f"of {window} tokens would have no room for new tokens: lower one of them"
             )
         full = 4 * window if self.full_weight_tokens is None else self.full_weight_tokens
-        newest = full // 4 if self.newest_full_weight is None else self.newest_full_weight
+        newest = full // 2 if self.newest_full_weight is None else self.newest_full_weight
         if newest and full and newest >= full:
             raise ValueError(
                 f"newest_full_weight is {newest}, and full_weight_tokens is {full}: the newest tokens would leave no "
