@@ -38,9 +38,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.overrides += rest
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     for name in ("fot", "memory"):
-        logging.getLogger(name).setLevel(logging.INFO if args.verbose else logging.WARNING)
+        _set_level(name, logging.INFO if args.verbose else logging.WARNING)
     # pypdf says what it passes over in a file; that the file could not be read, we say.
-    logging.getLogger("pypdf").setLevel(logging.WARNING if args.verbose else logging.CRITICAL)
+    _set_level("pypdf", logging.WARNING if args.verbose else logging.CRITICAL)
     command: Command = args.command
     try:
         return command(args)
@@ -51,6 +51,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.verbose:
             raise
         return _refuse(error)
+
+
+def _set_level(name: str, level: int) -> None:
+    """Of a logger. Setting it goes through all loggers of the process, of which libraries make thousands."""
+    logger = logging.getLogger(name)
+    if logger.level != level:
+        logger.setLevel(level)
 
 
 def program() -> NoReturn:

@@ -32,7 +32,7 @@ SHAPE = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,
     "intermediate_size": 48,
-    "num_hidden_layers": 5,
+    "num_hidden_layers": 4,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 64,
@@ -89,7 +89,7 @@ def make_plain() -> ModelMaker:
 
     made: dict[tuple[str, int, int], tuple[Any, torch.Tensor]] = {}
 
-    def make(family: str = "llama", seed: int = 0, layers: int = 5) -> Any:
+    def make(family: str = "llama", seed: int = 0, layers: int = 4) -> Any:
         if (family, seed, layers) not in made:
             torch.manual_seed(seed)  # transformers.set_seed would load peft
             model = AutoModelForCausalLM.from_config(FAMILIES[family](num_hidden_layers=layers)).eval()
@@ -110,7 +110,7 @@ def make_model(make_plain: ModelMaker) -> ModelMaker:
 
     import fot
 
-    def make(family: str = "llama", seed: int = 0, layers: int = 5, **settings: Any) -> Any:
+    def make(family: str = "llama", seed: int = 0, layers: int = 4, **settings: Any) -> Any:
         defaults = {"mem_layers": (1, 3), "local_context": WINDOW, "index": "exact"} | PAPER
         return fot.attach_memory(make_plain(family, seed, layers), fot.MemoryConfig(**(defaults | settings)))
 

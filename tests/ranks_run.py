@@ -1,6 +1,6 @@
 """Training steps with every shipped recipe's contexts, one lane a process, on several processes.
 
-python tests/ranks_run.py OUT.json 2 3 4
+python tests/ranks_run.py OUT.json 2 3
 """
 
 import json
@@ -102,7 +102,7 @@ def process(rank: int, world: int, port: int, out: Path) -> None:
         if steps not in of_steps:
             fused = step_of(name, True, accelerator)
             # as on devices without the fused kernels
-            of_steps[steps] = fused, step_of(name, False, accelerator) if world == 4 else None
+            of_steps[steps] = fused, step_of(name, False, accelerator) if world == 3 else None
         found[name], recomputed = of_steps[steps]
         if recomputed:
             found[f"{name}, recomputed"] = recomputed

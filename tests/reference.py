@@ -117,10 +117,12 @@ def _attend(
     T, S = q.shape[2], k.shape[2]  # noqa: N806
     bias = torch.zeros(S) if local_bias is None else local_bias
     seen = torch.ones(T, S, dtype=torch.bool).tril(S - T)
-    for (old_k, old_v), old_bias in zip(memory, memory_bias or [0.0] * len(memory), strict=True):
-        k, v = torch.cat([old_k, k], dim=2), torch.cat([old_v, v], dim=2)
-        seen = torch.cat([torch.ones(T, old_k.shape[2], dtype=torch.bool), seen], dim=1)
-        bias = torch.cat([torch.full((old_k.shape[2],), old_bias), bias])
+    sizes = [old_k.shape[2] for old_k, _ in memory]
+    biases = memory_bias or [0.0] * len(memory)
+    k = torch.cat([*(old_k for old_k, _ in memory), k], dim=2)
+    v = torch.cat([*(old_v for _, old_v in memory), v], dim=2)
+    seen = torch.cat([torch.ones(T, sum(sizes), dtype=torch.bool), seen], dim=1)
+    bias = torch.cat([*(torch.full((size,), one) for size, one in zip(sizes, biases, strict=True)), bias])
     group = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
     scores = (q @ k.mT) * q.shape[-1] ** -0.5 + bias

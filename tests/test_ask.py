@@ -27,7 +27,7 @@ TEMPLATE = (
 
 @pytest.fixture
 def model(make_model: ModelMaker, tokenizer: PreTrainedTokenizerFast) -> Any:
-    made = make_model(local_context=WINDOW)
+    made = make_model(local_context=WINDOW, layers=5)
     made.tokenizer = copy.deepcopy(tokenizer)
     return made
 

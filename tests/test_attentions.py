@@ -43,7 +43,7 @@ def test_weights_are_those_of_one_softmax(
     mask[1:, :3] = 0
     output = model(tokens, attention_mask=mask, memory=memory, output_attentions=True)
     torch.testing.assert_close(output.logits, model(tokens, attention_mask=mask, memory=memory).logits, **CLOSE)
-    assert [weights.shape for weights in output.attentions] == [(rows, 4, 8, 8)] * 5
+    assert [weights.shape for weights in output.attentions] == [(rows, 4, 8, 8)] * 4
     for layer in MEMORY_LAYERS:
         queries, keys, scale = seen[layer]
         stored = memory[layer].keys().expand(rows, -1, -1, -1)
@@ -65,7 +65,7 @@ def test_generated_tokens_have_weights_of_every_layer(make_model: ModelMaker, id
     assert output.sequences.tolist() == make_model().generate(ids(10), **options).sequences.tolist()
     for step in output.attentions:
         assert len({weights.shape for weights in step}) == 1
-        assert len(step) == 5
+        assert len(step) == 4
     last = output.attentions[-1]
     assert (last[1][..., :4] == 0).all()
     assert (last[0][..., :4] > 0).any()
@@ -82,7 +82,7 @@ def test_what_has_no_weights_is_refused(make_model: ModelMaker, make_plain: Mode
     asked = fot.attach_memory(plain, model.memory_config)
     with pytest.raises(ValueError, match="output_attentions is kept within one window of 16 tokens"):
         asked(ids(40))
-    assert len(asked(ids(10)).attentions) == 5
+    assert len(asked(ids(10)).attentions) == 4
     crossbatch = enable_crossbatch(model, model.memory_config)
     crossbatch.contexts = Contexts([torch.tensor([], dtype=torch.int64), torch.tensor([0])])
     with pytest.raises(ValueError, match="output_attentions is not known while crossbatch trains"):

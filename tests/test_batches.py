@@ -230,8 +230,7 @@ def test_same_seed_same_batches_other_seed_other_batches(tmp_path: Path, tokeniz
     assert not all(same(next(one), next(other)) for _ in range(5))
 
 
-@pytest.mark.parametrize("aligned", [False, True])
-@pytest.mark.parametrize("kind", ["jsonl", "parquet", "txt"])
+@pytest.mark.parametrize(("kind", "aligned"), [("jsonl", False), ("parquet", True), ("txt", False), ("txt", True)])
 def test_a_stopped_loader_goes_on_with_the_same_batches(
     tmp_path: Path, tokenizer: Any, kind: str, aligned: bool
 ) -> None:

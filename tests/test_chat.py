@@ -229,16 +229,20 @@ def undisturbed(tokenizer: PreTrainedTokenizerFast) -> Callable[[str], list[tupl
     return turns
 
 
+FAULTS = [
+    ("on_text", 1, ValueError("of the caller")),
+    ("stop", 7, KeyboardInterrupt()),
+    ("attention", 1, OutOfMemoryError("no memory left")),
+    ("head", 6, OutOfMemoryError("no memory left")),
+]
+
+
+# Each fault where the template rewrites the last answer, so that the state goes back furthest, and where it does not.
 @pytest.mark.parametrize(
-    ("where", "at", "error"),
-    [
-        ("on_text", 1, ValueError("of the caller")),
-        ("stop", 7, KeyboardInterrupt()),
-        ("attention", 1, OutOfMemoryError("no memory left")),
-        ("head", 6, OutOfMemoryError("no memory left")),
-    ],
-)
-@pytest.mark.parametrize("name", ["plain", "chatml", "deepseek r1"])
+    ("name", "where", "at", "error"),
+    [(name, *fault) for names in (("deepseek r1",) * 4, ("plain", "chatml") * 2)
+     for name, fault in zip(names, FAULTS, strict=True)],
+)  # fmt: skip
 def test_a_turn_happens_wholly_or_not_at_all(
     name: str,
     where: str,
@@ -297,18 +301,18 @@ def test_threads_do_not_see_one_another(
         return answer.text, answer.passages
 
     together: dict[int, Any] = {}
-    start = threading.Barrier(16)
+    start = threading.Barrier(8)
 
     def work(number: int) -> None:
         start.wait()
         together[number] = run(number)
 
-    threads = [threading.Thread(target=work, args=(number,)) for number in range(16)]
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    for number in range(16):
+    for number in range(8):
         assert together[number] == run(number)
     assert model.recorder is None
     assert "recorder" not in vars(model)

@@ -163,7 +163,7 @@ def test_info_counts_bytes_as_the_store_does(checkpoint: Path, make_model: Model
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--mem-layers", "1,9"], "memory layer 9 is out of range: the model has layers 0..4"),
+        (["--mem-layers", "1,9"], "memory layer 9 is out of range: the model has layers 0..3"),
         (["--top-k", "0"], "top_k is 0; it must be at least 1"),
         (["--index", "IVFx,Nope"], "IVFx,Nope"),
         (["--lengths", "12"], "a passkey prompt of 12 tokens is too short"),

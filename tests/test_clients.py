@@ -1,4 +1,7 @@
-"""Clients of the server that are too large for the dev extra: ``pip install langchain-openai``."""
+"""Clients of the server that are too large for the dev extra: ``pip install langchain-openai``.
+
+Slow, as loading them takes seconds; what they ask of the server, the client of OpenAI asks in test_serve.py.
+"""
 
 from pathlib import Path
 
@@ -9,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from fot.serve.server import Settings
 
 
+@pytest.mark.slow
 def test_langchain(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     """Whole and in a stream; passages, which it does not know, do no harm."""
     langchain = pytest.importorskip("langchain_openai")

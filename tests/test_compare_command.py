@@ -50,7 +50,7 @@ def test_compare(checkpoint: Path, text: Path, tmp_path: Path, capsys: pytest.Ca
     ]  # fmt: skip
     assert (out / "passkey.png").read_bytes().startswith(b"\x89PNG")
     by_method = {row.method: row for row in rows(trials) if (row.task, row.length) == ("perplexity", 400)}
-    whole = 5 * 2 * 2 * 8 * 4  # layers, keys and values, heads, size, bytes
+    whole = 4 * 2 * 2 * 8 * 4  # layers, keys and values, heads, size, bytes
     assert by_method["plain"].bytes_per_token == whole
     assert by_method["streaming"].bytes_per_token == pytest.approx(whole * 23 / 200)
     assert by_method["memory"].bytes_per_token >= 2 * 2 * 2 * 8 * 4 + 16
@@ -247,13 +247,13 @@ def test_costs_by_hand(model: object) -> None:
         assert held - slack <= found.kept_bytes <= held, name
     pair = 4 * 4 * 8  # heads, size
     plain, window, memory = (cost(one, shape, 100, setting) for one in find_methods("plain,window,memory"))
-    assert plain.read_flops == 5 * pair * 100 * 101 / 2
-    assert plain.token_flops == 5 * pair * 101
-    assert window.read_flops == 5 * pair * sum(min(place + 1, 20) for place in range(100))
-    assert window.token_flops == 5 * pair * 20
+    assert plain.read_flops == 4 * pair * 100 * 101 / 2
+    assert plain.token_flops == 4 * pair * 101
+    assert window.read_flops == 4 * pair * sum(min(place + 1, 20) for place in range(100))
+    assert window.token_flops == 4 * pair * 20
     local = shape.memory.local_length(100)
     assert local > 0
-    assert memory.token_flops == 2 * pair * 100 + 3 * pair * local  # layers without memory see the window
+    assert memory.token_flops == 2 * pair * 100 + 2 * pair * local  # layers without memory see the window
     assert cost(find_methods("memory-ivf")[0], shape, 100, setting).token_flops is None
 
 

@@ -182,8 +182,7 @@ def test_short_documents_share_a_file(
 
 
 @pytest.mark.usefixtures("small_pieces")
-@pytest.mark.parametrize("overlap", [0, 5])
-@pytest.mark.parametrize("stop", [1, 7, 23, 10_000])
+@pytest.mark.parametrize(("overlap", "stop"), [(0, 1), (5, 7), (0, 23), (0, 10_000), (5, 10_000)])
 def test_interrupted_documents_go_on(
     model: Any, stop: int, overlap: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

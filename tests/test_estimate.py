@@ -82,7 +82,7 @@ def test_what_is_older_than_the_count_is_not_in_it() -> None:
 def test_what_the_estimate_depends_on(base: Path) -> None:
     def of(**changes: Any) -> Any:
         settings = {"model": str(base), "memory": {"mem_layers": [1], "local_context": 16}, "dtype": "float32",
-                    "sources": [{"path": "text.txt"}], "lanes": 2, "windows": 3, "trainable": "lora"}  # fmt: skip
+                    "sources": [{"path": "text.txt"}], "lanes": 2, "windows": 3, "trainable": "memory"}  # fmt: skip
         return Recipe(**(settings | changes))
 
     plain = estimate(of())

@@ -138,7 +138,7 @@ def test_any_huggingface_model(
     tokenizer.save_pretrained(place / "model")
     arguments = ["model", "tea.txt", "--mem-layers", "1", "3", "--window", "32", "--tokens", "8"]
     shown = run_here("any_huggingface_model.py", *arguments)
-    assert "(1, 3) of 5 layers with memory, windows of 32 tokens" in shown
+    assert "(1, 3) of 4 layers with memory, windows of 32 tokens" in shown
     assert f"{len(TEXTS['tea.txt']) - 16} tokens" in shown
     with_memory, without = re.findall(r"with(?:out)? memory: *(.+)", shown)
     assert with_memory != without

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import WINDOW, ModelMaker
+from conftest import FAMILIES, WINDOW, ModelMaker
 from transformers import GenerationConfig, StoppingCriteria
 from transformers.generation import BaseStreamer
 
@@ -30,7 +30,10 @@ def greedy_by_hand(model: Any, prompt: torch.Tensor, count: int, **options: Any)
     return tokens
 
 
-@pytest.mark.parametrize("length", [3, WINDOW, 5 * WINDOW + 3])
+@pytest.mark.parametrize(
+    ("family", "length"),
+    [("llama", 3), ("llama", WINDOW), *((name, 3 * WINDOW + 3) for name in FAMILIES)],
+)
 def test_greedy_of_any_length(length: int, family: str, make_model: ModelMaker, ids: Draw) -> None:
     model, prompt = make_model(family), ids(length)
     output = model.generate(prompt, **GREEDY)
@@ -78,8 +81,9 @@ def test_memory_is_written_when_told_to(make_model: ModelMaker, ids: Draw) -> No
         model.generate(ids(4, rows=2), memory=memory, update_memory=True, **GREEDY)
 
 
-def test_left_padded_rows_give_what_they_give_alone(family: str, make_model: ModelMaker, ids: Draw) -> None:
-    model = make_model(family, layers=3, mem_layers=(0, 2))
+def test_left_padded_rows_give_what_they_give_alone(make_model: ModelMaker, ids: Draw) -> None:
+    """Past the window in the prompt and in the answer; other families are tried in test_families.py."""
+    model = make_model(layers=3, mem_layers=(0, 2))
     rows = [ids(count, seed=count) for count in (75, 37, 12, 2)]
     options = GREEDY | {"max_new_tokens": WINDOW + 4}
     tokens = torch.zeros(4, 75, dtype=torch.int64)
@@ -132,7 +136,7 @@ def test_a_memory_for_each_row(make_model: ModelMaker, ids: Draw) -> None:
 @pytest.mark.parametrize("length", [10, 60])
 def test_beams_equal_the_plain_model_or_a_search_by_hand(length: int, make_model: ModelMaker, ids: Draw) -> None:
     model, prompt = make_model(), ids(length)
-    options = {"num_beams": 3, "do_sample": False, "eos_token_id": None, "max_new_tokens": 30}
+    options = {"num_beams": 3, "do_sample": False, "eos_token_id": None, "max_new_tokens": WINDOW + 4}
     output = model.generate(prompt, return_dict_in_generate=True, output_scores=True, **options)
     found = output.sequences[0, length:].tolist()
     # A beam's score must be the likelihood of its tokens when they are read straight, one after another.
@@ -224,14 +228,13 @@ def test_no_word_about_the_maximum_length(
 
 
 CHECKPOINT_SETTINGS = [
-    {"use_cache": False},
-    {"cache_implementation": "static"},
-    {"cache_implementation": "quantized", "use_cache": False},
+    (10, {"use_cache": False}),
+    (60, {"cache_implementation": "static"}),
+    (60, {"cache_implementation": "quantized", "use_cache": False}),
 ]
 
 
-@pytest.mark.parametrize("settings", CHECKPOINT_SETTINGS, ids=str)
-@pytest.mark.parametrize("length", [10, 60])
+@pytest.mark.parametrize(("length", "settings"), CHECKPOINT_SETTINGS, ids=str)
 def test_what_a_checkpoint_says_of_caches_changes_no_token(
     settings: dict[str, Any], length: int, make_model: ModelMaker, ids: Draw
 ) -> None:

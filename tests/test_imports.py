@@ -1,6 +1,7 @@
 """Who may import whom. Imports within functions and for type checkers count, too: a circle there is a circle."""
 
 import ast
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,7 +24,11 @@ def modules() -> dict[str, Path]:
 
 
 MODULES = modules()
-TREES = {name: ast.parse(path.read_text("utf-8")) for name, path in MODULES.items()}
+
+
+@functools.cache
+def tree_of(name: str) -> ast.Module:
+    return ast.parse(MODULES[name].read_text("utf-8"))
 
 
 def imported(tree: ast.AST) -> set[str]:
@@ -82,7 +87,7 @@ KNOWN = [
 
 
 def test_no_circles() -> None:
-    graph = {name: imported(tree) & set(MODULES) - {name} for name, tree in TREES.items()}
+    graph = {name: imported(tree_of(name)) & set(MODULES) - {name} for name in MODULES}
     assert circles(graph) == KNOWN
 
 
@@ -93,7 +98,7 @@ def upward(name: str) -> Iterator[str]:
         "fot": ("training",),
         "training": (),
     }
-    for other in sorted(imported(TREES[name])):
+    for other in sorted(imported(tree_of(name))):
         top = other.split(".")[0]
         if top in forbidden[name.split(".")[0]] and (name, top) not in LAZY:
             yield other
@@ -109,10 +114,10 @@ def test_no_arrow_goes_up(package: str) -> None:
 def test_lazy_arrows_are_lazy() -> None:
     for name, top in LAZY:
         at_once = {
-            other for node in TREES[name].body if not isinstance(node, ast.FunctionDef) for other in imported(node)
+            other for node in tree_of(name).body if not isinstance(node, ast.FunctionDef) for other in imported(node)
         }
         assert not {other for other in at_once if other.split(".")[0] == top}
-        assert any(other.split(".")[0] == top for other in imported(TREES[name])), "an exception that is none"
+        assert any(other.split(".")[0] == top for other in imported(tree_of(name))), "an exception that is none"
 
 
 def own_names(tree: ast.AST) -> set[str]:
@@ -126,8 +131,8 @@ def own_names(tree: ast.AST) -> set[str]:
 
 def private(name: str) -> list[str]:
     """Names with an underscore that a module takes from another, or reads of an object that is not its own."""
-    found, own = [], own_names(TREES[name])
-    for node in ast.walk(TREES[name]):
+    found, own = [], own_names(tree_of(name))
+    for node in ast.walk(tree_of(name)):
         if isinstance(node, ast.ImportFrom):
             found += [alias.name for alias in node.names if alias.name.startswith("_")]
         elif isinstance(node, ast.Attribute) and is_private(node.attr) and node.attr not in own:
@@ -141,7 +146,7 @@ def is_private(name: str) -> bool:
 
 def names_of_memory() -> set[str]:
     """What memory's classes keep to themselves."""
-    trees = [tree for name, tree in TREES.items() if name.split(".")[0] == "memory"]
+    trees = [tree_of(name) for name in MODULES if name.split(".")[0] == "memory"]
     return {name for tree in trees for name in own_names(tree) if is_private(name)}
 
 

@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
+import forks
 import pytest
 from conftest import ModelMaker
 from mcp import Client, StdioServerParameters, stdio_client
@@ -67,8 +68,18 @@ def test_tools_and_resources(library: Library) -> None:
     with_client(create_server(library), use)
 
 
+# ``python -m fot``, with two named pipes as its input and output.
+PIPED = """
+import os, runpy, sys
+for number, how in ((0, os.O_RDONLY), (1, os.O_WRONLY)):
+    os.dup2(os.open(sys.argv.pop(1), how), number)
+runpy.run_module("fot", run_name="__main__", alter_sys=True)
+"""
+
+
+@pytest.mark.parametrize("anew", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["copied", "anew"])
 def test_the_command_speaks_over_pipes(
-    make_plain: ModelMaker, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+    anew: bool, make_plain: ModelMaker, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     """What is printed elsewhere must not get between."""
     make_plain().save_pretrained(tmp_path / "tiny")
@@ -77,16 +88,26 @@ def test_the_command_speaks_over_pipes(
     options = ["--mem-layers", "1,3", "--local-context", "64", "--dtype", "float32", "--device", "cpu"]
     build = ["memory", "build", str(tmp_path / "a.memory"), str(tmp_path / "a.txt"), "--model", str(tmp_path / "tiny")]
     assert main([*build, *options]) == 0
+    words = ["mcp", str(tmp_path / "a.memory"), "--dtype", "float32"]
     root = str(Path(__file__).parent.parent)
-    command = StdioServerParameters(
-        command=sys.executable,
-        args=["-m", "fot", "mcp", str(tmp_path / "a.memory"), "--dtype", "float32"],
-        env=dict(os.environ) | {"PYTHONPATH": root},
-        cwd=str(tmp_path),
-    )
+    if anew:
+        command = StdioServerParameters(
+            command=sys.executable,
+            args=["-m", "fot", *words],
+            env=dict(os.environ) | {"PYTHONPATH": root},
+            cwd=str(tmp_path),
+        )
+    else:
+        pipes = [tmp_path / name for name in ("in", "out")]
+        for pipe in pipes:
+            os.mkfifo(pipe)
+        process = forks.Fork("-c", PIPED, *pipes, *words, cwd=tmp_path)
+        command = StdioServerParameters(command="sh", args=["-c", "cat out & exec cat > in"], cwd=str(tmp_path))
 
     async def use(client: Client) -> None:
         found = content(await client.call_tool("passages", {"question": "When is tea?"}))
         assert "Tea is at five." in found["passages"][0]["text"]
 
     with_client(stdio_client(command), use)
+    if not anew:
+        assert process.wait(60) == 0, process.stderr

@@ -145,7 +145,10 @@ def test_chat_asks_in_the_template_and_takes_any_wording(model: Any, monkeypatch
         assert model.tokenizer.decode(target) == f" {needle.answer}"
 
 
-def test_chat_reads_passages_again_as_fot_ask_does(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_chat_reads_passages_again_as_fot_ask_does(
+    tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(needles, "CHAT_TOKENS", 8)
     model = make_wide(copy.deepcopy(tokenizer), 512)
     with pytest.raises(ValueError, match="ask with chat"):
         needles.run(model, texts(model.tokenizer), [700], reread="auto")

@@ -109,7 +109,7 @@ def test_rows_with_padding_ask_as_little(make_model: ModelMaker, ids: Draw, ques
     mask[0, :5] = 0
     cache = model(tokens, attention_mask=mask, use_cache=True).past_key_values
     token, moved = ids(1, rows=2), 0
-    for _ in range(3 * WINDOW):
+    for _ in range(2 * WINDOW):
         before = list(cache.local.counts)
         with questions:
             model(token, past_key_values=cache)

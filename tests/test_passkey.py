@@ -100,14 +100,14 @@ def test_shared_beginnings_change_nothing(
     model.tokenizer = tokenizer
     memories: list[Any] = []
     monkeypatch.setattr(passkey, "_answer", lambda model, ids, memory: memories.append(memory) or "")
-    prompts = sorted(passkey.make_prompts(tokenizer, 600, 4, seed=3), key=lambda prompt: prompt.common)
+    prompts = sorted(passkey.make_prompts(tokenizer, 450, 3, seed=3), key=lambda prompt: prompt.common)
     beginning = passkey.Beginning(model.new_memory())
     for prompt in prompts:
         shared = passkey.answer_from_memory(model, prompt, beginning=beginning)
         alone = passkey.answer_from_memory(model, prompt)
-        assert shared.ingest_tokens <= alone.ingest_tokens == 600 - 8
+        assert shared.ingest_tokens <= alone.ingest_tokens == 450 - 8
         one, other = memories[-2:]
-        assert one.token_ids().tolist() == other.token_ids().tolist() == prompt.ids[: 600 - 8]
+        assert one.token_ids().tolist() == other.token_ids().tolist() == prompt.ids[: 450 - 8]
         for layer in one.layers:
             torch.testing.assert_close(one[layer].keys(), other[layer].keys(), atol=1e-4, rtol=1e-4)
     assert shared.ingest_tokens < alone.ingest_tokens

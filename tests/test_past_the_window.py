@@ -40,14 +40,16 @@ SETTINGS: list[dict[str, Any]] = [
     {"full_weight_tokens": 12, "newest_full_weight": 10, "attention_sinks": 0},
 ]
 # How families differ (biases, norms, sizes of heads) and what a window keeps have nothing to do with one another.
-CASES = [("llama", settings) for settings in SETTINGS] + [
-    (family, settings) for family in FAMILIES if family != "llama" for settings in (SETTINGS[0], SETTINGS[-1])
+CASES = [("llama", settings, positionals) for settings in SETTINGS for positionals in (True, False)] + [
+    (family, settings, positionals)
+    for family in FAMILIES
+    if family != "llama"
+    for settings, positionals in ((SETTINGS[0], True), (SETTINGS[-1], False))
 ]
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("family", "settings"), CASES, ids=str)
-@pytest.mark.parametrize("mem_positionals", [True, False])
+@pytest.mark.parametrize(("family", "settings", "mem_positionals"), CASES, ids=str)
 def test_past_the_window_equals_the_method_written_out(
     settings: dict[str, Any], mem_positionals: bool, family: str, make_model: ModelMaker, ids: Draw
 ) -> None:

@@ -1,13 +1,11 @@
 """Passages of a memory, and how attention, words and both find those that a question is about."""
 
-import os
 import random
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import forks
 import numpy as np
 import pytest
 import torch
@@ -268,9 +266,9 @@ def test_words_are_found_without_starting_jax(tmp_path: Path) -> None:
     (tmp_path / "jax/__init__.py").write_text("print('started')")
     (tmp_path / "jax/lax.py").write_text("top_k = lambda scores, k: None")
     code = (
-        "from fot.retrieval.words import WordIndex; import sys; assert 'jax' not in sys.modules; "
+        f"{forks.FORGET}for name in list(sys.modules): name.split('.')[0] == 'bm25s' and sys.modules.pop(name)\n"
+        "from fot.retrieval.words import WordIndex; assert 'jax' not in sys.modules; "
         "print(WordIndex(['a cat', 'a dog']).scores('dogs').argmax()); import jax"
     )
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
-    found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert found.stdout == "1\nstarted\n"
+    found = forks.run("-c", code, more={"PYTHONPATH": str(tmp_path)})
+    assert (found.returncode, found.stdout) == (0, "1\nstarted\n"), found.stderr

@@ -9,6 +9,7 @@ from browser import ENTER, ESCAPE, TAB, Browser, browser, needs_browser
 from serve_helpers import make_library, make_model, running
 from transformers import PreTrainedTokenizerFast
 
+from fot.serve import pages
 from fot.serve.server import Settings
 from memory import Memory
 
@@ -33,8 +34,10 @@ def address(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPat
     model.ingest(f"The vicar is {ATTACK} here. " * 20, hostile, source=f"{ATTACK}.txt")
     hostile.save(place / "hostile")
     library.add("hostile", model, Memory.open(place / "hostile"))
-    with running(library, Settings(max_tokens=8, new_memories=place / "new")) as (found, _):
-        yield found
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pages, "INSPECTED_TOKENS", 8)
+        with running(library, Settings(max_tokens=8, new_memories=place / "new")) as (found, _):
+            yield found
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from fastapi.testclient import TestClient
 from serve_helpers import make_library, make_model, running
 from transformers import PreTrainedTokenizerFast
 
-from fot.serve import uploads
+from fot.serve import pages, uploads
 from fot.serve.app import create_app
 from fot.serve.library import Library
 from fot.serve.server import Settings
@@ -59,13 +59,14 @@ def test_memories_are_listed_with_titles(client: TestClient) -> None:
     assert found["can_make"]
 
 
-def test_inspections(client: TestClient) -> None:
+def test_inspections(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
     made = client.post("/api/inspections", json={"model": "emma", "question": "</script>Who?"})
     page = client.get(made.json()["page"])
     assert page.headers["content-security-policy"].startswith("sandbox allow-scripts; default-src 'none'")
     assert "</script>Who?" not in page.text
     assert "emma.txt" in page.text
     assert "/home/somebody" not in page.text
+    monkeypatch.setattr(pages, "INSPECTED_TOKENS", 1)
     for _ in range(9):
         client.post("/api/inspections", json={"model": "tiny", "question": "x"})
     assert client.get(made.json()["page"]).status_code == 404

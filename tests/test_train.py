@@ -50,8 +50,8 @@ def test_killed_run_resumes_from_its_last_checkpoint(
     recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert main(["train", str(recipe), "steps=40", "--out", str(whole)]) == 0
-    command = ["train", str(recipe), "steps=40", "--out", str(killed)]
+    assert main(["train", str(recipe), "steps=24", "--out", str(whole)]) == 0
+    command = ["train", str(recipe), "steps=24", "--out", str(killed)]
     process = forks.Fork("-m", "fot", *command)
     deadline = time.monotonic() + 300
     while not list((killed / "checkpoints").glob("step-*")) and time.monotonic() < deadline:

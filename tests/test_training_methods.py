@@ -96,8 +96,8 @@ def test_what_is_trained(method: str, checkpoint: Path, texts: Path) -> None:
     besides = {name for name in trained if "lora_" not in name}
     parts = {"longlora": ("norm", "embed"), "landmark": ("embed",)}.get(method, ())
     assert besides == {name for name, _ in model.named_parameters() if any(part in name for part in parts)}
-    assert len(trained) - len(besides) == 5 * 4 * 2
-    assert method != "longlora" or len(besides) == 1 + 2 * 5 + 1
+    assert len(trained) - len(besides) == 4 * 4 * 2
+    assert method != "longlora" or len(besides) == 1 + 2 * 4 + 1
 
 
 def test_a_sequence_is_of_one_document(checkpoint: Path, texts: Path) -> None:
