@@ -30,6 +30,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from fot.config import MemoryConfig
 from memory import Memory, attend, merge
 
+Attention = tuple[Tensor, Tensor]  # output and log-sum-exp
 # Keyword of a decoder's forward that reaches the attention of every layer.
 CONTEXT = "fot_context"
 # Keyword by which transformers hands an attention function its layer's learnt sinks (GPT-OSS).
@@ -134,7 +135,8 @@ def memory_attention(
 
     Returns:
         output (B, H, T, D); log-sum-exps (B, H, T) float32 of the local part, raised by ``memory_discount`` or set by
-        ``gated``, and, if anything is stored, of the memory.
+        ``gated``, and, if anything is stored, of the memory. What the newest tokens of a memory weigh more than the
+        others counts as local.
     """
     parts = [with_sinks(*attend_local(queries, keys, values, mask, scale=scale), learnt_sinks)]
     if any(len(memory) for row in memories for memory in row):
@@ -146,21 +148,28 @@ def memory_attention(
             lse = gated(lse, found[1], config.memory_gates[config.layers.index(layer)])
         elif any(discounts):
             lse = raised(lse, discounts)
+            if config.newest_tokens:
+                newest, newest_lse = attend_newest(queries, memories, layer, config.newest_tokens, scale=scale)
+                lacking = [math.log(math.expm1(discount)) if discount else -math.inf for discount in discounts]
+                output, lse = merge([(output, lse), (newest, raised(newest_lse, lacking))])
         parts = [(output, lse), found]
     output, _ = merge(parts)
     return output, [lse for _, lse in parts]
 
 
 def memory_discount(memories: Sequence[Memory], config: MemoryConfig) -> float:
-    """By how much the log-sum-exp of a row's memories is lowered: log(n / ``full_weight_tokens``), at least 0.
+    """By how much the log-sum-exp of a row's memories is lowered, at least 0.
 
     A softmax over ever more keys gives ever less to each, so that many keys of no use drown a few, and the local window
-    with them (the paper's distraction, arXiv 2307.03170, section 3.3). n tokens then weigh as much as
-    ``full_weight_tokens``.
+    with them (the paper's distraction, arXiv 2307.03170, section 3.3). So n tokens weigh as much as F =
+    ``full_weight_tokens``. The newest R = ``newest_full_weight`` of them keep their full weight (``attend_newest``);
+    the others have the weight (F - R) / (n - R) each. A key in memory does not show how near it is, and ordinary text
+    depends most on what is near.
     """
-    if not config.full_weight_tokens:
+    total, full, newest = sum(map(len, memories)), config.full_weight_tokens, config.newest_tokens
+    if not full or total <= full:
         return 0.0
-    return math.log(max(1.0, sum(map(len, memories)) / config.full_weight_tokens))
+    return math.log((total - newest) / (full - newest))
 
 
 def gated(lse: Tensor, memory_lse: Tensor, gates: Sequence[float]) -> Tensor:
@@ -285,13 +294,59 @@ def attend_memory(
     Returns:
         output (B, H, T, D), log-sum-exp (B, H, T) float32, -inf for a row whose memories are empty.
     """
-    found: list[list[tuple[Tensor, Tensor]]] = [[] for _ in memories]
-    for memory, rows in _readers(memories, layer, queries.shape[2]):
-        folded = torch.cat([_fold(queries[row], memory.num_key_value_heads) for row in rows], dim=1)
-        output, lse = memory[layer].attend(folded, scale=scale)  # (G, rows x H / G x T, D)
-        for row, part, part_lse in zip(rows, output.chunk(len(rows), 1), lse.chunk(len(rows), 1), strict=True):
-            found[row].append((part, part_lse))
-    merged = [merge(parts) if parts else _nothing(query) for query, parts in zip(queries, found, strict=True)]
+    found = [
+        (rows, _ask(memory, rows, queries, partial(memory[layer].attend, scale=scale)))
+        for memory, rows in _readers(memories, layer, queries.shape[2])
+    ]
+    return _by_row(queries, found)
+
+
+def attend_newest(
+    queries: Tensor, memories: Sequence[Sequence[Memory]], layer: int, count: int, *, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Attention to the newest tokens of the memories of each row, whatever their index is.
+
+    Args:
+        queries: (B, H, T, D).
+        memories: for each row, the memories it reads; tokens of a later one are newer.
+        layer: index of the memory layer.
+        count: how many tokens, of all memories of a row together.
+        scale: factor on inner products.
+
+    Returns:
+        as ``attend_memory``.
+    """
+    readers: dict[tuple[int, int], tuple[Memory, list[int]]] = {}
+    for row, read in enumerate(memories):
+        left = count
+        for memory in reversed(read):
+            taken = min(left, len(memory))
+            if taken:
+                readers.setdefault((id(memory), taken), (memory, []))[1].append(row)
+            left -= taken
+    found = [
+        (rows, _ask(memory, rows, queries, partial(memory[layer].attend_newest, count=taken, scale=scale)))
+        for (_, taken), (memory, rows) in readers.items()
+    ]
+    return _by_row(queries, found)
+
+
+def _ask(
+    memory: Memory, rows: Sequence[int], queries: Tensor, attention: Callable[[Tensor], Attention]
+) -> list[Attention]:
+    """What rows that read a memory together find in it: (G, H / G x T, D) and (G, H / G x T) each."""
+    folded = torch.cat([_fold(queries[row], memory.num_key_value_heads) for row in rows], dim=1)
+    output, lse = attention(folded)  # (G, rows x H / G x T, D)
+    return list(zip(output.chunk(len(rows), 1), lse.chunk(len(rows), 1), strict=True))
+
+
+def _by_row(queries: Tensor, found: Sequence[tuple[Sequence[int], list[Attention]]]) -> Attention:
+    """What each row found in all memories: output (B, H, T, D), log-sum-exp (B, H, T)."""
+    parts: list[list[Attention]] = [[] for _ in queries]
+    for rows, answers in found:
+        for row, answer in zip(rows, answers, strict=True):
+            parts[row].append(answer)
+    merged = [merge(own) if own else _nothing(query) for query, own in zip(queries, parts, strict=True)]
     outputs = [output.reshape(queries.shape[1:]) for output, _ in merged]
     return torch.stack(outputs), torch.stack([lse.reshape(queries.shape[1:3]) for _, lse in merged])
 

@@ -40,6 +40,9 @@ class MemoryConfig:
             tokens is lowered by the factor full_weight_tokens / n. Most of a large memory is of no use to a token, and
             this keeps it from drowning the rest. None takes four windows. 0 never lowers it, as in LongLLaMA and the
             paper.
+        newest_full_weight: of those, number of newest tokens of a larger memory that keep their full weight; all others
+            share the rest. What is near matters most to ordinary text, to code above all, and keys in a memory do not
+            show how near they are. None takes half of ``full_weight_tokens``. With 0, all tokens weigh alike.
         retrieval_heads: (layer, head) of the query heads whose attention finds the passages that a question is about;
             ``fot eval heads`` chooses them. None takes all heads of the memory layers.
         memory_gates: for each memory layer, a number between 0 and 1 for each query head: the share of attention that
@@ -69,6 +72,7 @@ class MemoryConfig:
     overflow_keep: int | None = None
     attention_sinks: int = 4
     full_weight_tokens: int | None = None
+    newest_full_weight: int | None = None
     retrieval_heads: tuple[tuple[int, int], ...] | None = None
     memory_gates: tuple[tuple[float, ...], ...] | None = None
     mem_positionals: bool = True
@@ -91,7 +95,7 @@ class MemoryConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1")
-        for name in ("overflow_keep", "attention_sinks", "full_weight_tokens", "window_overlap"):
+        for name in ("overflow_keep", "attention_sinks", "full_weight_tokens", "newest_full_weight", "window_overlap"):
             value = getattr(self, name)
             if value is not None and value < 0:
                 raise ValueError(f"{name} is {value}; it must be at least 0")
@@ -158,12 +162,20 @@ class MemoryConfig:
                 f"overflow_keep is {keep} and attention_sinks is {self.attention_sinks}, so a window "
                 f"of {window} tokens would have no room for new tokens: lower one of them"
             )
+        full = 4 * window if self.full_weight_tokens is None else self.full_weight_tokens
+        newest = full // 2 if self.newest_full_weight is None else self.newest_full_weight
+        if newest and full and newest >= full:
+            raise ValueError(
+                f"newest_full_weight is {newest}, and full_weight_tokens is {full}: the newest tokens would leave no "
+                "weight for the others; lower newest_full_weight"
+            )
         return replace(
             self,
             mem_layers=mem_layers,
             local_context=window,
             overflow_keep=keep,
-            full_weight_tokens=4 * window if self.full_weight_tokens is None else self.full_weight_tokens,
+            full_weight_tokens=full,
+            newest_full_weight=newest,
             window_overlap=overlap,
             key_dtype=self.key_dtype or dtype,
             value_dtype=self.value_dtype or dtype,
@@ -192,6 +204,12 @@ class MemoryConfig:
         """``window_overlap`` of a resolved configuration."""
         assert self.window_overlap is not None, "resolve() comes first"
         return self.window_overlap
+
+    @property
+    def newest_tokens(self) -> int:
+        """``newest_full_weight`` of a resolved configuration."""
+        assert self.newest_full_weight is not None, "resolve() comes first"
+        return self.newest_full_weight
 
     @property
     def kept_sinks(self) -> int:

@@ -38,7 +38,7 @@ _LATER_FIELDS = (
 # Those of families that came later, only where a model has them: names of others' memories stay as they are.
 _OWN_FIELDS = ("layer_norm_epsilon", "activation", "use_qk_norm")
 # Memories of before say nothing of these: they are read whatever they are.
-_LATER = {*_LATER_SETTINGS, *_LATER_FIELDS, "sliding_layers", "unrotated_layers"}
+_LATER = {*_LATER_SETTINGS, *_LATER_FIELDS, "newest_full_weight", "sliding_layers", "unrotated_layers"}
 
 # Significant bits of a number. Twice rounded, first to float16, a bfloat16 number may be off by a little more than
 # half its last place.
@@ -168,7 +168,11 @@ def _settings(config: MemoryConfig) -> dict[str, Any]:
     found = {name: _plain(getattr(config, name)) for name in (*_SETTINGS, *_LATER_SETTINGS)}
     if config.isolated_windows:  # what is stored has read no memory, and so does not depend on what one weighs
         found["full_weight_tokens"] = None
-    elif config.memory_gates is not None:  # else unsaid, as in memories of before
+        return found
+    # What does not count is not said, as in memories of before.
+    if config.full_weight_tokens:
+        found["newest_full_weight"] = _plain(config.newest_full_weight)
+    if config.memory_gates is not None:
         found["memory_gates"] = _plain(config.memory_gates)
     return found
 

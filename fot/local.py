@@ -36,6 +36,7 @@ class LocalCache(DynamicCache):
         base: (B, 1) int64, the caller's position less the place of each row's next token.
         counts: tokens of each row, padding not counted.
         sinks: of each row, first tokens that are in its memory already and stay here as attention sinks.
+        moved: of each row, how many of its tokens are in its memory, sinks included.
         recorder: takes note of what memory layers attend to; None for nobody.
         is_last: whether the tokens that the layers run on are the last of their input: the next is chosen after them.
         ends_at: the layer whose keys and values are all that is wanted; above it nothing is computed. None: run all.
@@ -81,6 +82,7 @@ class LocalCache(DynamicCache):
         self.base: Tensor | None = None
         self.counts = [0] * len(self.memories)
         self.sinks = [0] * len(self.memories)
+        self.moved = [0] * len(self.memories)
 
     def fork(self) -> "LocalCache":
         """The same window, to go on differently. Tensors are shared: nothing that a window sees is written to again."""
@@ -202,8 +204,9 @@ class LocalCache(DynamicCache):
     def unstored(self) -> tuple[int, Tensor | None]:
         """Which slots memory layers attend to here: sinks they find in the memory, with all else that has moved there.
 
-        A large memory weighs less (``memory_discount``), and its sinks with it. But a sink must weigh what it did, or
-        attention that found nothing would go elsewhere: what it lacks in the memory it gets here.
+        A large memory weighs less (``memory_discount``), and its sinks with it, unless they are among its newest
+        tokens. But a sink must weigh what it did, or attention that found nothing would go elsewhere: what it lacks in
+        the memory it gets here.
 
         Returns:
             the first slot, and for the slots from there on a mask (B, S - first): bool, as ``mask``, or float, added to
@@ -216,8 +219,10 @@ class LocalCache(DynamicCache):
             if self.mask is not None:
                 bias = bias.masked_fill(~self.mask, -torch.inf)
             for row, (discount, count) in enumerate(zip(discounts, self.sinks, strict=True)):
-                where = slice(count) if self.mask is None else self.slots(row)[:count]
-                bias[row, where] = math.log(-math.expm1(-discount)) if discount else -math.inf
+                slots = range(count) if self.mask is None else self.slots(row)[:count]
+                for number, slot in enumerate(slots):
+                    whole = not discount or self.moved[row] - number <= self.config.newest_tokens
+                    bias[row, slot] = -math.inf if whole else math.log(-math.expm1(-discount))
             return 0, bias
         if self.mask is None and fewest == max(self.sinks, default=0):
             return fewest, None
@@ -247,6 +252,7 @@ class LocalCache(DynamicCache):
         assert self.places is not None
         if self.recorder is not None:
             self.recorder.settle()
+        self.moved[row] += count
         first = self.sinks[row]
         slots = self.slots(row)[first + skip : first + count]
         places, keys = self.places[row, slots], {}
@@ -335,7 +341,9 @@ class LocalCache(DynamicCache):
             tensor = getattr(self, name)
             setattr(self, name, None if tensor is None else tensor[rows.to(tensor.device)])
         order = rows.tolist()
-        self.counts, self.sinks = [self.counts[row] for row in order], [self.sinks[row] for row in order]
+        for name in ("counts", "sinks", "moved"):
+            numbers = getattr(self, name)
+            setattr(self, name, [numbers[row] for row in order])
 
     @staticmethod
     def _take(vectors: Tensor, slots: Tensor) -> Tensor:

@@ -40,6 +40,7 @@ class IndexedLayer:
         # A layer that was read from disk gets its index when it is first asked: opening stays quick.
         self._lazy = False
         self._saved: Learnt | None = None
+        self._newest: tuple[Tensor, Tensor] | None = None  # last keys and values, as they were asked for
 
     def __len__(self) -> int:
         return len(self.content.keys)
@@ -52,6 +53,16 @@ class IndexedLayer:
                     self._build()
         return self.index
 
+    def newest(self, count: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The last ``count`` keys and values, (G, count, D) each; kept, so that asking again costs nothing."""
+        newest = self._newest
+        if newest is None or newest[0].shape[1] != count or newest[0].dtype != dtype:
+            bounds = len(self) - count, len(self)
+            with torch.inference_mode(False):  # what is made in inference mode could not be used in training
+                newest = self.content.keys.take_range(*bounds, dtype), self.content.values.take_range(*bounds, dtype)
+            self._newest = newest
+        return newest
+
     def answer_by(self, index: Index) -> None:
         """Take an index that was made elsewhere, of all that is stored."""
         if len(self):
@@ -63,6 +74,7 @@ class IndexedLayer:
 
     def append(self, keys: Tensor, values: Tensor) -> None:
         """Add (G, T, D) keys and values."""
+        self._newest = None
         self.content.keys.append(keys)
         self.content.values.append(values)
         choice = self._choose()
@@ -75,6 +87,7 @@ class IndexedLayer:
 
     def truncate(self, length: int) -> None:
         """Forget every pair from slot ``length`` on; keys and values may differ in number after an interrupt."""
+        self._newest = None
         if len(self.content.keys) > length or len(self.content.values) > length:
             learnt = self.learnt()
             self.content.keys.truncate(length)
@@ -84,12 +97,14 @@ class IndexedLayer:
 
     def keep(self, slots: Tensor, saved: Learnt | None) -> None:
         """Forget every pair outside these slots, (M,) int64 ascending; ``saved`` is what is known of the others."""
+        self._newest = None
         kept = self.content.kept(slots)
         self.content.keys, self.content.values = kept.keys, kept.values
         self._rebuild(saved)
 
     def reset(self) -> None:
         """Forget everything."""
+        self._newest = None
         self.content.keys.reset()
         self.content.values.reset()
         self.index = self.choice = self._saved = None

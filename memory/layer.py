@@ -6,6 +6,7 @@ from torch import Tensor
 from memory.backends import BackendChoice
 from memory.checks import check_shape
 from memory.indexed import IndexedLayer
+from memory.softmax import attend
 from memory.vectors import VectorBlocks
 
 
@@ -89,6 +90,21 @@ class LayerMemory:
             return torch.zeros_like(queries), empty
         output, lse = index.attend(queries.to(self.device), scale=scale)
         return output.to(queries.device), lse.to(queries.device)
+
+    def attend_newest(self, queries: Tensor, *, count: int, scale: float) -> tuple[Tensor, Tensor]:
+        """Softmax attention to the last ``count`` stored pairs alone, every one of them, whatever the index.
+
+        Args:
+            queries: (G, T, D) float, any device.
+            count: at least 1 and at most as many as are stored.
+            scale: factor on inner products.
+
+        Returns:
+            As ``attend``.
+        """
+        keys, values = self._layer.newest(count, queries.dtype)
+        output, lse = attend(queries.to(self.device)[None], keys[None], values[None], scale=scale)
+        return output[0].to(queries.device), lse[0].to(queries.device)
 
     def keys(self, slots: Tensor | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
         """Stored keys: all as (G, N, D), or those in ``slots`` (G, ...) as (G, ..., D)."""

@@ -36,12 +36,12 @@ def _run(model: Any, ids: Tensor, memory: dict[int, list[tuple[Tensor, Tensor]]]
     return decoder.norm(hidden)
 
 
-def reference_stream(model: Any, ids: Tensor) -> Tensor:
-    """Logits (1, T, V) of tokens fed one by one, past the window; (1, T) ids.
+def reference_stream(model: Any, ids: Tensor, given: Any = None) -> Tensor:
+    """Logits (1, T, V) of tokens fed one by one, past the window; (1, T) ids, and perhaps a memory of other texts.
 
     What is local is the first ``attention_sinks`` tokens and the newest ones, at places 0, 1, ...; the rest has moved
     to the memory. Memory layers find the sinks there, too, and in the window only by what they lack there of their full
-    weight, where a large memory weighs less.
+    weight, where a large memory weighs less. The newest tokens of a large memory weigh no less.
     """
     config, decoder = model.memory_config, model.model
     kept: list[list[tuple[Tensor, Tensor]]] = [[] for _ in decoder.layers]  # by layer and token
@@ -59,21 +59,32 @@ def reference_stream(model: Any, ids: Tensor) -> Tensor:
             q, k, v = _project(layer, layer.input_layernorm(hidden))
             kept[number].append((k, v))
             in_memory = moved if number in config.layers else []
-            discount = math.log(max(1.0, len(in_memory) / (config.full_weight_tokens or math.inf)))
-            places = [place for place, other in enumerate(local) if discount or other not in in_memory]
-            lacking = math.log(1 - math.exp(-discount)) if discount else 0.0
+            stored = _pairs(given, number) + [kept[number][other] for other in in_memory]
+            full, newest = config.full_weight_tokens or math.inf, config.newest_full_weight
+            weight = (full - newest) / (len(stored) - newest) if len(stored) > full else 1.0
+            all_weights = [weight] * max(0, len(stored) - newest) + [1.0] * min(newest, len(stored))
+            weights = dict(zip(in_memory, all_weights[len(stored) - len(in_memory) :], strict=True))
+            places = [place for place, other in enumerate(local) if weights.get(other, 0.0) < 1]
             mixed = _attend(
                 _turn(model, number, q, [len(local) - 1]),
                 _turn(model, number, torch.cat([kept[number][local[place]][0] for place in places], dim=2), places),
                 torch.cat([kept[number][local[place]][1] for place in places], dim=2),
-                [kept[number][other] for other in in_memory],
-                discount,
-                torch.tensor([lacking if local[place] in in_memory else 0.0 for place in places]),
+                stored,
+                [math.log(one) for one in all_weights],
+                torch.tensor([math.log(1 - weights.get(local[place], 0.0)) for place in places]),
             )
             hidden = hidden + layer.self_attn.o_proj(mixed.transpose(1, 2).flatten(2))
             hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
         hiddens.append(decoder.norm(hidden))
     return model.lm_head(torch.cat(hiddens, dim=1))
+
+
+def _pairs(memory: Any, layer: int) -> list[tuple[Tensor, Tensor]]:
+    """Keys and values (1, G, 1, D) of each token of a memory, if this layer has any."""
+    if memory is None or layer not in memory.layers:
+        return []
+    keys, values = (vectors.unsqueeze(0).split(1, dim=2) for vectors in (memory[layer].keys(), memory[layer].values()))
+    return list(zip(keys, values, strict=True))
 
 
 def _project(layer: Any, normed: Tensor) -> list[Tensor]:
@@ -100,17 +111,18 @@ def _attend(
     k: Tensor,
     v: Tensor,
     memory: list[tuple[Tensor, Tensor]],
-    discount: float = 0.0,
+    memory_bias: list[float] | None = None,
     local_bias: Tensor | None = None,
 ) -> Tensor:
     T, S = q.shape[2], k.shape[2]  # noqa: N806
     bias = torch.zeros(S) if local_bias is None else local_bias
     seen = torch.ones(T, S, dtype=torch.bool).tril(S - T)
-    N = sum(old_k.shape[2] for old_k, _ in memory)  # noqa: N806
+    sizes = [old_k.shape[2] for old_k, _ in memory]
+    biases = memory_bias or [0.0] * len(memory)
     k = torch.cat([*(old_k for old_k, _ in memory), k], dim=2)
     v = torch.cat([*(old_v for _, old_v in memory), v], dim=2)
-    seen = torch.cat([torch.ones(T, N, dtype=torch.bool), seen], dim=1)
-    bias = torch.cat([torch.full((N,), -discount), bias])
+    seen = torch.cat([torch.ones(T, sum(sizes), dtype=torch.bool), seen], dim=1)
+    bias = torch.cat([*(torch.full((size,), one) for size, one in zip(sizes, biases, strict=True)), bias])
     group = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
     scores = (q @ k.mT) * q.shape[-1] ** -0.5 + bias

@@ -107,6 +107,7 @@ OTHER_MODELS: dict[str, dict[str, Any]] = {
     "overlap": {"settings": {"window_overlap": 4}},
     "overlap of isolated windows": {"settings": {"window_overlap": 4, "isolated_windows": True}},
     "full weight": {"settings": {"full_weight_tokens": WINDOW}},
+    "newest": {"settings": {"full_weight_tokens": WINDOW, "newest_full_weight": 3}},
     "gates": {"settings": {"memory_gates": GATES}},
     "rope theta": {"config": {"rope_theta": 500.0}},
     "rope scaling": {"config": {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}}},

@@ -8,6 +8,9 @@ import torch
 from conftest import FAMILIES, WINDOW, ModelMaker
 from reference import reference_stream
 
+from fot.attention import attend_newest
+from memory import Memory
+
 Draw = Callable[..., torch.Tensor]
 CLOSE = {"atol": 1e-4, "rtol": 1e-4}
 
@@ -32,8 +35,9 @@ SETTINGS: list[dict[str, Any]] = [
     {"attention_sinks": 1},
     {"attention_sinks": 0},
     {"overflow_keep": 0},
-    {"full_weight_tokens": 12},
-    {"full_weight_tokens": 12, "attention_sinks": 0},
+    {"full_weight_tokens": 12, "newest_full_weight": 0},
+    {"full_weight_tokens": 12, "newest_full_weight": 5},
+    {"full_weight_tokens": 12, "newest_full_weight": 10, "attention_sinks": 0},
 ]
 # How families differ (biases, norms, sizes of heads) and what a window keeps have nothing to do with one another.
 CASES = [("llama", settings, positionals) for settings in SETTINGS for positionals in (True, False)] + [
@@ -61,6 +65,40 @@ def test_past_the_window_equals_the_method_written_out(
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("newest", [0, 6, 18, 30])
+def test_past_the_window_beside_a_large_memory(newest: int, make_model: ModelMaker, ids: Draw) -> None:
+    """The newest tokens reach as far as some sinks, or behind all of them into the memory that was given."""
+    model = make_model(full_weight_tokens=32, newest_full_weight=newest)
+    memory, tokens = model.new_memory(), ids(2 * WINDOW + 2)
+    model.ingest(ids(40, seed=1), memory)
+    first, *others = tokens.split([WINDOW - 2] + [1] * (WINDOW + 4), dim=1)
+    output = model(first, memory=memory)
+    logits = [output.logits]
+    for token in others:
+        output = model(token, past_key_values=output.past_key_values)
+        logits.append(output.logits)
+    expected = reference_stream(model, tokens, memory)
+    torch.testing.assert_close(torch.cat(logits, dim=1), expected, **CLOSE)
+
+
+def test_the_newest_of_several_memories_are_those_of_one() -> None:
+    """Rows that read one memory, its two halves, the later half alone, and nothing."""
+    generator = torch.Generator().manual_seed(0)
+    queries, keys, values = (torch.randn(shape, generator=generator) for shape in ((4, 4, 3, 8), *[(2, 25, 8)] * 2))
+    whole, early, late = (Memory([1], 2, 8) for _ in range(3))
+    for memory, part in ((whole, slice(25)), (early, slice(17)), (late, slice(17, 25))):
+        memory.append({1: keys[:, part]}, {1: values[:, part]}, range(25)[part])
+    rows = [[whole], [early, late], [late], []]
+    output, lse = attend_newest(queries, rows, 1, 12, scale=0.3)
+    for row, count in ((0, 12), (1, 12), (2, 8)):
+        scores = 0.3 * queries[row] @ keys[:, -count:].repeat_interleave(2, 0).mT
+        expected = scores.softmax(-1) @ values[:, -count:].repeat_interleave(2, 0)
+        torch.testing.assert_close(output[row], expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(lse[row], scores.logsumexp(-1), atol=1e-5, rtol=1e-5)
+    assert (lse[3] == -torch.inf).all()
+
+
+@torch.no_grad()
 def test_sinks_change_the_logits(make_model: ModelMaker, ids: Draw) -> None:
     """So that the test above can fail."""
     tokens, found = ids(WINDOW + 3), []
@@ -76,14 +114,15 @@ def test_a_large_memory_weighs_as_much_as_a_small_one(make_model: ModelMaker, id
     """Every token stored four times weighs as once, and no memory below the limit weighs less."""
     once, tokens = ids(40, seed=1), ids(10)
     logits = {}
-    for copies, settings in ((1, {}), (1, {"full_weight_tokens": 40}), (4, {"full_weight_tokens": 40}), (4, {})):
+    limited = {"full_weight_tokens": 40, "newest_full_weight": 0}
+    for copies, settings in ((1, {}), (1, limited), (4, limited), (4, {})):
         model = make_model(isolated_windows=True, **settings)
         memory = model.new_memory()
         for _ in range(copies):
             model.ingest(once, memory)
         logits[copies, len(settings)] = model(tokens, memory=memory).logits
-    torch.testing.assert_close(logits[1, 1], logits[1, 0], atol=0, rtol=0)
-    torch.testing.assert_close(logits[4, 1], logits[1, 0], **CLOSE)
+    torch.testing.assert_close(logits[1, 2], logits[1, 0], atol=0, rtol=0)
+    torch.testing.assert_close(logits[4, 2], logits[1, 0], **CLOSE)
     assert (logits[4, 0] - logits[1, 0]).abs().max() > 0.01
 
 

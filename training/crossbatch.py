@@ -96,8 +96,9 @@ class Crossbatch:
             candidates = (keys[:0], values[:0])
             contexts = Contexts([torch.empty(0, dtype=torch.int64, device=keys.device)] * len(keys))
         else:
-            if contexts.full_weight_tokens != (self.config.full_weight_tokens or 0):  # once a batch: groups are kept
-                contexts = replace(contexts, full_weight_tokens=self.config.full_weight_tokens or 0)
+            full, newest = self.config.full_weight_tokens or 0, self.config.newest_full_weight or 0
+            if (contexts.full_weight_tokens, contexts.newest_full_weight) != (full, newest):  # once: groups are kept
+                contexts = replace(contexts, full_weight_tokens=full, newest_full_weight=newest)
                 self.contexts = contexts
             at_0 = self.rotary.back(layer, keys, torch.arange(keys.shape[2], device=keys.device))
             candidates = (self.gather(at_0), self.gather(values))
@@ -314,7 +315,7 @@ class _FusedCrossbatch(torch.autograd.Function):
                 fold(output[rows], heads),
                 lse[rows].reshape(len(rows), heads, -1),
                 causal=False,
-                bias=group.bias(queries, ctx.contexts.full_weight_tokens),
+                bias=group.bias(queries, ctx.contexts.full_weight_tokens, ctx.contexts.newest_full_weight),
                 scale=scale,
             )
             grad_q.index_add_(0, rows, part_q.reshape(len(rows), *queries.shape[1:]).float())
@@ -356,7 +357,7 @@ def _attend_in_parts(
     for group in slices_of(contexts, context_keys):
         rows = group.rows
         picked = [pick(tensor, group.chosen) for tensor in (context_keys, context_values)]
-        bias = group.bias(queries, contexts.full_weight_tokens)
+        bias = group.bias(queries, contexts.full_weight_tokens, contexts.newest_full_weight)
         part = attend(fold(queries[rows], heads), *picked, scale=scale, mask=bias)
         there = (part[0].reshape(len(rows), *queries.shape[1:]), part[1].reshape(len(rows), *lse.shape[1:]))
         found.append((rows, *merge([(output[rows], lse[rows]), there])))

@@ -40,12 +40,13 @@ class Group:
         for start in range(0, len(self.rows), max(1, count)):
             yield replace(self, **{name: tensor[start : start + max(1, count)] for name, tensor in given.items()})
 
-    def bias(self, queries: Tensor, full_weight_tokens: int) -> Tensor | None:
+    def bias(self, queries: Tensor, full_weight_tokens: int, newest_full_weight: int) -> Tensor | None:
         """What is added to the scores over the chosen rows: (r, 1, 1, M * T), or None for nothing.
 
         Args:
             queries: (R, H, T, D), whose dtype it has.
             full_weight_tokens: see ``Contexts``.
+            newest_full_weight: likewise.
         """
         if self.copies is None and self.hidden is None and not full_weight_tokens:
             return None
@@ -54,11 +55,27 @@ class Group:
             bias += self.copies.log().unsqueeze(-1)
         if self.hidden is not None:
             bias.masked_fill_(self.hidden, -torch.inf)
-        bias = bias.flatten(1)  # (r, M * T)
-        if full_weight_tokens:  # as ``fot.attention.memory_discount``; exp(bias) is how often a token counts
-            weight = bias.exp().sum(1, keepdim=True) / full_weight_tokens
-            bias = bias - weight.clamp(min=1).log()
-        return bias.to(queries.dtype)[:, None, None]
+        if full_weight_tokens:
+            bias = bias - _discounts(bias.exp(), full_weight_tokens, newest_full_weight)
+        return bias.flatten(1).to(queries.dtype)[:, None, None]
+
+
+def _discounts(weights: Tensor, full: int, newest: int) -> Tensor:
+    """By how much scores are lowered, as by ``fot.attention.memory_discount``.
+
+    Args:
+        weights: (r, M, T), how often a token counts; rows are the newest first, and tokens of a row the oldest.
+        full: ``full_weight_tokens``.
+        newest: ``newest_full_weight``.
+
+    Returns:
+        (r, M, T), 0 for the newest tokens.
+    """
+    total = weights.sum((1, 2), keepdim=True)
+    discount = ((total - newest) / (full - newest)).clamp(min=1).log().expand_as(weights)
+    backwards = weights.flip(2).flatten(1)
+    newer = (backwards.cumsum(1) - backwards).view_as(weights).flip(2)
+    return discount.masked_fill(newer < newest, 0.0)
 
 
 @dataclass(frozen=True)
@@ -66,12 +83,13 @@ class Contexts:
     """Which rows each row of a batch attends to besides itself.
 
     Attributes:
-        rows: for each of the R rows here, (M,) int64 indices among the C candidate rows: the rows of this process, or
-            those of all processes in the order of their ranks.
+        rows: for each of the R rows here, (M,) int64 indices among the C candidate rows, the newest first: the rows of
+            this process, or those of all processes in the order of their ranks.
         padding: (C, T) bool, True where a candidate's token is padding; None if there is none.
         copies: for each of the R rows, (M,) float32: the chosen row counts as so many of itself, as in a memory that
             held it so often. That is ``log(copies)`` on its scores, and costs nothing. None: 1.
         full_weight_tokens: tokens, copies counted, from which on contexts weigh no more, as a memory does; 0: never.
+        newest_full_weight: newest tokens, those of the first rows, that then keep their full weight.
         positives: for each of the R rows, how many of its chosen rows are of its own document: the first ones. None:
             that is not known.
         asked: (R, S) int64, the queries for which ``training.focus`` takes its loss; None: there is no such loss.
@@ -81,6 +99,7 @@ class Contexts:
     padding: Tensor | None = None
     copies: Sequence[Tensor] | None = None
     full_weight_tokens: int = 0
+    newest_full_weight: int = 0
     positives: Sequence[int] | None = None
     asked: Tensor | None = None
 

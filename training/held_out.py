@@ -131,11 +131,11 @@ def with_memory(texts: Tensor, size: int, config: MemoryConfig) -> tuple[Batch, 
     for text in texts:
         first = len(rows)
         for start, stop, stored in windows:
-            seen.append(range(first, first if config.isolated_windows else len(rows)))
+            seen.append(range(first, first if config.isolated_windows else len(rows))[::-1])
             rows.append(functional.pad(text[start:stop], (0, config.window - stop + start)))
             place = torch.arange(start, start + config.window)
             hidden.append((place < stored) | (place >= stop))
-        seen.append(range(first, len(rows)))
+        seen.append(range(first, len(rows))[::-1])
         rows.append(text[size:])
         hidden.append(torch.zeros(config.window, dtype=torch.bool))
     batch = _batch(torch.stack(rows), len(windows) + 1)

@@ -34,6 +34,8 @@ def add_memory_options(parser: argparse.ArgumentParser) -> None:
                         help="tokens that a window repeats of the one before (default: that of the model)")  # fmt: skip
     parser.add_argument("--full-weight-tokens", type=whole, metavar="N",
                         help="tokens from which on a memory weighs no more, or 0 (default: the model's)")  # fmt: skip
+    parser.add_argument("--newest-full-weight", type=whole, metavar="N",
+                        help="newest tokens of a larger one that keep their weight (default: the model's)")  # fmt: skip
     parser.add_argument(
         "--index",
         metavar="NAME",
@@ -166,7 +168,10 @@ def add_outcome_options(parser: argparse.ArgumentParser, *, seed: str, result: s
 
 def memory_settings(args: argparse.Namespace) -> dict[str, Any]:
     """Options that were given, as settings of ``MemoryConfig``."""
-    names = ("mem_layers", "local_context", "window_overlap", "full_weight_tokens", "index", "top_k")
+    names = (
+        *("mem_layers", "local_context", "window_overlap", "full_weight_tokens", "newest_full_weight"),
+        *("index", "top_k"),
+    )
     settings = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     return settings | ({"key_dtype": args.vectors, "value_dtype": args.vectors} if args.vectors else {})
 

@@ -185,12 +185,14 @@ def _losses_at(
     """Losses (W - 1,) of the window that starts there, by what was measured."""
     window, found = shelf.ids[start : start + shelf.window], {}
     for size in sizes:
-        memory = shelf.memory(start - size, start)
+        memory: Memory | None = shelf.memory(start - size, start)
         found[Key("memory", size, 0)] = _window_losses(model, window, memory)
         shelf.progress.update(len(window))
         if others and size:
+            memory = None  # others come first: what a model goes on with is what it has read last
             for other in others:
-                other.memory(0, share, memory)
+                memory = other.memory(0, share, memory)
+            memory = shelf.memory(start - size, start, memory)
             found[Key("memory", size, share * len(others))] = _window_losses(model, window, memory)
             shelf.progress.update(len(window))
         if size <= most:
@@ -200,7 +202,7 @@ def _losses_at(
     return found
 
 
-def _window_losses(model: Any, window: Tensor, memory: Memory) -> Tensor:
+def _window_losses(model: Any, window: Tensor, memory: Memory | None) -> Tensor:
     window = window.to(model.device)
     logits = model(window[None], memory=memory, use_cache=False).logits[0, :-1].float()
     return cross_entropy(logits, window[1:], reduction="none").cpu()

@@ -121,7 +121,7 @@ def add_memory(
         rows = group.rows
         keys, values = pick(memory_keys, group.chosen), pick(memory_values, group.chosen)  # (r, G, M * T, D)
         scores = scale * (fold(queries[rows], keys.shape[1]).float() @ keys.float().mT)  # (r, G, H / G * T, M * T)
-        if (bias := group.bias(queries, contexts.full_weight_tokens)) is not None:
+        if (bias := group.bias(queries, contexts.full_weight_tokens, 0)) is not None:
             scores = scores + bias
         best, where = scores.topk(min(top_k, scores.shape[-1]))
         weights = torch.zeros_like(scores).scatter(-1, where, best.softmax(-1))
