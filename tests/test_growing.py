@@ -41,10 +41,10 @@ def test_memory_is_what_ingest_makes_of_the_text_before(make_model: ModelMaker, 
         losses = []
         for start in starts:
             memory = model.new_memory()
-            if row["tokens"]:
-                model.ingest(text[start - row["tokens"] : start], memory)
             if row["others"]:
                 model.ingest(other[: row["others"]], memory)
+            if row["tokens"]:
+                model.ingest(text[start - row["tokens"] : start], memory)
             losses.append(loss_of(model, text, start, memory if len(memory) else None))
         joint = torch.stack(losses)
         half = (WINDOW - 1) // 2
