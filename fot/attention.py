@@ -148,8 +148,8 @@ def memory_attention(
             lse = gated(lse, found[1], config.memory_gates[config.layers.index(layer)])
         elif any(discounts):
             lse = raised(lse, discounts)
-            if config.newest_tokens:
-                newest, newest_lse = attend_newest(queries, memories, layer, config.newest_tokens, scale=scale)
+            if config.newest_full_weight:
+                newest, newest_lse = attend_newest(queries, memories, layer, config.newest_full_weight, scale=scale)
                 lacking = [math.log(math.expm1(discount)) if discount else -math.inf for discount in discounts]
                 output, lse = merge([(output, lse), (newest, raised(newest_lse, lacking))])
         parts = [(output, lse), found]
@@ -166,7 +166,7 @@ def memory_discount(memories: Sequence[Memory], config: MemoryConfig) -> float:
     the others have the weight (F - R) / (n - R) each. A key in memory does not show how near it is, and ordinary text
     depends most on what is near.
     """
-    total, full, newest = sum(map(len, memories)), config.full_weight_tokens, config.newest_tokens
+    total, full, newest = sum(map(len, memories)), config.full_weight_tokens, config.newest_full_weight
     if not full or total <= full:
         return 0.0
     return math.log((total - newest) / (full - newest))

@@ -42,7 +42,8 @@ class MemoryConfig:
             paper.
         newest_full_weight: of those, number of newest tokens of a larger memory that keep their full weight; all others
             share the rest. What is near matters most to ordinary text, to code above all, and keys in a memory do not
-            show how near they are. None takes half of ``full_weight_tokens``. With 0, all tokens weigh alike.
+            show how near they are. Half of ``full_weight_tokens`` suits text. But questions about a whole text are
+            answered worse, so with 0, the default, all tokens weigh alike.
         retrieval_heads: (layer, head) of the query heads whose attention finds the passages that a question is about;
             ``fot eval heads`` chooses them. None takes all heads of the memory layers.
         memory_gates: for each memory layer, a number between 0 and 1 for each query head: the share of attention that
@@ -72,7 +73,7 @@ class MemoryConfig:
     overflow_keep: int | None = None
     attention_sinks: int = 4
     full_weight_tokens: int | None = None
-    newest_full_weight: int | None = None
+    newest_full_weight: int = 0
     retrieval_heads: tuple[tuple[int, int], ...] | None = None
     memory_gates: tuple[tuple[float, ...], ...] | None = None
     mem_positionals: bool = True
@@ -163,7 +164,7 @@ class MemoryConfig:
                 f"of {window} tokens would have no room for new tokens: lower one of them"
             )
         full = 4 * window if self.full_weight_tokens is None else self.full_weight_tokens
-        newest = full // 2 if self.newest_full_weight is None else self.newest_full_weight
+        newest = self.newest_full_weight
         if newest and full and newest >= full:
             raise ValueError(
                 f"newest_full_weight is {newest}, and full_weight_tokens is {full}: the newest tokens would leave no "
@@ -175,7 +176,6 @@ class MemoryConfig:
             local_context=window,
             overflow_keep=keep,
             full_weight_tokens=full,
-            newest_full_weight=newest,
             window_overlap=overlap,
             key_dtype=self.key_dtype or dtype,
             value_dtype=self.value_dtype or dtype,
@@ -204,12 +204,6 @@ class MemoryConfig:
         """``window_overlap`` of a resolved configuration."""
         assert self.window_overlap is not None, "resolve() comes first"
         return self.window_overlap
-
-    @property
-    def newest_tokens(self) -> int:
-        """``newest_full_weight`` of a resolved configuration."""
-        assert self.newest_full_weight is not None, "resolve() comes first"
-        return self.newest_full_weight
 
     @property
     def kept_sinks(self) -> int:

@@ -221,7 +221,7 @@ class LocalCache(DynamicCache):
             for row, (discount, count) in enumerate(zip(discounts, self.sinks, strict=True)):
                 slots = range(count) if self.mask is None else self.slots(row)[:count]
                 for number, slot in enumerate(slots):
-                    whole = not discount or self.moved[row] - number <= self.config.newest_tokens
+                    whole = not discount or self.moved[row] - number <= self.config.newest_full_weight
                     bias[row, slot] = -math.inf if whole else math.log(-math.expm1(-discount))
             return 0, bias
         if self.mask is None and fewest == max(self.sinks, default=0):

@@ -37,6 +37,7 @@ def test_losses_are_those_of_a_model_with_memory_attached(
 ) -> None:  # fmt: skip
     """Each scored window after ingesting what precedes it, sizes that are whole windows and others."""
     settings = {"isolated_windows": isolated, "window_overlap": overlap, "full_weight_tokens": 4 * overlap}
+    settings["newest_full_weight"] = 2 * overlap
     recipe = Recipe(
         tasks=[{"kind": "dictionary"}],
         held_out=[{"path": write_text(tmp_path / "texts", 400)}],

@@ -96,7 +96,7 @@ class Crossbatch:
             candidates = (keys[:0], values[:0])
             contexts = Contexts([torch.empty(0, dtype=torch.int64, device=keys.device)] * len(keys))
         else:
-            full, newest = self.config.full_weight_tokens or 0, self.config.newest_full_weight or 0
+            full, newest = self.config.full_weight_tokens or 0, self.config.newest_full_weight
             if (contexts.full_weight_tokens, contexts.newest_full_weight) != (full, newest):  # once: groups are kept
                 contexts = replace(contexts, full_weight_tokens=full, newest_full_weight=newest)
                 self.contexts = contexts
