@@ -8,9 +8,6 @@ import torch
 from conftest import FAMILIES, WINDOW, ModelMaker
 from reference import reference_stream
 
-from fot.attention import attend_newest
-from memory import Memory
-
 Draw = Callable[..., torch.Tensor]
 CLOSE = {"atol": 1e-4, "rtol": 1e-4}
 
@@ -79,23 +76,6 @@ def test_past_the_window_beside_a_large_memory(newest: int, make_model: ModelMak
         logits.append(output.logits)
     expected = reference_stream(model, tokens, memory)
     torch.testing.assert_close(torch.cat(logits, dim=1), expected, **CLOSE)
-
-
-def test_the_newest_of_several_memories_are_those_of_one() -> None:
-    """Rows that read one memory, its two halves, the later half alone, and nothing."""
-    generator = torch.Generator().manual_seed(0)
-    queries, keys, values = (torch.randn(shape, generator=generator) for shape in ((4, 4, 3, 8), *[(2, 25, 8)] * 2))
-    whole, early, late = (Memory([1], 2, 8) for _ in range(3))
-    for memory, part in ((whole, slice(25)), (early, slice(17)), (late, slice(17, 25))):
-        memory.append({1: keys[:, part]}, {1: values[:, part]}, range(25)[part])
-    rows = [[whole], [early, late], [late], []]
-    output, lse = attend_newest(queries, rows, 1, 12, scale=0.3)
-    for row, count in ((0, 12), (1, 12), (2, 8)):
-        scores = 0.3 * queries[row] @ keys[:, -count:].repeat_interleave(2, 0).mT
-        expected = scores.softmax(-1) @ values[:, -count:].repeat_interleave(2, 0)
-        torch.testing.assert_close(output[row], expected, atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(lse[row], scores.logsumexp(-1), atol=1e-5, rtol=1e-5)
-    assert (lse[3] == -torch.inf).all()
 
 
 @torch.no_grad()

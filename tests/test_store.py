@@ -128,35 +128,6 @@ def test_attend_equals_softmax(top_k: int | None) -> None:
     torch.testing.assert_close(lse, logits.logsumexp(-1), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", VECTOR_DTYPES)
-@pytest.mark.parametrize("index", ["exact", "IVF2,Flat"])
-def test_the_newest_are_those_of_now(index: str, dtype: str) -> None:
-    """Whatever was asked before: also as many as were there before a memory changed."""
-    store = make(index=index, top_k=2, key_dtype=dtype, value_dtype=dtype)
-    queries = vectors(3, seed=5)
-
-    def check(count: int) -> None:
-        output, lse = store[4].attend_newest(queries, count=count, scale=0.3)
-        logits = 0.3 * queries @ store[4].keys()[:, -count:].mT
-        torch.testing.assert_close(output, logits.softmax(-1) @ store[4].values()[:, -count:], atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(lse, logits.logsumexp(-1), atol=1e-5, rtol=1e-5)
-
-    append(store, 30, document="a")
-    check(20)
-    check(30)
-    append(store, 25, seed=1, document="b")
-    check(20)
-    store.truncate(40)
-    check(20)
-    append(store, 15, seed=2, document="c")
-    check(20)
-    store.drop_document("b")
-    check(20)
-    store.reset()
-    append(store, 20, seed=3)
-    check(20)
-
-
 @given(st.integers(1, 90), st.integers(1, 100), st.integers(1, 20))
 @settings(max_examples=40, deadline=None)
 def test_search_equals_sorting(stored: int, k: int, num_queries: int) -> None:
