@@ -219,10 +219,14 @@ class LocalCache(DynamicCache):
             if self.mask is not None:
                 bias = bias.masked_fill(~self.mask, -torch.inf)
             for row, (discount, count) in enumerate(zip(discounts, self.sinks, strict=True)):
-                slots = range(count) if self.mask is None else self.slots(row)[:count]
-                for number, slot in enumerate(slots):
-                    whole = not discount or self.moved[row] - number <= self.config.newest_full_weight
-                    bias[row, slot] = -math.inf if whole else math.log(-math.expm1(-discount))
+                # The first of them lack weight in the memory; the others are among its newest tokens. In two steps, so
+                # that no GPU is waited for.
+                lack = min(count, max(0, self.moved[row] - self.config.newest_full_weight)) if discount else 0
+                slots = None if self.mask is None else self.slots(row)
+                bias[row, slice(lack, count) if slots is None else slots[lack:count]] = -math.inf
+                if lack:
+                    weight = math.log(-math.expm1(-discount))
+                    bias[row, slice(lack) if slots is None else slots[:lack]] = weight
             return 0, bias
         if self.mask is None and fewest == max(self.sinks, default=0):
             return fewest, None

@@ -147,9 +147,10 @@ def test_kept_keys_are_rotated_to_their_new_positions(sinks: int, make_model: Mo
 
 
 @torch.no_grad()
-def test_rows_of_a_batch_past_the_window_are_as_alone(make_model: ModelMaker, ids: Draw) -> None:
+@pytest.mark.parametrize("newest", [0, 8])
+def test_rows_of_a_batch_past_the_window_are_as_alone(newest: int, make_model: ModelMaker, ids: Draw) -> None:
     """Rows with padding on both sides, whose memories weigh less by different amounts."""
-    model = make_model(full_weight_tokens=10)
+    model = make_model(full_weight_tokens=10, newest_full_weight=newest)
     rows = [ids(count, seed=count)[0] for count in (70, 41)]
     first = torch.stack([row[:20] for row in rows])
     more, mask = torch.zeros(2, 60, dtype=torch.int64), torch.zeros(2, 60, dtype=torch.int64)
