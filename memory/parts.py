@@ -1,7 +1,9 @@
 """The safetensors parts of a memory's folder: written in a stream, whole or not at all; mapped and checked."""
 
+import ctypes
 import hashlib
 import json
+import mmap
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,6 +121,20 @@ class MappedPart:
             f"{self.path} is damaged or belongs to another memory: {why}; restore it from a copy, or "
             "build the memory again"
         )
+
+
+def read_at_random(tensor: Tensor) -> None:
+    """Tell the system that little of a mapped tensor is read at a time, so that it reads no more from the disk.
+
+    Where it cannot be told, as on Windows, reading stays as it was.
+    """
+    advice = getattr(mmap, "MADV_RANDOM", None)
+    if advice is None:
+        return
+    storage = tensor.untyped_storage()
+    start = storage.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
+    length = storage.data_ptr() + storage.nbytes() - start
+    ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), ctypes.c_int(advice))
 
 
 def _bytes(streams: Mapping[str, Stream]) -> Iterator[memoryview | bytes]:

@@ -1,6 +1,6 @@
 """What the segments of a memory's folder hold: tokens with their vectors."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,16 +8,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from memory.clustered import SEGMENT, Clusters
 from memory.content import Content
 from memory.manifest import Document, Manifest, Part
 from memory.parts import MappedPart, Stream
 from memory.tokens import NO_DOCUMENT
-from memory.vectors import VECTOR_DTYPES, VectorBlocks, runs
+from memory.vectors import VECTOR_DTYPES, Stored, VectorBlocks, runs
 
 SCALES = (torch.bfloat16, torch.float32)  # float32 in format version 1
+ARRANGED = "arranged"  # tensor of the ranges whose vectors lie cluster after cluster
 DROPPED = -2  # document number of tokens that are no longer part of the memory
 
-Stored = tuple[Tensor, Tensor | None]  # vectors as blocks keep them, and the scales of int8
+Section = tuple[int, int, Tensor | None]  # slots start..stop-1, and in which order (G, n) they are written
 
 
 @dataclass
@@ -35,7 +37,9 @@ class Segment:
     values: dict[int, list[Stored]]
 
 
-def segment_streams(content: Content, start: int, stop: int, rows: np.ndarray) -> dict[str, Stream]:
+def segment_streams(
+    content: Content, start: int, stop: int, rows: np.ndarray, clusters: Mapping[int, Clusters]
+) -> dict[str, Stream]:
     """The tensors of a segment of slots start..stop-1.
 
     Args:
@@ -43,17 +47,29 @@ def segment_streams(content: Content, start: int, stop: int, rows: np.ndarray) -
         start: first slot.
         stop: past-the-end slot.
         rows: (stop - start, 4) int32, documents numbered as in the manifest.
+        clusters: layer -> clusters. The vectors of whole stretches of them are written cluster after cluster, all
+            others in the order of the slots.
     """
     streams = {"tokens": Stream.of(torch.from_numpy(np.ascontiguousarray(rows)))}
     heads, count, dim = content.num_key_value_heads, stop - start, content.head_dim
     for layer, vectors in content.layers.items():
+        sections = _sections(start, stop, clusters.get(layer))
+        ordered = [(first - start, order) for first, _, order in sections if order is not None]
+        if ordered:
+            places = torch.zeros(heads, count, dtype=torch.int16)
+            for first, order in ordered:
+                numbers = torch.arange(order.shape[1], dtype=torch.int16).expand_as(order)
+                places[:, first : first + order.shape[1]].scatter_(1, order, numbers)
+            streams[f"places.{layer}"] = Stream.of(places)
+            ranges = torch.tensor([[first, order.shape[1]] for first, order in ordered])
+            streams[f"{ARRANGED}.{layer}"] = Stream.of(ranges)
         for name, blocks in (("keys", vectors.keys), ("values", vectors.values)):
-            pieces = _by_head(blocks, start, stop, 0)
+            pieces = _by_head(blocks, sections, 0)
             streams[f"{name}.{layer}"] = Stream(blocks.dtype, (heads, count, dim), pieces)
             if blocks.dtype == torch.int8:
                 found = {scales.dtype for _, scales in blocks.stored(start, stop) if scales is not None}
                 dtype = torch.float32 if torch.float32 in found else torch.bfloat16
-                pieces = (piece.to(dtype) for piece in _by_head(blocks, start, stop, 1))
+                pieces = (piece.to(dtype) for piece in _by_head(blocks, sections, 1))
                 streams[f"{name}_scales.{layer}"] = Stream(dtype, (heads, count, 1), pieces)
     return streams
 
@@ -86,6 +102,7 @@ def map_segment(folder: Path, manifest: Manifest, part: Part) -> Segment:
     stretches = runs(torch.from_numpy(slots))
     segment = Segment(rows, {}, {})
     for layer in manifest.layers:
+        places, ranges = _arranged(mapped, part, layer, manifest)
         for name, into in (("keys", segment.keys), ("values", segment.values)):
             dtype = VECTOR_DTYPES[manifest.key_dtype if name == "keys" else manifest.value_dtype]
             shape = (manifest.num_key_value_heads, part.tokens, manifest.head_dim)
@@ -93,7 +110,7 @@ def map_segment(folder: Path, manifest: Manifest, part: Part) -> Segment:
             scales = None
             if dtype == torch.int8:
                 scales = mapped.take(f"{name}_scales.{layer}", SCALES, (*shape[:2], 1))
-            into[layer] = [(data[:, a:b], None if scales is None else scales[:, a:b]) for a, b in stretches]
+            into[layer] = [one for run in stretches for one in _cut(data, scales, places, ranges, *run)]
     return segment
 
 
@@ -110,6 +127,23 @@ def check_documents(folder: Path, manifest: Manifest) -> list[str]:
             problems.append(f"{folder}: document {document.name!r} has (tokens, first, last) = {found}; the manifest "
                             f"says {said}")  # fmt: skip
     return problems
+
+
+def check_places(folder: Path, manifest: Manifest) -> list[str]:
+    """Segments whose vectors lie cluster after cluster, but not each at one place."""
+    problems = []
+    for part in manifest.segments:
+        mapped = MappedPart(folder, part)
+        for layer in manifest.layers:
+            places, ranges = _arranged(mapped, part, layer, manifest)
+            if any(not _is_order(places[:, first:end]) for first, end in ranges):
+                problems.append(f"{mapped.path}: two vectors of layer {layer} are at one place")
+    return problems
+
+
+def _is_order(numbers: Tensor) -> bool:
+    """Whether each row (n,) has each of 0..n-1 once."""
+    return torch.equal(numbers.long().sort(dim=1).values, torch.arange(numbers.shape[1]).expand_as(numbers))
 
 
 def _rows(mapped: MappedPart, part: Part, num_documents: int) -> np.ndarray:
@@ -132,10 +166,56 @@ def _living(manifest: Manifest, rows: np.ndarray) -> tuple[np.ndarray, np.ndarra
     return rows, slots
 
 
-def _by_head(blocks: VectorBlocks, start: int, stop: int, which: int) -> Iterator[Tensor]:
-    """Vectors (0) or scales (1) of a range, head after head."""
+def _sections(start: int, stop: int, clusters: Clusters | None) -> list[Section]:
+    """Slots start..stop-1, cut where whole stretches of clusters begin and end."""
+    sections: list[Section] = []
+    for part in [] if clusters is None else clusters.split():
+        first, length = part.stretches[0, :2].tolist()
+        order = part.order.cpu().long()
+        # By a damaged order some vectors would be written twice and others not at all.
+        if start <= first and first + length <= stop and _is_order(order):
+            sections += [(start, first, None), (first, first + length, order)]
+            start = first + length
+    return [one for one in (*sections, (start, stop, None)) if one[0] < one[1]]
+
+
+def _by_head(blocks: VectorBlocks, sections: list[Section], which: int) -> Iterator[Tensor]:
+    """Vectors (0) or scales (1) of these slots, head after head."""
     for head in range(blocks.num_heads):
-        for stored in blocks.stored(start, stop):
-            piece = stored[which]
-            assert piece is not None
-            yield piece[head]
+        for start, stop, order in sections:
+            found = [stored[which] for stored in blocks.stored(start, stop)]
+            pieces = [piece[head] for piece in found if piece is not None]
+            yield from pieces if order is None else [torch.cat(pieces)[order[head]]]
+
+
+def _arranged(mapped: MappedPart, part: Part, layer: int, manifest: Manifest) -> tuple[Tensor, list[tuple[int, int]]]:
+    """Where the vectors of slots are, (G, n) int16, and the ranges of slots for which that counts."""
+    if f"{ARRANGED}.{layer}" not in mapped.names:
+        return torch.empty(0), []
+    places = mapped.take(f"places.{layer}", torch.int16, (manifest.num_key_value_heads, part.tokens))
+    ranges, end = [], 0
+    for first, length in mapped.take(f"{ARRANGED}.{layer}", torch.int64, (None, 2)).tolist():
+        if first < end or not 0 < length <= SEGMENT or first + length > part.tokens:
+            raise mapped.damaged(f"it has {length} vectors from {first} on cluster after cluster")
+        end = first + length
+        ranges.append((first, end))
+    return places, ranges
+
+
+def _cut(
+    data: Tensor, scales: Tensor | None, places: Tensor, ranges: list[tuple[int, int]], start: int, stop: int
+) -> Iterator[Stored]:
+    """The vectors of slots start..stop-1, cut where those that lie cluster after cluster begin and end."""
+
+    def view(tensor: Tensor | None, first: int, end: int) -> Tensor | None:
+        return None if tensor is None else tensor[:, first:end]
+
+    for first, end in ranges:
+        if first < stop and start < end:
+            if start < first:
+                yield data[:, start:first], view(scales, start, first), None
+            upto = min(stop, end)
+            yield data[:, first:end], view(scales, first, end), places[:, max(start, first) : upto]
+            start = upto
+    if start < stop:
+        yield data[:, start:stop], view(scales, start, stop), None
