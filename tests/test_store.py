@@ -73,7 +73,7 @@ def test_appending_copies_nothing_stored() -> None:
     for seed in range(20):
         blocks.append(vectors(10, seed))
     assert [block.data.data_ptr() for block in blocks._blocks][: len(places)] == places
-    assert max(block.shape[1] for block in blocks._data) == memory.vectors.LAST_BLOCK
+    assert max(map(len, blocks._blocks)) == memory.vectors.LAST_BLOCK
     assert blocks.nbytes() <= (len(blocks) + memory.vectors.LAST_BLOCK) * HEADS * DIM * 4
 
 
