@@ -8,15 +8,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from memory.clustered import SEGMENT, Clusters
+from memory.clustered import Clusters
 from memory.content import Content
 from memory.manifest import Document, Manifest, Part
 from memory.parts import MappedPart, Stream
 from memory.tokens import NO_DOCUMENT
-from memory.vectors import VECTOR_DTYPES, Stored, VectorBlocks, runs
+from memory.vectors import MOST_PLACES, VECTOR_DTYPES, Stored, VectorBlocks, rows_of, runs
 
 SCALES = (torch.bfloat16, torch.float32)  # float32 in format version 1
-ARRANGED = "arranged"  # tensor of the ranges whose vectors lie cluster after cluster
+PLACES = "places"  # tensor of where vectors are, if they lie cluster after cluster
 DROPPED = -2  # document number of tokens that are no longer part of the memory
 
 Section = tuple[int, int, Tensor | None]  # slots start..stop-1, and in which order (G, n) they are written
@@ -54,15 +54,8 @@ def segment_streams(
     heads, count, dim = content.num_key_value_heads, stop - start, content.head_dim
     for layer, vectors in content.layers.items():
         sections = _sections(start, stop, clusters.get(layer))
-        ordered = [(first - start, order) for first, _, order in sections if order is not None]
-        if ordered:
-            places = torch.zeros(heads, count, dtype=torch.int16)
-            for first, order in ordered:
-                numbers = torch.arange(order.shape[1], dtype=torch.int16).expand_as(order)
-                places[:, first : first + order.shape[1]].scatter_(1, order, numbers)
-            streams[f"places.{layer}"] = Stream.of(places)
-            ranges = torch.tensor([[first, order.shape[1]] for first, order in ordered])
-            streams[f"{ARRANGED}.{layer}"] = Stream.of(ranges)
+        if any(order is not None for *_, order in sections):
+            streams[f"{PLACES}.{layer}"] = Stream.of(_places(sections, heads))
         for name, blocks in (("keys", vectors.keys), ("values", vectors.values)):
             pieces = _by_head(blocks, sections, 0)
             streams[f"{name}.{layer}"] = Stream(blocks.dtype, (heads, count, dim), pieces)
@@ -102,7 +95,7 @@ def map_segment(folder: Path, manifest: Manifest, part: Part) -> Segment:
     stretches = runs(torch.from_numpy(slots))
     segment = Segment(rows, {}, {})
     for layer in manifest.layers:
-        places, ranges = _arranged(mapped, part, layer, manifest)
+        places = _mapped_places(mapped, part, layer, manifest)
         for name, into in (("keys", segment.keys), ("values", segment.values)):
             dtype = VECTOR_DTYPES[manifest.key_dtype if name == "keys" else manifest.value_dtype]
             shape = (manifest.num_key_value_heads, part.tokens, manifest.head_dim)
@@ -110,7 +103,10 @@ def map_segment(folder: Path, manifest: Manifest, part: Part) -> Segment:
             scales = None
             if dtype == torch.int8:
                 scales = mapped.take(f"{name}_scales.{layer}", SCALES, (*shape[:2], 1))
-            into[layer] = [one for run in stretches for one in _cut(data, scales, places, ranges, *run)]
+            if places is not None:
+                into[layer] = [(data, scales, places[:, a:b]) for a, b in stretches]
+            else:
+                into[layer] = [(data[:, a:b], None if scales is None else scales[:, a:b], None) for a, b in stretches]
     return segment
 
 
@@ -135,15 +131,15 @@ def check_places(folder: Path, manifest: Manifest) -> list[str]:
     for part in manifest.segments:
         mapped = MappedPart(folder, part)
         for layer in manifest.layers:
-            places, ranges = _arranged(mapped, part, layer, manifest)
-            if any(not _is_order(places[:, first:end]) for first, end in ranges):
+            places = _mapped_places(mapped, part, layer, manifest)
+            if places is not None and not _is_order(rows_of(places)):
                 problems.append(f"{mapped.path}: two vectors of layer {layer} are at one place")
     return problems
 
 
 def _is_order(numbers: Tensor) -> bool:
     """Whether each row (n,) has each of 0..n-1 once."""
-    return torch.equal(numbers.long().sort(dim=1).values, torch.arange(numbers.shape[1]).expand_as(numbers))
+    return torch.equal(numbers.sort(dim=1).values, torch.arange(numbers.shape[1]).expand_as(numbers))
 
 
 def _rows(mapped: MappedPart, part: Part, num_documents: int) -> np.ndarray:
@@ -188,34 +184,21 @@ def _by_head(blocks: VectorBlocks, sections: list[Section], which: int) -> Itera
             yield from pieces if order is None else [torch.cat(pieces)[order[head]]]
 
 
-def _arranged(mapped: MappedPart, part: Part, layer: int, manifest: Manifest) -> tuple[Tensor, list[tuple[int, int]]]:
-    """Where the vectors of slots are, (G, n) int16, and the ranges of slots for which that counts."""
-    if f"{ARRANGED}.{layer}" not in mapped.names:
-        return torch.empty(0), []
-    places = mapped.take(f"places.{layer}", torch.int16, (manifest.num_key_value_heads, part.tokens))
-    ranges, end = [], 0
-    for first, length in mapped.take(f"{ARRANGED}.{layer}", torch.int64, (None, 2)).tolist():
-        if first < end or not 0 < length <= SEGMENT or first + length > part.tokens:
-            raise mapped.damaged(f"it has {length} vectors from {first} on cluster after cluster")
-        end = first + length
-        ranges.append((first, end))
-    return places, ranges
+def _places(sections: list[Section], heads: int) -> Tensor:
+    """Where each slot's vector is written, (G, n) int16 as ``memory.vectors.rows_of`` takes them."""
+    begin, end = sections[0][0], sections[-1][1]
+    places = torch.arange(end - begin).repeat(heads, 1)
+    for start, stop, order in sections:
+        if order is not None:
+            here = slice(start - begin, stop - begin)
+            places[:, here] = torch.empty_like(order).scatter_(1, order, places[:, here])
+    return places.to(torch.int16)
 
 
-def _cut(
-    data: Tensor, scales: Tensor | None, places: Tensor, ranges: list[tuple[int, int]], start: int, stop: int
-) -> Iterator[Stored]:
-    """The vectors of slots start..stop-1, cut where those that lie cluster after cluster begin and end."""
-
-    def view(tensor: Tensor | None, first: int, end: int) -> Tensor | None:
-        return None if tensor is None else tensor[:, first:end]
-
-    for first, end in ranges:
-        if first < stop and start < end:
-            if start < first:
-                yield data[:, start:first], view(scales, start, first), None
-            upto = min(stop, end)
-            yield data[:, first:end], view(scales, first, end), places[:, max(start, first) : upto]
-            start = upto
-    if start < stop:
-        yield data[:, start:stop], view(scales, start, stop), None
+def _mapped_places(mapped: MappedPart, part: Part, layer: int, manifest: Manifest) -> Tensor | None:
+    """What ``_places`` made; None of a segment in the order of the slots."""
+    if f"{PLACES}.{layer}" not in mapped.names:
+        return None
+    if part.tokens > MOST_PLACES:
+        raise mapped.damaged(f"it has {part.tokens:,} vectors cluster after cluster, where {MOST_PLACES:,} is the most")
+    return mapped.take(f"{PLACES}.{layer}", torch.int16, (manifest.num_key_value_heads, part.tokens))

@@ -11,6 +11,8 @@ from torch import Tensor
 FIRST_BLOCK = 1024
 LAST_BLOCK = 16384
 
+MOST_PLACES = 1 << 16
+
 VECTOR_DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
@@ -48,8 +50,8 @@ class Block:
     Attributes:
         data: (G, n, D).
         scales: (G, n, 1) for int8, else None.
-        places: (G, n) int16, where in ``data`` the vector of each slot is; there may be others in it, too. None if
-            they lie in the order of the slots.
+        places: (G, n) int16 for ``rows_of``, where in ``data`` the vector of each slot is; there may be others in it,
+            too. None if they lie in the order of the slots.
     """
 
     data: Tensor
@@ -69,9 +71,9 @@ class Block:
             if self.places is None:
                 return self.data[:, where], None if self.scales is None else self.scales[:, where]
             heads = torch.arange(len(self.places), device=self.places.device).unsqueeze(1)
-            where = heads, self.places[:, where].long()
+            where = heads, rows_of(self.places[:, where])
         elif self.places is not None:
-            where = where[0], self.places[where].long()
+            where = where[0], rows_of(self.places[where])
         return self.data[where], None if self.scales is None else self.scales[where]
 
     def decoded(self, where: Where, dtype: torch.dtype) -> Tensor:
@@ -135,7 +137,7 @@ class VectorBlocks:
         Args:
             data: (G, n, D) of the dtype of these blocks.
             scales: (G, n, 1) bfloat16 for int8, float32 in files of before; else None.
-            places: (G, m) int16, where the vectors of m slots are; None for all n in order.
+            places: (G, m) int16 for ``rows_of``, where the vectors of m slots are; None for all n in order.
         """
         assert self._mapped == len(self._blocks), "mapped vectors come before all others"
         if places is not None:
@@ -243,7 +245,7 @@ class VectorBlocks:
             tables = [block.places for _ in range(len(slots)) for block in self._blocks]
             of = [head for head in range(*heads.indices(self.num_heads)) for _ in self._blocks]
             wheres = [
-                where if table is None or not len(where) else table[head].index_select(0, where).long()
+                where if table is None or not len(where) else rows_of(table[head].index_select(0, where))
                 for where, table, head in zip(wheres, tables, of, strict=True)
             ]
         rows = found.flatten(0, 1).split(lengths)
@@ -302,6 +304,11 @@ class VectorBlocks:
             block.scales.data[:, window] = scales
         block.data.data[:, window] = vectors
         self._length += vectors.shape[1]
+
+
+def rows_of(places: Tensor) -> Tensor:
+    """Numbers 0..``MOST_PLACES`` - 1 that are kept in 16 bits, as int64."""
+    return places.long() & (MOST_PLACES - 1)
 
 
 def _by_heads(blocks: list[Tensor], heads: slice) -> list[Tensor]:
