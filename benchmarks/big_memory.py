@@ -11,6 +11,7 @@ since those of a copy are the same.
 
 import argparse
 import json
+import os
 import shutil
 import statistics
 import subprocess
@@ -64,6 +65,7 @@ def write(source: Path, folder: Path, tokens: int, vectors: str, by_cluster: boo
     manifest.documents[0].tokens, manifest.documents[0].last = times * PERIOD, times * PERIOD - 1
     manifest.learnt = write_part(next_path(folder, "index"), learnt_again(folder, manifest, times), times * PERIOD)
     commit(folder, manifest)
+    os.sync()  # so that the asking process does not wait for what is still being written
     return {"cluster_seconds": clustered - start, "write_seconds": time.perf_counter() - clustered}
 
 
