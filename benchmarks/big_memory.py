@@ -1,7 +1,7 @@
 """A memory on disk that is larger than RAM: its clusters, keys and values stay on disk.
 
     python benchmarks/real_keys.py smollm2-135m-fot novels/pride_and_prejudice.txt KEYS --tokens 65536
-    python benchmarks/big_memory.py KEYS --tokens 16777216 --folder DIR --json OUT.json
+    python benchmarks/big_memory.py KEYS --tokens 16777216 --by-cluster --folder DIR --json OUT.json
 
 Writes the keys of a real text as int8 again and again, each copy to a file of its own, with their clusters, and asks in
 a fresh process: seconds to open, of the first token and of later ones, all layers, and the largest resident set, of
@@ -11,6 +11,7 @@ since those of a copy are the same.
 
 import argparse
 import json
+import os
 import shutil
 import statistics
 import subprocess
@@ -40,7 +41,7 @@ QUERIES = "queries.safetensors"
 PERIOD = 8 * SEGMENT  # tokens of the text that are repeated: a segment of the folder, half a group of coarse clusters
 
 
-def write(source: Path, folder: Path, tokens: int, vectors: str) -> dict[str, float]:
+def write(source: Path, folder: Path, tokens: int, vectors: str, by_cluster: bool) -> dict[str, float]:
     """Make the memory: its clusters from one copy, then copies of its files."""
     start = time.perf_counter()
     text = Memory.open(source, index="exact")
@@ -51,6 +52,9 @@ def write(source: Path, folder: Path, tokens: int, vectors: str) -> dict[str, fl
     values = {layer: text[layer].values(slots) for layer in text.layers}
     first.append(keys, values, range(PERIOD), document="text")
     first.save(folder)
+    if by_cluster:
+        with Memory.open(folder, "a") as saved:
+            saved.compact(by_cluster=True)
     clustered, times = time.perf_counter(), tokens // PERIOD
     manifest = read_manifest(folder)
     (segment,) = manifest.segments
@@ -61,6 +65,7 @@ def write(source: Path, folder: Path, tokens: int, vectors: str) -> dict[str, fl
     manifest.documents[0].tokens, manifest.documents[0].last = times * PERIOD, times * PERIOD - 1
     manifest.learnt = write_part(next_path(folder, "index"), learnt_again(folder, manifest, times), times * PERIOD)
     commit(folder, manifest)
+    os.sync()  # so that the asking process does not wait for what is still being written
     return {"cluster_seconds": clustered - start, "write_seconds": time.perf_counter() - clustered}
 
 
@@ -125,6 +130,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=4_194_304, help=f"a multiple of {2 * PERIOD:,}")
     parser.add_argument("--asked", type=int, default=12, help="tokens that ask")
     parser.add_argument("--vectors", default="int8")
+    parser.add_argument("--by-cluster", action="store_true", help="vectors of a cluster behind one another on disk")
     parser.add_argument("--folder", type=Path, help="where to write; it is deleted afterwards")
     parser.add_argument("--ask", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--json", type=Path)
@@ -134,7 +140,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory(dir=args.folder) as place:
         folder = Path(place) / "memory"
-        figures: dict[str, Any] = write(args.keys, folder, args.tokens, args.vectors)
+        figures: dict[str, Any] = write(args.keys, folder, args.tokens, args.vectors, args.by_cluster)
         figures["disk_bytes"] = sum(path.stat().st_size for path in folder.iterdir())
         command = [sys.executable, __file__, str(args.keys), "--ask", str(folder), "--asked", str(args.asked)]
         figures |= json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)

@@ -11,19 +11,22 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import psutil
 import torch
 from filelock import FileLock
 from torch import Tensor
 
 from memory.atomic import file_sha256
+from memory.clustered import SEGMENT, Clusters, LearntClusters
 from memory.content import Content
 from memory.folder import Folder, changing, commit, is_ours, next_path, remove_leftovers, take_lock
 from memory.index import Learnt
 from memory.manifest import LOCK, MANIFEST, Manifest, Part, read_manifest
-from memory.parts import MappedPart, write_part
+from memory.parts import MappedPart, read_at_random, write_part
 from memory.saved_index import check_learnt, learnt_streams, map_learnt
-from memory.segments import Segment, check_documents, map_segment, number_documents, segment_streams
+from memory.segments import Segment, check_documents, check_places, map_segment, number_documents, segment_streams
 from memory.tokens import DocumentNote, TokenTable
+from memory.vectors import Block, Stored
 
 # A segment is no larger than either of these.
 SEGMENT_TOKENS = 65_536
@@ -114,7 +117,7 @@ def flush(content: Content, folder: Folder, learnt: dict[int, Learnt] | None) ->
     manifest, start = deepcopy(folder.manifest), folder.stored
     _describe(content, manifest)
     with changing(folder.path):
-        new = _write_segments(content, folder.path, manifest, start)
+        new = _write_segments(content, folder.path, manifest, start, {})
         if learnt is not None and (
             not manifest.learnt or not learnt or manifest.learnt.tokens != _known(learnt) or new
         ):
@@ -159,9 +162,12 @@ def rename(folder: Folder, names: Mapping[str, str]) -> None:
         folder.manifest = manifest
 
 
-def compact(content: Content, folder: Folder, learnt: dict[int, Learnt]) -> None:
-    """Write everything anew, without what was dropped, and map it from there. Needs room for both at once."""
-    folder.manifest = _write_all(content, folder.path, learnt, folder.manifest.created)
+def compact(content: Content, folder: Folder, learnt: dict[int, Learnt], by_cluster: bool) -> None:
+    """Write everything anew, without what was dropped, and map it from there. Needs room for both at once.
+
+    ``by_cluster`` is as for ``Memory.compact``.
+    """
+    folder.manifest = _write_all(content, folder.path, learnt, folder.manifest.created, by_cluster)
     folder.stored = len(content)
     _swap(content, [map_segment(folder.path, folder.manifest, part) for part in folder.manifest.segments], 0)
 
@@ -179,11 +185,13 @@ def verify(path: str | Path) -> list[str]:
     manifest = read_manifest(folder)
     problems = [problem for part in manifest.files() for problem in _problems(folder, manifest, part)]
     if not problems:
-        problems = check_documents(folder, manifest) + check_learnt(folder, manifest)
+        problems = check_documents(folder, manifest) + check_places(folder, manifest) + check_learnt(folder, manifest)
     return problems
 
 
-def _write_all(content: Content, folder: Path, learnt: dict[int, Learnt], created: str) -> Manifest:
+def _write_all(
+    content: Content, folder: Path, learnt: dict[int, Learnt], created: str, by_cluster: bool = False
+) -> Manifest:
     manifest = Manifest(
         layers=list(content.layers),
         num_key_value_heads=content.num_key_value_heads,
@@ -195,9 +203,11 @@ def _write_all(content: Content, folder: Path, learnt: dict[int, Learnt], create
         fingerprint=content.fingerprint,
         metadata={},
         created=created,
+        by_cluster=by_cluster,
     )
+    clusters = {layer: one.clusters for layer, one in learnt.items() if isinstance(one, LearntClusters)}
     with changing(folder):
-        _write_segments(content, folder, manifest, 0)
+        _write_segments(content, folder, manifest, 0, clusters if by_cluster else {})
         _describe(content, manifest)
         _write_learnt(folder, manifest, learnt)
         commit(folder, manifest)
@@ -211,18 +221,25 @@ def _describe(content: Content, manifest: Manifest) -> None:
     manifest.top_k = content.top_k
 
 
-def _write_segments(content: Content, folder: Path, manifest: Manifest, start: int) -> list[Part]:
-    """Write the tokens from slot ``start`` on, and note them and their documents in the manifest."""
+def _write_segments(
+    content: Content, folder: Path, manifest: Manifest, start: int, clusters: Mapping[int, Clusters]
+) -> list[Part]:
+    """Write the tokens from slot ``start`` on, and note them and their documents in the manifest.
+
+    ``clusters`` are as for ``segment_streams``.
+    """
     rows = number_documents(manifest, content, start)
     for document in manifest.documents:
         if not document.dropped:
             note = content.notes.get(document.name, DocumentNote())
             document.sha256, document.complete = note.sha256, note.complete
     size = min(SEGMENT_TOKENS, max(1, SEGMENT_BYTES // _bytes_per_token(content)))
+    if clusters:
+        size = max(SEGMENT, size // SEGMENT * SEGMENT)  # whole stretches, where none was lost
     parts = []
     for first in range(start, len(content), size):
         stop = min(first + size, len(content))
-        streams = segment_streams(content, first, stop, rows[first - start : stop - start])
+        streams = segment_streams(content, first, stop, rows[first - start : stop - start], clusters)
         parts.append(write_part(next_path(folder, "segment"), streams, stop - first))
     manifest.segments += parts
     return parts
@@ -248,6 +265,9 @@ def _bytes_per_token(content: Content) -> int:
 def _load(folder: Path, manifest: Manifest, lock: FileLock | None, device: torch.device) -> Opened:
     living = [document for document in manifest.documents if not document.dropped]
     segments = [map_segment(folder, manifest, part) for part in manifest.segments]
+    if manifest.by_cluster and sum(p.bytes for p in manifest.segments) > psutil.virtual_memory().total:
+        for segment in segments:
+            _read_at_random(segment)
     content = Content(
         num_key_value_heads=manifest.num_key_value_heads,
         head_dim=manifest.head_dim,
@@ -274,10 +294,24 @@ def _swap(content: Content, segments: list[Segment], start: int) -> None:
     for number, layer in content.layers.items():
         for blocks, name in ((layer.keys, "keys"), (layer.values, "values")):
             parts = [part for segment in segments for part in getattr(segment, name)[number]]
-            blocks.remap(
-                start,
-                ((data.to(content.device), None if s is None else s.to(content.device)) for data, s in parts),
-            )
+            blocks.remap(start, (_placed(Block(*part), content.device) for part in parts))
+
+
+def _read_at_random(segment: Segment) -> None:
+    """A cluster of keys is a page or two: the system need not read what lies around it."""
+    for parts in (*segment.keys.values(), *segment.values.values()):
+        for stored in parts[:1]:  # all parts are of the same tensors
+            for tensor in stored:
+                if tensor is not None:
+                    read_at_random(tensor)
+
+
+def _placed(block: Block, device: torch.device | None) -> Stored:
+    """The vectors there: in the order of the slots, unless they stay mapped."""
+    if device is None or device.type == "cpu":
+        return block.data, block.scales, block.places
+    data, scales = block.at(slice(0, len(block)))
+    return data.to(device), None if scales is None else scales.to(device), None
 
 
 def _problems(folder: Path, manifest: Manifest, part: Part) -> list[str]:

@@ -14,7 +14,8 @@ from memory.vectors import VECTOR_DTYPES
 MANIFEST = "manifest.json"
 LOCK = "lock"
 FORMAT = "fot memory"
-FORMAT_VERSION = 2  # 1 had float32 scales and clusters without coarse ones
+# 1 had float32 scales and clusters without coarse ones; 3 is 2 with ``by_cluster``, and written for it alone.
+FORMAT_VERSION, PLAIN_VERSION = 3, 2
 PART_NAME = re.compile(r"(segment|index)-(\d{6,9})\.safetensors")
 MOST_LISTS = 1 << 22  # in an index that a stranger's manifest may ask for
 
@@ -81,6 +82,7 @@ class Manifest:
     written_by: str = ""
     created: str = ""
     changed: str = ""
+    by_cluster: bool = False  # vectors lie cluster after cluster, as far as there were clusters when it was compacted
 
     def files(self) -> list[Part]:
         """Every part."""
@@ -102,8 +104,12 @@ class Manifest:
         Raises:
             ValueError: metadata that JSON has no form for.
         """
+        content = asdict(self)
+        if not self.by_cluster:
+            del content["by_cluster"]
+        version = FORMAT_VERSION if self.by_cluster else PLAIN_VERSION
         try:
-            return json.dumps({"format": FORMAT, "version": FORMAT_VERSION, **asdict(self)}, indent=1, allow_nan=False)
+            return json.dumps({"format": FORMAT, "version": version, **content}, indent=1, allow_nan=False)
         except (TypeError, ValueError) as error:
             raise ValueError(f"the memory's metadata cannot be saved as JSON: {error}") from error
 
@@ -145,6 +151,7 @@ def _parse(content: dict[str, Any]) -> Manifest:
     documents = [_make(Document, entry) for entry in _of(content.pop("documents"), list)]
     segments = [_make(Part, entry) for entry in _of(content.pop("segments"), list)]
     learnt = content.pop("learnt")
+    content.setdefault("by_cluster", False)
     manifest = _make(Manifest, content | {"documents": [], "segments": [], "learnt": None})
     manifest.documents, manifest.segments = documents, segments
     manifest.learnt = None if learnt is None else _make(Part, learnt)

@@ -1,7 +1,9 @@
 """The safetensors parts of a memory's folder: written in a stream, whole or not at all; mapped and checked."""
 
+import ctypes
 import hashlib
 import json
+import mmap
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,10 +88,21 @@ class MappedPart:
             raise ValueError(f"{self.path} {what}; the manifest says {part.bytes:,} bytes: restore it from a copy, or "
                              "build the memory again")  # fmt: skip
         try:
-            self._file = safe_open(self.path, framework="pt")
-            self.names = set(self._file.keys())
+            safe_open(self.path, framework="pt")  # checks the header: every tensor lies within the file, on its own
         except (SafetensorError, OSError) as error:
             raise self.damaged(str(error)) from error
+        with self.path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            self._entries = json.loads(file.read(length))
+        self._entries.pop("__metadata__", None)
+        self._start = 8 + length  # of the numbers
+        # Mapped here, since safetensors reads a page of each tensor that it hands out.
+        self._bytes = torch.from_file(str(self.path), shared=False, size=part.bytes, dtype=torch.uint8)
+
+    @property
+    def names(self) -> set[str]:
+        """Of the tensors."""
+        return set(self._entries)
 
     def take(self, name: str, dtype: torch.dtype | tuple[torch.dtype, ...], shape: tuple[int | None, ...]) -> Tensor:
         """A tensor by name.
@@ -102,16 +115,20 @@ class MappedPart:
         Raises:
             ValueError: it is not there, or of another dtype or shape.
         """
-        if name not in self.names:
+        entry = self._entries.get(name)
+        if entry is None:
             raise self.damaged(f"it has no {name!r}")
-        lazy = self._file.get_slice(name)
-        found = lazy.get_dtype(), tuple(lazy.get_shape())
-        same = len(found[1]) == len(shape) and all(b in (None, a) for a, b in zip(found[1], shape, strict=True))
-        codes = [DTYPE_CODES[one] for one in (dtype if isinstance(dtype, tuple) else (dtype,))]
-        if not same or found[0] not in codes:
+        code, found = entry["dtype"], tuple(entry["shape"])
+        same = len(found) == len(shape) and all(b in (None, a) for a, b in zip(found, shape, strict=True))
+        codes = {DTYPE_CODES[one]: one for one in (dtype if isinstance(dtype, tuple) else (dtype,))}
+        if not same or code not in codes:
             wanted = tuple("any" if length is None else length for length in shape)
-            raise self.damaged(f"{name!r} is {found[0]} of shape {found[1]}, not {' or '.join(codes)} of {wanted}")
-        return self._file.get_tensor(name)
+            raise self.damaged(f"{name!r} is {code} of shape {found}, not {' or '.join(codes)} of {wanted}")
+        first, stop = (self._start + offset for offset in entry["data_offsets"])
+        numbers = self._bytes[first:stop]
+        if first % codes[code].itemsize:  # of a file that another program wrote
+            numbers = numbers.clone()
+        return numbers.view(codes[code]).view(found)
 
     def damaged(self, why: str) -> ValueError:
         """The error that names this part."""
@@ -119,6 +136,20 @@ class MappedPart:
             f"{self.path} is damaged or belongs to another memory: {why}; restore it from a copy, or "
             "build the memory again"
         )
+
+
+def read_at_random(tensor: Tensor) -> None:
+    """Tell the system that little of a mapped tensor is read at a time, so that it reads no more from the disk.
+
+    Where it cannot be told, as on Windows, reading stays as it was.
+    """
+    advice = getattr(mmap, "MADV_RANDOM", None)
+    if advice is None:
+        return
+    numbers = 1 + sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
+    start = tensor.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
+    length = tensor.data_ptr() + numbers * tensor.itemsize - start
+    ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), ctypes.c_int(advice))
 
 
 def _bytes(streams: Mapping[str, Stream]) -> Iterator[memoryview | bytes]:

@@ -15,6 +15,7 @@ from torch import Tensor
 from memory import disk
 from memory.backends import Backends, IndexFactory, check_index, is_clusters
 from memory.checks import check_pairs
+from memory.clustered import SEGMENT, LearntClusters
 from memory.content import Content
 from memory.facts import MemoryFacts
 from memory.folder import Folder
@@ -146,13 +147,28 @@ class Memory(MemoryFacts):
         built = any(layer.index is not None for layer in self._indexed.values())
         disk.flush(self._content, self._writable_folder(), self._learnt() if built else None)
 
-    def compact(self) -> None:
+    def compact(self, *, by_cluster: bool = False) -> None:
         """Flush, and write the folder anew to free the space of dropped documents. Needs ``mode="a"``.
 
+        Args:
+            by_cluster: write the vectors of each cluster behind one another, for a memory larger than RAM. A folder
+                that was written so stays so. It takes 2 bytes more for each token and KV head.
+
         Raises:
-            ValueError, OSError: The same as for ``flush``.
+            ValueError: The same as for ``flush``, or there are no clusters to write by.
+            OSError: The same as for ``flush``.
         """
-        disk.compact(self._content, self._writable_folder(), self._learnt())
+        folder = self._writable_folder()
+        asked, by_cluster = by_cluster, by_cluster or folder.manifest.by_cluster
+        if by_cluster:
+            self.prepare()
+        learnt = self._learnt()
+        if asked and not any(isinstance(one, LearntClusters) for one in learnt.values()):
+            raise ValueError(
+                f"this memory of {len(self):,} tokens has no clusters to write by: it needs {SEGMENT:,} tokens and the "
+                "index clusters; open it with Memory.open(path, 'a', index='clusters')"
+            )
+        disk.compact(self._content, folder, learnt, by_cluster)
 
     def prepare(self) -> None:
         """Build the indexes now and not at the first search. ``flush`` then saves what they learned."""

@@ -2,6 +2,7 @@
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -9,6 +10,8 @@ from torch import Tensor
 # Blocks double from the first size to the last, so that a small memory stays small and a large one has few blocks.
 FIRST_BLOCK = 1024
 LAST_BLOCK = 16384
+
+MOST_PLACES = 1 << 16
 
 VECTOR_DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,
@@ -36,6 +39,48 @@ def packed(vectors: Tensor) -> tuple[Tensor, Tensor]:
 # A range of a block's vectors, or heads and positions to pick from it.
 Where = slice | tuple[Tensor, Tensor]
 
+# Vectors as they are kept, scales for int8, and places as ``Block`` has them.
+Stored = tuple[Tensor, Tensor | None, Tensor | None]
+
+
+@dataclass(frozen=True)
+class Block:
+    """Vectors of n neighbouring slots, or room for them.
+
+    Attributes:
+        data: (G, n, D).
+        scales: (G, n, 1) for int8, else None.
+        places: (G, n) int16 for ``rows_of``, where in ``data`` the vector of each slot is; there may be others in it,
+            too. None if they lie in the order of the slots.
+    """
+
+    data: Tensor
+    scales: Tensor | None
+    places: Tensor | None = None
+
+    def __len__(self) -> int:
+        return (self.data if self.places is None else self.places).shape[1]
+
+    def tensors(self) -> list[Tensor]:
+        """All that it holds."""
+        return [one for one in (self.data, self.scales, self.places) if one is not None]
+
+    def at(self, where: Where) -> tuple[Tensor, Tensor | None]:
+        """Vectors and scales of some slots, counted from the block's first."""
+        if isinstance(where, slice):
+            if self.places is None:
+                return self.data[:, where], None if self.scales is None else self.scales[:, where]
+            heads = torch.arange(len(self.places), device=self.places.device).unsqueeze(1)
+            where = heads, rows_of(self.places[:, where])
+        elif self.places is not None:
+            where = where[0], rows_of(self.places[where])
+        return self.data[where], None if self.scales is None else self.scales[where]
+
+    def decoded(self, where: Where, dtype: torch.dtype) -> Tensor:
+        """Vectors of some slots; a view where no cast is needed and they lie in order."""
+        data, scales = self.at(where)
+        return data.to(dtype) if scales is None else (data.float() * scales).to(dtype)
+
 
 class VectorBlocks:
     """(G, N, D) vectors in append order; N grows, in time proportional to what is appended.
@@ -52,8 +97,7 @@ class VectorBlocks:
 
     def reset(self) -> None:
         """Forget every vector and free their space."""
-        self._data: list[Tensor] = []  # each (G, capacity, D)
-        self._scales: list[Tensor] = []  # each (G, capacity, 1), for int8 alone
+        self._blocks: list[Block] = []
         self._starts: list[int] = []  # slot of each block's first vector
         self._length = 0
         self._mapped = 0  # so many first blocks are mapped
@@ -64,12 +108,12 @@ class VectorBlocks:
     @property
     def device(self) -> torch.device | None:
         """Where the vectors lie; None while there are none."""
-        return self._data[0].device if self._data else None
+        return self._blocks[0].data.device if self._blocks else None
 
     @property
     def mapped_length(self) -> int:
         """How many of the first vectors are mapped."""
-        return sum(block.shape[1] for block in self._data[: self._mapped])
+        return sum(map(len, self._blocks[: self._mapped]))
 
     @classmethod
     def like(cls, other: "VectorBlocks") -> "VectorBlocks":
@@ -84,8 +128,8 @@ class VectorBlocks:
             # not that of a file of before, whose scale had more bits.
             self.append(other.gather(chosen, torch.float32))
 
-    def map(self, data: Tensor, scales: Tensor | None) -> None:
-        """Add vectors at the end without a copy, in the form in which ``stored`` gives them.
+    def map(self, data: Tensor, scales: Tensor | None, places: Tensor | None = None) -> None:
+        """Add vectors at the end without a copy, in the form in which ``Block`` has them.
 
         Nothing may have been appended before. The tensors are never written to: what is appended later goes to
         blocks of its own.
@@ -93,60 +137,61 @@ class VectorBlocks:
         Args:
             data: (G, n, D) of the dtype of these blocks.
             scales: (G, n, 1) bfloat16 for int8, float32 in files of before; else None.
+            places: (G, m) int16 for ``rows_of``, where the vectors of m slots are; None for all n in order.
         """
-        assert self._mapped == len(self._data), "mapped vectors come before all others"
-        for start in range(0, data.shape[1], LAST_BLOCK):
+        assert self._mapped == len(self._blocks), "mapped vectors come before all others"
+        if places is not None:
+            blocks = [Block(data, scales, places)]
+        else:
+            parts = [slice(start, start + LAST_BLOCK) for start in range(0, data.shape[1], LAST_BLOCK)]
+            blocks = [Block(*Block(data, scales).at(part)) for part in parts]
+        for block in blocks:
             self._starts.append(self._length)
-            self._data.append(data[:, start : start + LAST_BLOCK])
-            if scales is not None:
-                self._scales.append(scales[:, start : start + LAST_BLOCK])
+            self._blocks.append(block)
             self._mapped += 1
-            self._length += self._data[-1].shape[1]
+            self._length += len(block)
 
-    def remap(self, start: int, parts: Iterable[tuple[Tensor, Tensor | None]]) -> None:
+    def remap(self, start: int, parts: Iterable[Stored]) -> None:
         """Put mapped vectors in place of those from slot ``start`` on. Interrupted, nothing has changed.
 
         Args:
             start: those before are mapped.
             parts: as for ``map``, in order.
         """
-        fresh, blocks = VectorBlocks.like(self), bisect_left(self._starts, start)
-        assert blocks <= self._mapped
-        fresh._data, fresh._scales, fresh._starts = self._data[:blocks], self._scales[:blocks], self._starts[:blocks]
-        fresh._length, fresh._mapped = start, blocks
-        for data, scales in parts:
-            fresh.map(data, scales)
+        fresh, number = VectorBlocks.like(self), bisect_left(self._starts, start)
+        assert number <= self._mapped
+        fresh._blocks, fresh._starts = self._blocks[:number], self._starts[:number]
+        fresh._length, fresh._mapped = start, number
+        for part in parts:
+            fresh.map(*part)
         self.__dict__.update(fresh.__dict__)
 
     def stored(self, start: int, stop: int) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """Vectors of slots start..stop-1 as they are kept: views (G, n, D) and, for int8, their scales (G, n, 1)."""
-        index = max(0, bisect_right(self._starts, start) - 1)
-        while start < stop:
-            offset = start - self._starts[index]
-            count = min(stop - start, self._data[index].shape[1] - offset)
-            window = slice(offset, offset + count)
-            yield self._data[index][:, window], self._scales[index][:, window] if self._scales else None
-            start, index = start + count, index + 1
+        """Vectors of slots start..stop-1 as they are kept: (G, n, D) and, for int8, their scales (G, n, 1)."""
+        return (block.at(window) for block, window in self._windows(start, stop))
 
     def kept(self, slots: Tensor) -> "VectorBlocks":
         """Blocks of the vectors in these slots, (M,) int64 ascending. Mapped ones stay mapped, others are copied."""
         chosen = VectorBlocks.like(self)
         split = int((slots < self.mapped_length).sum())
         for run in runs(slots[:split]):
-            for data, scales in self.stored(*run):
-                chosen.map(data, scales)
+            for block, window in self._windows(*run):
+                if block.places is None:
+                    chosen.map(*block.at(window))
+                else:
+                    chosen.map(block.data, block.scales, block.places[:, window])
         chosen.take(self, slots[split:])
         return chosen
 
     def nbytes(self) -> int:
         """Bytes held, the free room of the last block included; mapped ones count as if they were in memory."""
-        return sum(block.numel() * block.element_size() for block in (*self._data, *self._scales))
+        return sum(tensor.numel() * tensor.element_size() for block in self._blocks for tensor in block.tensors())
 
     def append(self, vectors: Tensor) -> None:
         """Add (G, T, D) vectors at the end. Never touches what is stored already."""
         done, total = 0, vectors.shape[1]
         while done < total:
-            if not self._data or self._free() == 0:
+            if not self._blocks or self._free() == 0:
                 self._add_block(vectors.device)
             count = min(total - done, self._free())
             self._write(vectors[:, done : done + count])
@@ -157,17 +202,12 @@ class VectorBlocks:
         assert length >= self.mapped_length, "a mapped block cut short would be written to"
         while self._starts and self._starts[-1] >= length:
             self._starts.pop()
-            self._data.pop()
-            if self._scales:
-                self._scales.pop()
+            self._blocks.pop()
         self._length = min(self._length, length)
 
     def blocks(self, dtype: torch.dtype) -> Iterator[Tensor]:
         """The stored vectors in slot order as (G, n, D) tensors of ``dtype``; a view where no cast is needed."""
-        for index, start in enumerate(self._starts):
-            count = min(self._length - start, self._data[index].shape[1])
-            if count:
-                yield self._decode(self._data[index][:, :count], index, slice(0, count), dtype)
+        return self.pieces(0, self._length, dtype)
 
     def gather(self, slots: Tensor, dtype: torch.dtype) -> Tensor:
         """The vectors in the given slots.
@@ -182,45 +222,48 @@ class VectorBlocks:
         heads, flat = slots.shape[0], slots.reshape(slots.shape[0], -1).contiguous()  # (G, M)
         out = torch.empty(heads, flat.shape[1], self.head_dim, dtype=dtype, device=slots.device)
         head_of = torch.arange(heads, device=slots.device).unsqueeze(1)
-        if len(self._data) == 1:
-            out = self._decode(self._data[0], 0, (head_of, flat), dtype)
+        if len(self._blocks) == 1:
+            out = self._blocks[0].decoded((head_of, flat), dtype)
         else:
             block_of = torch.bucketize(flat, torch.tensor(self._starts[1:], device=slots.device), right=True)
-            for index in range(len(self._data)):
+            for index, block in enumerate(self._blocks):
                 rows, columns = (block_of == index).nonzero(as_tuple=True)
                 inside = flat[rows, columns] - self._starts[index]
-                out[rows, columns] = self._decode(self._data[index], index, (rows, inside), dtype)
+                out[rows, columns] = block.decoded((rows, inside), dtype)
         return out.reshape(*slots.shape, self.head_dim)
 
     def gather_heads(self, heads: slice, slots: Tensor) -> Tensor:
         """The vectors (g, m, D) float32 of some heads in these slots, (g, m) int64 ascending, where the vectors are."""
         starts = torch.tensor([*self._starts, self._length], device=slots.device).expand(len(slots), -1).contiguous()
         sizes = torch.searchsorted(slots, starts).diff()
-        places = slots - starts[:, :-1].flatten().repeat_interleave(sizes.flatten()).view_as(slots)
+        inside = slots - starts[:, :-1].flatten().repeat_interleave(sizes.flatten()).view_as(slots)
         found = torch.empty(*slots.shape, self.head_dim, dtype=self.dtype, device=slots.device)
-        scales = torch.empty(*slots.shape, 1, device=slots.device) if self._scales else None
         # Slices made at once: with many blocks, making them one by one takes longer than reading the vectors.
         lengths = sizes.flatten().tolist()
-        wheres, rows = places.flatten().split(lengths), found.flatten(0, 1).split(lengths)
-        for where, row, source in zip(wheres, rows, _by_heads(self._data, heads), strict=True):
+        wheres = list(inside.flatten().split(lengths))
+        if any(block.places is not None for block in self._blocks):
+            tables = [block.places for _ in range(len(slots)) for block in self._blocks]
+            of = [head for head in range(*heads.indices(self.num_heads)) for _ in self._blocks]
+            wheres = [
+                where if table is None or not len(where) else rows_of(table[head].index_select(0, where))
+                for where, table, head in zip(wheres, tables, of, strict=True)
+            ]
+        rows = found.flatten(0, 1).split(lengths)
+        for where, row, source in zip(wheres, rows, _by_heads([b.data for b in self._blocks], heads), strict=True):
             if len(where):
                 torch.index_select(source, 0, where, out=row)
-        if scales is not None:
-            rows = scales.flatten(0, 1).split(lengths)
-            for where, row, source in zip(wheres, rows, _by_heads(self._scales, heads), strict=True):
-                if len(where):
-                    row.copy_(source.index_select(0, where))
-        return found.float() if scales is None else found.float() * scales
+        if self.dtype != torch.int8:
+            return found.float()
+        scales = torch.empty(*slots.shape, 1, device=slots.device)
+        kept = [block.scales for block in self._blocks if block.scales is not None]
+        for where, row, source in zip(wheres, scales.flatten(0, 1).split(lengths), _by_heads(kept, heads), strict=True):
+            if len(where):
+                row.copy_(source.index_select(0, where))
+        return found.float() * scales
 
     def pieces(self, start: int, stop: int, dtype: torch.dtype) -> Iterator[Tensor]:
         """Vectors of slots start..stop-1 as (G, n, D) tensors of ``dtype``; views where no cast is needed."""
-        index = max(0, bisect_right(self._starts, start) - 1)
-        while start < stop:
-            offset = start - self._starts[index]
-            count = min(stop - start, self._data[index].shape[1] - offset)
-            window = slice(offset, offset + count)
-            yield self._decode(self._data[index][:, window], index, window, dtype)
-            start, index = start + count, index + 1
+        return (block.decoded(window, dtype) for block, window in self._windows(start, stop))
 
     def take_range(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
         """Vectors of slots start..stop-1 as one (G, stop - start, D) tensor of ``dtype``."""
@@ -229,35 +272,43 @@ class VectorBlocks:
             return torch.empty(self.num_heads, 0, self.head_dim, dtype=dtype, device=self.device)
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
+    def _windows(self, start: int, stop: int) -> Iterator[tuple[Block, slice]]:
+        """Each block that has some of slots start..stop-1, and which of its own these are."""
+        index = max(0, bisect_right(self._starts, start) - 1)
+        while start < stop:
+            offset = start - self._starts[index]
+            count = min(stop - start, len(self._blocks[index]) - offset)
+            yield self._blocks[index], slice(offset, offset + count)
+            start, index = start + count, index + 1
+
     def _free(self) -> int:
-        return self._starts[-1] + self._data[-1].shape[1] - self._length
+        return self._starts[-1] + len(self._blocks[-1]) - self._length
 
     def _add_block(self, device: torch.device) -> None:
-        capacity = min(LAST_BLOCK, FIRST_BLOCK << min(len(self._data) - self._mapped, 30))
+        capacity = min(LAST_BLOCK, FIRST_BLOCK << min(len(self._blocks) - self._mapped, 30))
         self._starts.append(self._length)
         with torch.inference_mode(False):  # a block made in inference mode could not be written to outside it
-            self._data.append(torch.empty(self.num_heads, capacity, self.head_dim, dtype=self.dtype, device=device))
+            data = torch.empty(self.num_heads, capacity, self.head_dim, dtype=self.dtype, device=device)
+            scales = None
             if self.dtype == torch.int8:
-                self._scales.append(torch.empty(self.num_heads, capacity, 1, dtype=torch.bfloat16, device=device))
+                scales = torch.empty(self.num_heads, capacity, 1, dtype=torch.bfloat16, device=device)
+            self._blocks.append(Block(data, scales))
 
     def _write(self, vectors: Tensor) -> None:
         offset = self._length - self._starts[-1]
         window = slice(offset, offset + vectors.shape[1])
+        block = self._blocks[-1]
         # ``data``: what autograd has saved of this block stays valid, for only room that nobody has read is written.
-        if self.dtype == torch.int8:
+        if block.scales is not None:
             vectors, scales = packed(vectors)
-            self._scales[-1].data[:, window] = scales
-        self._data[-1].data[:, window] = vectors
+            block.scales.data[:, window] = scales
+        block.data.data[:, window] = vectors
         self._length += vectors.shape[1]
 
-    def _decode(self, stored: Tensor, block: int, where: Where, dtype: torch.dtype) -> Tensor:
-        """``stored`` is a block or its window at ``where``; a tuple of index tensors still has to be looked up."""
-        if isinstance(where, tuple):
-            stored = stored[where]
-        if self.dtype != torch.int8:
-            return stored.to(dtype)
-        scales = self._scales[block][:, where] if isinstance(where, slice) else self._scales[block][where]
-        return (stored.float() * scales).to(dtype)
+
+def rows_of(places: Tensor) -> Tensor:
+    """Numbers 0..``MOST_PLACES`` - 1 that are kept in 16 bits, as int64."""
+    return places.long() & (MOST_PLACES - 1)
 
 
 def _by_heads(blocks: list[Tensor], heads: slice) -> list[Tensor]:

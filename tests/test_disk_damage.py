@@ -78,7 +78,7 @@ def test_verify_compares_the_manifest(saved: Path) -> None:
 @pytest.mark.parametrize(
     ("entry", "changes", "message"),
     [
-        ("", {"version": 99}, "has format version 99, but this version of fot reads up to 2: upgrade fot"),
+        ("", {"version": 99}, "has format version 99, but this version of fot reads up to 3: upgrade fot"),
         ("", {"format": "other"}, "does not belong to a memory"),
         ("", {"layers": [1, 1]}, r"layers are \[1, 1\]"),
         ("", {"head_dim": "8"}, "head_dim is '8'"),

@@ -200,6 +200,8 @@ def test_drop_compact_verify(built: Path, capsys: pytest.CaptureFixture) -> None
     assert f"{book:,} tokens dropped" in capsys.readouterr().out
     assert list(Memory.open(built).documents()) == ["code/a.py", "code/b.md"]
     size = sum(path.stat().st_size for path in built.glob("*.safetensors"))
+    assert main(["memory", "compact", "m", "--by-cluster"]) == 2
+    assert "has no clusters to write by: it needs 8,192 tokens" in capsys.readouterr().err
     assert main(["memory", "compact", "m"]) == 0
     assert sum(path.stat().st_size for path in built.glob("*.safetensors")) < size / 4
     assert main(["memory", "verify", "m"]) == 0

@@ -69,11 +69,11 @@ def test_appending_copies_nothing_stored() -> None:
     """Time in the window, not in what is stored: blocks stay where they are, and no block is larger than the last."""
     blocks = VectorBlocks(HEADS, DIM, torch.float32)
     blocks.append(vectors(10))
-    places = [block.data_ptr() for block in blocks._data]
+    places = [block.data.data_ptr() for block in blocks._blocks]
     for seed in range(20):
         blocks.append(vectors(10, seed))
-    assert [block.data_ptr() for block in blocks._data][: len(places)] == places
-    assert max(block.shape[1] for block in blocks._data) == memory.vectors.LAST_BLOCK
+    assert [block.data.data_ptr() for block in blocks._blocks][: len(places)] == places
+    assert max(map(len, blocks._blocks)) == memory.vectors.LAST_BLOCK
     assert blocks.nbytes() <= (len(blocks) + memory.vectors.LAST_BLOCK) * HEADS * DIM * 4
 
 

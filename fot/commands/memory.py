@@ -69,6 +69,8 @@ def add(commands: Any) -> None:
     compact = kinds.add_parser("compact", help="free the space of dropped documents",
                                description="Write the memory anew, without the dropped documents.")  # fmt: skip
     compact.add_argument("memory", type=named_path, metavar="MEMORY")
+    compact.add_argument("--by-cluster", action="store_true",
+                         help="write vectors cluster after cluster, for a memory larger than RAM")  # fmt: skip
     memory_check.add(kinds)
     verify = kinds.add_parser(
         "verify",
@@ -287,7 +289,7 @@ def _compact(args: argparse.Namespace) -> int:
 
     with Memory.open(memory_folder(args.memory, "a"), "a") as memory:
         before = sum(part.bytes for part in read_manifest(args.memory).files())
-        memory.compact()
+        memory.compact(by_cluster=args.by_cluster)
     after = sum(part.bytes for part in read_manifest(args.memory).files())
     print(f"{before / 1e6:,.1f} MB before, {after / 1e6:,.1f} MB now")
     return 0
