@@ -95,14 +95,10 @@ class MappedPart:
             length = int.from_bytes(file.read(8), "little")
             self._entries = json.loads(file.read(length))
         self._entries.pop("__metadata__", None)
+        self.names = set(self._entries)
         self._start = 8 + length  # of the numbers
         # Mapped here, since safetensors reads a page of each tensor that it hands out.
         self._bytes = torch.from_file(str(self.path), shared=False, size=part.bytes, dtype=torch.uint8)
-
-    @property
-    def names(self) -> set[str]:
-        """Of the tensors."""
-        return set(self._entries)
 
     def take(self, name: str, dtype: torch.dtype | tuple[torch.dtype, ...], shape: tuple[int | None, ...]) -> Tensor:
         """A tensor by name.

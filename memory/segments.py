@@ -165,13 +165,15 @@ def _living(manifest: Manifest, rows: np.ndarray) -> tuple[np.ndarray, np.ndarra
 def _sections(start: int, stop: int, clusters: Clusters | None) -> list[Section]:
     """Slots start..stop-1, cut where whole stretches of clusters begin and end."""
     sections: list[Section] = []
-    for part in [] if clusters is None else clusters.split():
-        first, length = part.stretches[0, :2].tolist()
-        order = part.order.cpu().long()
-        # By a damaged order some vectors would be written twice and others not at all.
-        if start <= first and first + length <= stop and _is_order(order):
-            sections += [(start, first, None), (first, first + length, order)]
-            start = first + length
+    if clusters is not None:
+        firsts, lengths = clusters.stretches[:, :2].unbind(1)
+        inside = ((start <= firsts) & (firsts + lengths <= stop)).nonzero().flatten()
+        offsets = lengths.cumsum(0) - lengths
+        for first, length, offset in torch.stack([firsts, lengths, offsets], 1)[inside].tolist():
+            order = clusters.order[:, offset : offset + length].cpu().long()
+            if _is_order(order):  # by a damaged one some vectors would be written twice and others not at all
+                sections += [(start, first, None), (first, first + length, order)]
+                start = first + length
     return [one for one in (*sections, (start, stop, None)) if one[0] < one[1]]
 
 

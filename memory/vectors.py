@@ -61,9 +61,10 @@ class Block:
     def __len__(self) -> int:
         return (self.data if self.places is None else self.places).shape[1]
 
-    def tensors(self) -> list[Tensor]:
-        """All that it holds."""
-        return [one for one in (self.data, self.scales, self.places) if one is not None]
+    def nbytes(self) -> int:
+        """Bytes of its own slots, those with room for a vector included."""
+        rows = [one[:, : len(self)] for one in (self.data, self.scales, self.places) if one is not None]
+        return sum(tensor.numel() * tensor.element_size() for tensor in rows)
 
     def at(self, where: Where) -> tuple[Tensor, Tensor | None]:
         """Vectors and scales of some slots, counted from the block's first."""
@@ -185,7 +186,7 @@ class VectorBlocks:
 
     def nbytes(self) -> int:
         """Bytes held, the free room of the last block included; mapped ones count as if they were in memory."""
-        return sum(tensor.numel() * tensor.element_size() for block in self._blocks for tensor in block.tensors())
+        return sum(block.nbytes() for block in self._blocks)
 
     def append(self, vectors: Tensor) -> None:
         """Add (G, T, D) vectors at the end. Never touches what is stored already."""

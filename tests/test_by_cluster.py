@@ -204,6 +204,7 @@ def test_blocks_with_places_read_as_those_without(data: st.DataObject) -> None:
     for one, other in ((arranged, plain), (arranged.kept(slots), plain.kept(slots))):
         assert len(one) == len(other)
         assert one.mapped_length == other.mapped_length
+        assert one.nbytes() == other.nbytes() + 2 * 2 * other.mapped_length  # of the places
         if not len(other):
             continue
         start = data.draw(st.integers(0, len(other) - 1))
