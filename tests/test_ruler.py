@@ -7,12 +7,15 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ModelMaker
 from transformers import PreTrainedTokenizerFast
 
 import fot
 from fot.cli import main
+from fot.compat import CACHE
 from fot.evaluation import few_shot, ruler
+from fot.evaluation.answers import without_memory
 from fot.evaluation.intervals import wilson
 from fot.tasks.ruler import REWORDED, TASKS, make_probe
 
@@ -109,6 +112,16 @@ def test_few_shot(make_model: ModelMaker, tokenizer: PreTrainedTokenizerFast, tm
     assert found[0]["examples"] == 0
     assert 60 < found[1]["length"] <= 100 < 260 < found[2]["length"] <= 300
     assert all(entry["memory"]["trials"] == 2 for entry in found)
+    # The examples are read once for all questions, and answers are those to the whole text.
+    ids = [token for label, text in examples * 3 for token in tokenizer(few_shot.shot(label, text)).input_ids]
+    answers: dict[bool, list[str]] = {True: [], False: []}
+    with torch.no_grad(), without_memory(model) as plain:
+        read = getattr(plain(torch.tensor([ids]), use_cache=True), CACHE)
+        for kept, said in answers.items():
+            cache = read if kept else None
+            few_shot._accuracy(plain, ids, examples, lambda *found, to=said: to.append(found[2]), cache)
+    assert answers[True] == answers[False]
+    assert any(answers[True])
     with pytest.raises(ValueError, match="3 examples have"):
         few_shot.run(model, examples, examples, [1000])
     file.write_text("A\n")

@@ -4,6 +4,7 @@ The set is TREC's (Li and Roth 2002) or any other in its form. LongLLaMA's autho
 section 5.3).
 """
 
+import copy
 import random
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 
+from fot.compat import CACHE
 from fot.evaluation.answers import greedy_answer, without_memory
 from fot.evaluation.intervals import wilson
 from fot.files import check_utf8
@@ -92,7 +94,9 @@ def run(
             longest = max(len(encode(model.tokenizer, shot("", text))) for _, text in asked) + LABEL_TOKENS
             if count and len(ids) + longest <= model.config.max_position_embeddings:
                 with without_memory(model) as plain:
-                    entry["in_context"] = _accuracy(plain, ids, asked, lambda *found: None)
+                    prompt = torch.tensor([ids], device=plain.device)
+                    cache = getattr(plain(prompt, use_cache=True, logits_to_keep=1), CACHE)
+                    entry["in_context"] = _accuracy(plain, ids, asked, lambda *found: None, cache)
             results.append(entry)
     except KeyboardInterrupt:
         interrupted = True
@@ -119,10 +123,18 @@ def _fitting(pieces: Sequence[Sequence[int]], length: int) -> int:
 
 
 def _accuracy(
-    model: Any, before: list[int], asked: Sequence[Example], report: Callable[[str, str, str], None], **options: Any
+    model: Any,
+    before: list[int],
+    asked: Sequence[Example],
+    report: Callable[[str, str, str], None],
+    cache: Any = None,
+    **options: Any,
 ) -> dict[str, Any]:
+    """What share of questions is answered by their labels; ``cache`` holds what was read ``before`` them."""
     right = 0
     for label, text in asked:
+        if cache is not None:
+            options[CACHE] = copy.deepcopy(cache)
         ids = (before or bos(model.tokenizer)) + encode(model.tokenizer, shot("", text))
         answer = greedy_answer(model, ids, LABEL_TOKENS, **options).strip().split("\n")[0].strip()
         right += answer == label
