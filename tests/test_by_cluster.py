@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from test_clusters import LAYER, SCALE, error, queries, short_segments, store, topics  # noqa: F401 - a fixture
 from torch import Tensor
 
+from fot.cli import main
 from memory import Memory, VectorBlocks, disk
 from memory.atomic import file_sha256
 from memory.disk import verify
@@ -100,6 +101,17 @@ def test_dropping_appending_and_compacting_go_on(tmp_path: Path, dtype: str) -> 
         assert torch.equal(stretch.sort(dim=1).values, torch.arange(first, stop).expand(2, -1))
         assert (stretch.diff() != 1).any()
     assert error(Memory.open(tmp_path / "m"), wanted, queries(4)) < 0.1
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    memory, folder = store("clusters", topics(1300)), tmp_path / "m"
+    memory.save(folder)
+    for options in ([], ["--by-cluster"]):
+        assert main(["memory", "compact", str(folder), *options]) == 0
+        assert main(["memory", "info", str(folder)]) == 0
+        assert ("cluster after cluster" in " ".join(capsys.readouterr().out.split())) == bool(options)
+    assert main(["memory", "verify", str(folder)]) == 0
+    assert_same(Memory.open(folder), memory)
 
 
 def test_another_folder_is_written_in_order(tmp_path: Path) -> None:

@@ -330,6 +330,7 @@ def _describe(memory: Any, manifest: Any) -> dict[str, Any]:
         "value_dtype": memory.value_dtype,
         "index": manifest.index,
         "top_k": memory.top_k,
+        "by_cluster": manifest.by_cluster,
         "fingerprint": memory.fingerprint,
         "metadata": {name: value for name, value in memory.metadata.items() if name not in (MADE_WITH, FILES)},
         "written_by": manifest.written_by,
@@ -352,7 +353,8 @@ def _print(described: dict[str, Any]) -> None:
         "dropped": f"{described['dropped_tokens']:,} tokens, until fot memory compact frees their space",
         "layers": f"{', '.join(map(str, described['layers']))}; {described['num_key_value_heads']} key-value heads of "
         f"{described['head_dim']}",
-        "stored as": f"{described['key_dtype']} keys, {described['value_dtype']} values, index {described['index']}",
+        "stored as": f"{described['key_dtype']} keys, {described['value_dtype']} values, index {described['index']}"
+        + (", cluster after cluster" if described["by_cluster"] else ""),
         "model": str(described["metadata"].get("model", "not known")),
         "weights": described["fingerprint"] or "not known",
         "written": f"{described['changed']} by {described['written_by']}",
