@@ -5,6 +5,7 @@ memory: until that moment the folder holds the old memory, from then on the new 
 written again, so those who read keep what they opened.
 """
 
+import logging
 from collections.abc import Collection, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ from memory.saved_index import check_learnt, learnt_streams, map_learnt
 from memory.segments import Segment, check_documents, check_places, map_segment, number_documents, segment_streams
 from memory.tokens import DocumentNote, TokenTable
 from memory.vectors import Block, Stored
+
+logger = logging.getLogger(__name__)
 
 # A segment is no larger than either of these.
 SEGMENT_TOKENS = 65_536
@@ -265,9 +268,19 @@ def _bytes_per_token(content: Content) -> int:
 def _load(folder: Path, manifest: Manifest, lock: FileLock | None, device: torch.device) -> Opened:
     living = [document for document in manifest.documents if not document.dropped]
     segments = [map_segment(folder, manifest, part) for part in manifest.segments]
-    if manifest.by_cluster and sum(p.bytes for p in manifest.segments) > psutil.virtual_memory().total:
+    learnt = map_learnt(folder, manifest)
+    size, ram = sum(part.bytes for part in manifest.segments), psutil.virtual_memory().total
+    if size > ram and manifest.by_cluster:
         for segment in segments:
             _read_at_random(segment)
+    elif size > ram and any(isinstance(one, LearntClusters) for one in learnt.values()):
+        logger.warning(
+            "%s has %.1f GB, more than the %.1f GB of RAM: questions wait for the disk; "
+            "`fot memory compact --by-cluster` writes it so that they wait less",
+            folder,
+            size / 1e9,
+            ram / 1e9,
+        )
     content = Content(
         num_key_value_heads=manifest.num_key_value_heads,
         head_dim=manifest.head_dim,
@@ -286,7 +299,7 @@ def _load(folder: Path, manifest: Manifest, lock: FileLock | None, device: torch
     )
     content.layers = {layer: content.empty_layer() for layer in manifest.layers}
     _swap(content, segments, 0)
-    return Opened(content, Folder(folder, manifest, len(content), lock), map_learnt(folder, manifest))
+    return Opened(content, Folder(folder, manifest, len(content), lock), learnt)
 
 
 def _swap(content: Content, segments: list[Segment], start: int) -> None:

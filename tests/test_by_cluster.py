@@ -178,7 +178,9 @@ def test_places_outside_of_the_segment_are_an_error(tmp_path: Path, place: int) 
         Memory.open(tmp_path / "m")[LAYER].attend(queries(3), scale=SCALE)
 
 
-def test_larger_than_ram_it_is_read_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_larger_than_ram_it_is_read_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     """The system is told to read little at a time."""
     memory, told = by_cluster(tmp_path / "m", topics(1300), dtype="int8"), []
     tell = disk.read_at_random
@@ -188,6 +190,11 @@ def test_larger_than_ram_it_is_read_the_same(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=1000))
     assert_same(Memory.open(tmp_path / "m"), memory)
     assert sum(shape[1] for shape in told) > 0
+    assert not caplog.records
+    # Where it is not written so, people are told what to do.
+    memory.save(tmp_path / "plain")
+    assert_same(Memory.open(tmp_path / "plain"), memory)
+    assert "`fot memory compact --by-cluster`" in caplog.text
 
 
 @given(st.data())
