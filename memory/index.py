@@ -169,7 +169,8 @@ class ExactIndex(Index):
         if self._top_k is not None:
             scores, slots = self.search(queries, min(self._top_k, len(self._keys)))
             return attend_hits(queries, scores, slots, self._values, scale=scale)
-        pairs = zip(self._keys.blocks(queries.dtype), self._values.blocks(queries.dtype), strict=True)
+        vectors = (blocks.blocks(queries.dtype, ordered=False) for blocks in (self._keys, self._values))
+        pairs = zip(*vectors, strict=True)
         output, lse = merge(attend(queries[None], k[None], v[None], scale=scale) for k, v in pairs)
         return output[0], lse[0]
 

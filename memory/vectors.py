@@ -206,9 +206,19 @@ class VectorBlocks:
             self._blocks.pop()
         self._length = min(self._length, length)
 
-    def blocks(self, dtype: torch.dtype) -> Iterator[Tensor]:
-        """The stored vectors in slot order as (G, n, D) tensors of ``dtype``; a view where no cast is needed."""
-        return self.pieces(0, self._length, dtype)
+    def blocks(self, dtype: torch.dtype, *, ordered: bool = True) -> Iterator[Tensor]:
+        """The stored vectors as (G, n, D) tensors of ``dtype``; a view where no cast is needed.
+
+        They come in slot order, or with ``ordered=False`` as they lie, which copies less where those of a cluster lie
+        behind one another. Blocks of the same slots, places and dtype come in one order.
+        """
+        for block, window in self._windows(0, self._length):
+            if ordered or block.places is None or len(block) < block.data.shape[1]:
+                yield block.decoded(window, dtype)
+            else:
+                as_it_lies = Block(block.data, block.scales)
+                for start in range(0, len(block), LAST_BLOCK):
+                    yield as_it_lies.decoded(slice(start, start + LAST_BLOCK), dtype)
 
     def gather(self, slots: Tensor, dtype: torch.dtype) -> Tensor:
         """The vectors in the given slots.

@@ -229,6 +229,9 @@ def test_blocks_with_places_read_as_those_without(data: st.DataObject) -> None:
         start = data.draw(st.integers(0, len(other) - 1))
         stop = data.draw(st.integers(start, len(other)))
         assert torch.equal(one.take_range(start, stop, torch.float32), other.take_range(start, stop, torch.float32))
+        lying, ordered = (torch.cat([*one.blocks(torch.float32, ordered=way)], dim=1) for way in (False, True))
+        assert torch.equal(ordered, other.take_range(0, len(other), torch.float32))
+        assert torch.equal(lying.sort(dim=1).values, ordered.sort(dim=1).values)
         asked = torch.randint(len(other), (2, 9), generator=generator).sort(dim=1).values
         assert torch.equal(one.gather(asked, torch.float32), other.gather(asked, torch.float32))
         assert torch.equal(one.gather_heads(slice(None), asked), other.gather_heads(slice(None), asked))
