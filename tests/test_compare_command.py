@@ -12,10 +12,11 @@ from conftest import ModelMaker
 from transformers import PreTrainedTokenizerFast
 
 from fot.cli import main
+from fot.compare import tasks
 from fot.compare.catalogue import find_methods
 from fot.compare.cost import Shape, cost, extrapolate
 from fot.compare.methods import Setting, opened
-from fot.compare.results import append, open_folder, perplexity_score, read_trials, rows, share_score
+from fot.compare.results import Draft, append, open_folder, perplexity_score, read_trials, rows, share_score
 from fot.compare.run import plan, run, searched
 from fot.compare.show import picture_along
 from fot.compare.tasks import TASK_FUNCTIONS, Material
@@ -198,6 +199,62 @@ def test_fluency(model: object, material: Material, tmp_path: Path) -> None:
     assert picture.read_bytes().startswith(b"\x89PNG")
     del trials[0]["figures"]["by_stretch"]  # as in results of earlier releases
     assert picture_along(tmp_path, trials[:1], "tiny") == []
+
+
+class Stopping:
+    """A bar at which a run is interrupted."""
+
+    def __init__(self, after: int) -> None:
+        self.after, self.seen = after, 0
+
+    def update(self, tokens: int) -> None:
+        self.seen += tokens
+        if self.seen >= self.after:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("method", ["plain", "streaming", "memory"])
+def test_an_interrupted_text_goes_on(
+    model: object, material: Material, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    """As if nothing had been, since what was written is read, and the draws go on."""
+    monkeypatch.setattr(tasks, "KEPT", 5)
+    monkeypatch.setattr("fot.compare.run.judge", lambda plain, material, ids: {"ids": list(ids)})
+    planned, setting = plan(find_methods(method), ["fluency"], [60], 1, 1000), Setting(60, window=20)
+    (whole,) = run(model, planned, setting, material, tmp_path, [])["trials"]
+    for after in (43, 48):  # 30 tokens are the beginning; the second time 10 of its own are read again
+        assert run(model, planned, setting, material, tmp_path, [], progress=Stopping(after))["interrupted"]
+    written, seconds, drawn = Draft(tmp_path, (method, "fluency", 60, 0)).read()
+    assert (len(written), drawn is None) == (15, False)
+    assert seconds > 0
+    (parts,) = run(model, planned, setting, material, tmp_path, [])["trials"]
+    assert parts["figures"]["ids"][:15] == written
+    assert len(parts["figures"]["ids"]) == 30
+    # What a memory has read lies in other windows than what it wrote.
+    assert parts["figures"] == whole["figures"] or method == "memory"
+    assert parts["seconds"] > seconds
+    assert not (tmp_path / "unfinished.json").exists()
+
+
+def test_a_text_of_another_trial_is_no_beginning(tmp_path: Path) -> None:
+    draft = Draft(tmp_path, ("plain", "fluency", 60, 0))
+    assert draft.read() == ([], 0.0, None)
+    draft.write([1, 2], 3.0, b"state")
+    assert draft.read() == ([1, 2], 3.0, b"state")
+    assert Draft(tmp_path, ("plain", "fluency", 60, 1)).read() == ([], 0.0, None)
+    for damage in ("{", "[1]", draft.folder.joinpath("unfinished.json").read_text().replace("ids", "id")):
+        (tmp_path / "unfinished.json").write_text(damage)
+        with pytest.raises(ValueError, match=r"unfinished.json is damaged: delete it"):
+            draft.read()
+    # Without --resume, and with other settings, it is none, either.
+    draft.write([1, 2], 3.0, b"state")
+    (tmp_path / "settings.json").write_text('{"seed": 0}')
+    with pytest.raises(ValueError, match="has seed 0, and now it is 1"):
+        open_folder(tmp_path, {"seed": 1}, resume=True)
+    open_folder(tmp_path, {"seed": 0}, resume=True)
+    assert draft.read()[0] == [1, 2]
+    open_folder(tmp_path, {"seed": 0}, resume=False)
+    assert draft.read()[0] == []
 
 
 def test_all_methods_get_the_same_texts(material: Material) -> None:

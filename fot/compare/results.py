@@ -11,7 +11,7 @@ from typing import Any
 from fot.evaluation.intervals import Z95, wilson
 from memory.atomic import write_json, write_text
 
-RESULTS, SETTINGS = "results.jsonl", "settings.json"
+RESULTS, SETTINGS, DRAFT = "results.jsonl", "settings.json", "unfinished.json"
 
 Trial = dict[str, Any]
 
@@ -36,7 +36,9 @@ def open_folder(folder: Path, settings: dict[str, Any], *, resume: bool) -> list
     there = results.exists() and results.stat().st_size > 0  # a run may end before its first trial does
     if there and not resume:
         raise ValueError(f"{results} exists: go on with it by --resume, or choose another --out")
-    if there and noted.exists():
+    if not resume:
+        (folder / DRAFT).unlink(missing_ok=True)
+    if (there or (folder / DRAFT).exists()) and noted.exists():
         before = json.loads(noted.read_text("utf-8"))
         now = json.loads(json.dumps(settings))
         for name in sorted(before.keys() | now.keys()):
@@ -73,6 +75,49 @@ def append(folder: Path, trial: Trial) -> None:
         file.write(json.dumps(trial) + "\n")
         file.flush()
         os.fsync(file.fileno())
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A text of an unfinished trial, kept in the folder of the results.
+
+    Attributes:
+        folder: of the results.
+        key: of the trial, as ``key_of`` gives it.
+    """
+
+    folder: Path
+    key: tuple[str, str, int, int]
+
+    def read(self) -> tuple[list[int], float, bytes | None]:
+        """What ``write`` was given last for this trial, else nothing.
+
+        Raises:
+            ValueError: the file is damaged.
+        """
+        path = self.folder / DRAFT
+        try:
+            content = json.loads(path.read_text("utf-8")) if path.exists() else {}
+            if content.get("key") != list(self.key):
+                return [], 0.0, None
+            return list(map(int, content["ids"])), float(content["seconds"]), bytes.fromhex(content["generator"])
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} is damaged: delete it to begin its trial again ({error})") from error
+
+    def write(self, ids: Sequence[int], seconds: float, generator: bytes) -> None:
+        """Keep it, whole or not at all.
+
+        Args:
+            ids: tokens written so far.
+            seconds: that they took.
+            generator: the state that draws the next one.
+        """
+        content = {"key": self.key, "ids": list(ids), "seconds": seconds, "generator": generator.hex()}
+        write_text(self.folder / DRAFT, json.dumps(content))
+
+    def delete(self) -> None:
+        """The trial is finished."""
+        (self.folder / DRAFT).unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from fot.compare import rope
 from fot.compare.catalogue import WHOLE, Method
 from fot.compare.methods import Setting, opened
 from fot.compare.readers import CachedReader, Progress
-from fot.compare.results import Trial, append, key_of
+from fot.compare.results import Draft, Trial, append, key_of
 from fot.compare.search import first_factors, search_factors
 from fot.compare.tasks import TASK_FUNCTIONS, Material, judge, perplexity
 from fot.evaluation.answers import without_memory
@@ -75,8 +75,10 @@ def run(
             if (method.name, task, length, number) in known:
                 move(length)
                 continue
-            trial = _trial(model, method, task, length, number, setting, material, move)
+            draft = Draft(folder, (method.name, task, length, number))
+            trial = _trial(model, method, task, length, number, setting, material, move, draft)
             append(folder, trial)
+            draft.delete()
             trials.append(trial)
             report(trial)
     except KeyboardInterrupt:
@@ -86,11 +88,12 @@ def run(
 
 def _trial(
     model: Any, method: Method, task: str, length: int, number: int, setting: Setting, material: Material,
-    move: Progress,
+    move: Progress, draft: Draft,
 ) -> Trial:  # fmt: skip
+    kept = {"draft": draft} if task == "fluency" else {}
     reset_peak_rss()
     with opened(method.name, model, setting) as reader:
-        outcome = TASK_FUNCTIONS[task](reader, material, length, number, move)
+        outcome = TASK_FUNCTIONS[task](reader, material, length, number, move, **kept)
     peak, figures = peak_rss_bytes(), outcome.figures
     if outcome.ids:
         with without_memory(model) as plain:

@@ -16,6 +16,7 @@ from torch.nn.functional import cross_entropy
 
 from fot.compare.fluency import NGRAM, losses_in_windows, measures, stretches
 from fot.compare.readers import Progress, Reader, greedy, written
+from fot.compare.results import Draft
 from fot.evaluation.needles import make_haystack, question_ids
 from fot.evaluation.passkey import LARGEST_KEY, QUESTION, key_in, make_prompt
 from fot.tasks.haystack import bos, encode
@@ -24,8 +25,8 @@ from fot.tasks.haystack import bos, encode
 SCORED = 256
 # Facts in a text.
 NEEDLES = 4
-# Tokens of a real text from which a model writes on.
-BEGINNING = 256
+# Tokens of a real text from which a model writes on, and after how many of its own these are kept on disk.
+BEGINNING, KEPT = 256, 256
 
 
 @dataclass(frozen=True)
@@ -119,17 +120,33 @@ def needles(reader: Reader, material: Material, length: int, trial: int, progres
 
 
 @torch.no_grad()
-def fluency(reader: Reader, material: Material, length: int, trial: int, progress: Progress) -> Outcome:
-    """The model goes on with a text, at random, until there are ``length`` tokens; ``judge`` says how it did."""
+def fluency(
+    reader: Reader, material: Material, length: int, trial: int, progress: Progress, draft: Draft | None = None
+) -> Outcome:
+    """The model goes on with a text, at random, until there are ``length`` tokens; ``judge`` says how it did.
+
+    Args:
+        reader: of the method.
+        material: its texts.
+        length: tokens of the beginning and of what is written.
+        trial: which.
+        progress: called with the tokens that were read or written.
+        draft: what is written is kept there, and goes on from what is there; None keeps nothing.
+    """
     beginning = PIECES["fluency"](length)
     ids = _piece(material, "fluency", beginning, trial)
     generator = torch.Generator().manual_seed(material.rng("fluency", length, trial).getrandbits(62))
-    start = time.perf_counter()
-    state = reader.read(ids[:-1], progress)
-    made = []
-    for token in itertools.islice(written(reader, state, ids[-1:], generator), length - beginning):
+    made, before, drawn = ([], 0.0, None) if draft is None else draft.read()
+    if drawn is not None:
+        generator.set_state(torch.frombuffer(bytearray(drawn), dtype=torch.uint8))
+    start = time.perf_counter() - before
+    text = ids + made
+    state = reader.read(text[:-1], progress)
+    for token in itertools.islice(written(reader, state, text[-1:], generator), length - len(text)):
         made.append(token)
         progress(1)
+        if draft is not None and len(made) % KEPT == 0:
+            draft.write(made, time.perf_counter() - start, generator.get_state().numpy().tobytes())
     seconds = time.perf_counter() - start
     progress(1)
     return Outcome({}, length, seconds, reader.held_bytes(state), length - 1, tuple(made))
@@ -194,7 +211,7 @@ PIECES: dict[str, Callable[[int], int]] = {
     "fluency": lambda length: min(BEGINNING, length // 2),
 }
 
-TASK_FUNCTIONS: dict[str, Callable[[Reader, Material, int, int, Progress], Outcome]] = {
+TASK_FUNCTIONS: dict[str, Callable[..., Outcome]] = {
     "passkey": passkey,
     "perplexity": perplexity,
     "needles": needles,
