@@ -106,12 +106,19 @@ def test_few_shot(make_model: ModelMaker, tokenizer: PreTrainedTokenizerFast, tm
     examples = few_shot.read_examples(file)
     assert examples == [("A", "What is a?"), ("B", "What is b?"), ("A", "And what is c?")]
     assert few_shot.shot("A", "What is a?").startswith(few_shot.shot("", "What is a?"))
-    model = make_model(local_context=64)
+    model = make_model(local_context=64, last_context_length=60)
     model.tokenizer = tokenizer
-    found = few_shot.run(model, examples * 9, examples, [0, 100, 300], trials=2)["results"]
+    found = few_shot.run(model, examples * 9, examples, [0, 100, 300], trials=3)["results"]
     assert found[0]["examples"] == 0
     assert 60 < found[1]["length"] <= 100 < 260 < found[2]["length"] <= 300
-    assert all(entry["memory"]["trials"] == 2 for entry in found)
+    assert all(entry["memory"]["trials"] == 3 for entry in found)
+    # So much stays local, the question and its answer in it.
+    assert found[0]["stored"] == 0
+    assert found[0]["local"] is None
+    longest = max(len(few_shot.encode(tokenizer, few_shot.shot("", text))) for _, text in examples)
+    longest += few_shot.LABEL_TOKENS
+    assert [entry["length"] - entry["stored"] for entry in found[1:]] == [60 - longest] * 2
+    assert all(entry["local"]["trials"] == 3 for entry in found[1:])
     # The examples are read once for all questions, and answers are those to the whole text.
     ids = [token for label, text in examples * 3 for token in tokenizer(few_shot.shot(label, text)).input_ids]
     answers: dict[bool, list[str]] = {True: [], False: []}

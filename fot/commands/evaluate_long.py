@@ -42,8 +42,9 @@ def add_few_shot(kinds: Any) -> None:
     parser = kinds.add_parser(
         "few-shot",
         help="classify questions with more and more labelled examples in memory",
-        description="Read labelled examples into the memory, and measure how many questions the model labels "
-        "correctly. The same questions are asked with the examples in one context, where they fit.",
+        description="Put labelled examples before questions, and measure how many of these the model labels correctly. "
+        "The last examples stay in the local window, those before are in the memory. The same questions are asked "
+        "without the memory, and with all examples in one context, where they fit.",
     )
     parser.add_argument("model", help="alias, folder, GGUF file or hub id")
     parser.add_argument(

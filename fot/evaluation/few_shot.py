@@ -1,7 +1,8 @@
 """In-context learning from a memory: questions of a labelled set, with more and more labelled examples before them.
 
 The set is TREC's (Li and Roth 2002) or any other in its form. LongLLaMA's authors measure with it (arXiv 2307.03170,
-section 5.3).
+section 5.3). As there, the examples are one prompt: the last of them stay in the local window, those before are in the
+memory.
 """
 
 import copy
@@ -70,8 +71,9 @@ def run(
 
     Returns:
         ``{"results": [...], "interrupted": bool}``, one entry a length: ``length`` (tokens of whole examples),
-        ``examples``, and for ``memory`` and ``in_context`` (None where the model has too few positions) ``accuracy``,
-        ``trials`` and ``interval`` (95 %). Ctrl-C ends the run and keeps the finished lengths.
+        ``stored`` (of them in the memory), ``examples``, and ``accuracy``, ``trials`` and ``interval`` (95 %) for
+        ``memory``, ``local`` (the same local tokens without the memory; None while nothing is stored) and
+        ``in_context`` (None where the model has too few positions). Ctrl-C ends the run and keeps the finished lengths.
 
     Raises:
         ValueError: There are too few examples for the longest length.
@@ -81,17 +83,20 @@ def run(
     asked = rng.sample(list(questions), min(trials, len(questions)))
     pieces = [encode(model.tokenizer, text) for text in shown]
     counts = [_fitting(pieces, length) for length in sorted(set(lengths))]
+    longest = max(len(encode(model.tokenizer, shot("", text))) for _, text in asked) + LABEL_TOKENS
     memory, read, ids = model.new_memory(), 0, bos(model.tokenizer)
     results, interrupted = [], False
     try:
         for count in counts:
-            more = [token for piece in pieces[read:count] for token in piece]
-            if more:
-                model.ingest(more if read else ids + more, memory, progress=False if progress is None else progress)
-            ids, read = ids + more, count
-            ours = _accuracy(model, [], asked, partial(report, len(ids)), memory=memory)
-            entry: dict[str, Any] = {"length": len(ids), "examples": count, "memory": ours, "in_context": None}
-            longest = max(len(encode(model.tokenizer, shot("", text))) for _, text in asked) + LABEL_TOKENS
+            ids, read = ids + [token for piece in pieces[read:count] for token in piece], count
+            # As ``forward`` divides a prompt of so many tokens.
+            kept = max(0, model.memory_config.local_length(len(ids) + longest) - longest)
+            local, stored = ids[max(0, len(ids) - kept) :], max(0, len(ids) - kept)
+            if new := ids[len(memory) : stored]:
+                model.ingest(new, memory, progress=False if progress is None else progress)
+            entry: dict[str, Any] = {"length": len(ids), "stored": stored, "examples": count, "in_context": None}
+            entry["memory"] = _accuracy(model, local, asked, partial(report, len(ids)), memory=memory)
+            entry["local"] = _accuracy(model, local, asked, lambda *found: None) if stored else None
             if count and len(ids) + longest <= model.config.max_position_embeddings:
                 with without_memory(model) as plain:
                     prompt = torch.tensor([ids], device=plain.device)

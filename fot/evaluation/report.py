@@ -125,13 +125,14 @@ def ruler_table(result: dict[str, Any]) -> str:
 def few_shot_table(result: dict[str, Any]) -> str:
     """Share of right labels, a row a number of examples."""
     table = Table(box=box.SIMPLE_HEAD, title=f"labels, {result['model']} ({result['dtype']}), seed {result['seed']}")
-    for name in ("examples", "tokens", "questions", "right, from memory (95 %)", "in one context (95 %)"):
+    for name in ("examples", "tokens", "of them stored", "questions", "right, with memory (95 %)",
+                 "without it (95 %)", "in one context (95 %)"):  # fmt: skip
         table.add_column(name, justify="right")
     for entry in result["results"]:
         cells = [one and _share_with_interval(one["accuracy"], one["interval"])
-                 for one in (entry["memory"], entry["in_context"])]  # fmt: skip
-        table.add_row(f"{entry['examples']:,}", f"{entry['length']:,}", str(entry["memory"]["trials"]),
-                      *(cell or "-" for cell in cells))  # fmt: skip
+                 for one in (entry["memory"], entry["local"], entry["in_context"])]  # fmt: skip
+        numbers = entry["examples"], entry["length"], entry["stored"], entry["memory"]["trials"]
+        table.add_row(*(f"{number:,}" for number in numbers), *(cell or "-" for cell in cells))
     return render(table) + _note(result)
 
 
