@@ -6,7 +6,7 @@ written again, so those who read keep what they opened.
 """
 
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,7 +120,7 @@ def flush(content: Content, folder: Folder, learnt: dict[int, Learnt] | None) ->
     manifest, start = deepcopy(folder.manifest), folder.stored
     _describe(content, manifest)
     with changing(folder.path):
-        new = _write_segments(content, folder.path, manifest, start, {})
+        new = _write_segments(content, folder.path, manifest, start, {}, lambda tokens: None)
         if learnt is not None and (
             not manifest.learnt or not learnt or manifest.learnt.tokens != _known(learnt) or new
         ):
@@ -165,12 +165,15 @@ def rename(folder: Folder, names: Mapping[str, str]) -> None:
         folder.manifest = manifest
 
 
-def compact(content: Content, folder: Folder, learnt: dict[int, Learnt], by_cluster: bool) -> None:
+def compact(
+    content: Content, folder: Folder, learnt: dict[int, Learnt], by_cluster: bool, progress: Callable[[int], object]
+) -> None:
     """Write everything anew, without what was dropped, and map it from there. Needs room for both at once.
 
-    ``by_cluster`` is as for ``Memory.compact``.
+    ``by_cluster`` and ``progress`` are as for ``Memory.compact``.
     """
-    folder.manifest = _write_all(content, folder.path, learnt, folder.manifest.created, by_cluster)
+    created = folder.manifest.created
+    folder.manifest = _write_all(content, folder.path, learnt, created, by_cluster, progress)
     folder.stored = len(content)
     _swap(content, [map_segment(folder.path, folder.manifest, part) for part in folder.manifest.segments], 0)
 
@@ -193,7 +196,12 @@ def verify(path: str | Path) -> list[str]:
 
 
 def _write_all(
-    content: Content, folder: Path, learnt: dict[int, Learnt], created: str, by_cluster: bool = False
+    content: Content,
+    folder: Path,
+    learnt: dict[int, Learnt],
+    created: str,
+    by_cluster: bool = False,
+    progress: Callable[[int], object] = lambda tokens: None,
 ) -> Manifest:
     manifest = Manifest(
         layers=list(content.layers),
@@ -210,7 +218,7 @@ def _write_all(
     )
     clusters = {layer: one.clusters for layer, one in learnt.items() if isinstance(one, LearntClusters)}
     with changing(folder):
-        _write_segments(content, folder, manifest, 0, clusters if by_cluster else {})
+        _write_segments(content, folder, manifest, 0, clusters if by_cluster else {}, progress)
         _describe(content, manifest)
         _write_learnt(folder, manifest, learnt)
         commit(folder, manifest)
@@ -225,11 +233,16 @@ def _describe(content: Content, manifest: Manifest) -> None:
 
 
 def _write_segments(
-    content: Content, folder: Path, manifest: Manifest, start: int, clusters: Mapping[int, Clusters]
+    content: Content,
+    folder: Path,
+    manifest: Manifest,
+    start: int,
+    clusters: Mapping[int, Clusters],
+    progress: Callable[[int], object],
 ) -> list[Part]:
     """Write the tokens from slot ``start`` on, and note them and their documents in the manifest.
 
-    ``clusters`` are as for ``segment_streams``.
+    ``clusters`` are as for ``segment_streams``; ``progress`` is called with the tokens of each segment.
     """
     rows = number_documents(manifest, content, start)
     for document in manifest.documents:
@@ -244,6 +257,7 @@ def _write_segments(
         stop = min(first + size, len(content))
         streams = segment_streams(content, first, stop, rows[first - start : stop - start], clusters)
         parts.append(write_part(next_path(folder, "segment"), streams, stop - first))
+        progress(stop - first)
     manifest.segments += parts
     return parts
 

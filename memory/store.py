@@ -4,7 +4,7 @@ Per memory layer and KV head, keys and values in append order; once per token, i
 """
 
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -147,12 +147,13 @@ class Memory(MemoryFacts):
         built = any(layer.index is not None for layer in self._indexed.values())
         disk.flush(self._content, self._writable_folder(), self._learnt() if built else None)
 
-    def compact(self, *, by_cluster: bool = False) -> None:
+    def compact(self, *, by_cluster: bool = False, progress: Callable[[int], object] = lambda tokens: None) -> None:
         """Flush, and write the folder anew to free the space of dropped documents. Needs ``mode="a"``.
 
         Args:
             by_cluster: write the vectors of each cluster behind one another, for a memory larger than RAM. A folder
                 that was written so stays so. It takes 2 bytes more for each token and KV head.
+            progress: called with the tokens of each segment that is written.
 
         Raises:
             ValueError: The same as for ``flush``, or there are no clusters to write by.
@@ -168,7 +169,7 @@ class Memory(MemoryFacts):
                 f"this memory of {len(self):,} tokens has no clusters to write by: it needs {SEGMENT:,} tokens and the "
                 "index clusters; open it with Memory.open(path, 'a', index='clusters')"
             )
-        disk.compact(self._content, folder, learnt, by_cluster)
+        disk.compact(self._content, folder, learnt, by_cluster, progress)
 
     def prepare(self) -> None:
         """Build the indexes now and not at the first search. ``flush`` then saves what they learned."""

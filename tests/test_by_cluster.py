@@ -28,7 +28,9 @@ def by_cluster(folder: Path, *parts: tuple[Tensor, Tensor], dtype: str = "float3
     memory = store("clusters;share=0.2", *parts, key_dtype=dtype, value_dtype=dtype)
     memory.save(folder)
     with Memory.open(folder, mode="a") as opened:
-        opened.compact(by_cluster=True)
+        written: list[int] = []
+        opened.compact(by_cluster=True, progress=written.append)
+        assert sum(written) == len(memory)
         assert_same(opened, memory)
     return memory
 
