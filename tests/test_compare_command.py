@@ -248,12 +248,15 @@ def test_a_text_of_another_trial_is_no_beginning(tmp_path: Path) -> None:
             draft.read()
     # Without --resume, and with other settings, it is none, either.
     draft.write([1, 2], 3.0, b"state")
-    (tmp_path / "settings.json").write_text('{"seed": 0}')
-    with pytest.raises(ValueError, match="has seed 0, and now it is 1"):
-        open_folder(tmp_path, {"seed": 1}, resume=True)
-    open_folder(tmp_path, {"seed": 0}, resume=True)
+    before = {"seed": 0, "machine": {"cores": 2, "threads": 1}}
+    (tmp_path / "settings.json").write_text(json.dumps(before))
+    with pytest.raises(ValueError, match="has seed 0, and now it is 1: make"):
+        open_folder(tmp_path, before | {"seed": 1}, resume=True)
+    with pytest.raises(ValueError, match=r"json has machine\.threads 1, and now it is 2: make it as it was, or choose"):
+        open_folder(tmp_path, before | {"machine": {"cores": 2, "threads": 2}}, resume=True)
+    open_folder(tmp_path, before, resume=True)
     assert draft.read()[0] == [1, 2]
-    open_folder(tmp_path, {"seed": 0}, resume=False)
+    open_folder(tmp_path, before, resume=False)
     assert draft.read()[0] == []
 
 

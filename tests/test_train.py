@@ -209,9 +209,13 @@ def test_adafactor_and_accumulation(recipe: Path, tmp_path: Path) -> None:
     assert sum(found[-4:]) / 4 < found[0] - 0.02
 
 
-def test_max_hours_ends_with_a_checkpoint_and_a_result(recipe: Path, tmp_path: Path) -> None:
+def test_max_hours_ends_with_a_checkpoint_and_a_result(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     out = tmp_path / "out"
-    assert main(["train", str(recipe), "steps=100000", "--max-hours", "0.0001", "--out", str(out)]) == 0
+    settings = ["steps=100000", "lr_schedule=cosine", "--max-hours", "0.0001"]
+    assert main(["train", str(recipe), *settings, "--out", str(out)]) == 0
+    assert "of 100,000, with the learning rate still at 100% of its highest" in capsys.readouterr().err
     assert len(losses(out)) < 1000
     assert (out / "model" / "model.safetensors").exists()
     assert list((out / "checkpoints").glob("step-*"))

@@ -40,6 +40,11 @@ class Progress:
     ) -> None:
         self._bar.close()
 
+    def say(self, text: str) -> None:
+        """A line of its own, above the bar."""
+        if self._lines or not self._bar.disable:
+            tqdm.write(f"fot: {text}", file=sys.stderr)
+
     def update(self, step: int, *, ending: bool, **figures: str) -> None:
         """After a step (1, 2, ...); ``figures`` are shown with it."""
         self._bar.set_postfix(figures)

@@ -17,6 +17,7 @@ from training.allocator import keep_freed_memory
 from training.batches import Batch
 from training.checkpoints import list_checkpoints, read_best, save_best, save_checkpoint, set_aside
 from training.crossbatch import enable_crossbatch
+from training.deadline import Deadline
 from training.evaluation import build_evaluation, score
 from training.flops import flops_per_token
 from training.launch import lone_process
@@ -62,7 +63,8 @@ def train(
         resume: whether to continue from the last complete checkpoint in ``out``. The losses are then those of a run
             without interruption. If there is no checkpoint, the run starts from the beginning. The number of
             processes may have changed if it divides the run's lanes; losses then differ by rounding.
-        max_hours: the run ends within this time, with a checkpoint and a result.
+        max_hours: the run ends within this time, with a checkpoint and a result. If its learning rate will not have
+            fallen to the end by then, a message says so as soon as the speed is known.
         changed: entries of the recipe that are meant to differ from those that the run in ``out`` was made with.
         callbacks: called on the main process with each record of the log before it is written; one that returns True
             ends the run after this step, with a checkpoint and a result.
@@ -79,7 +81,7 @@ def train(
         ImportError: A package that the recipe's logging needs is not installed.
         Stopped: SIGINT or SIGTERM arrived. The run finished its step and saved a checkpoint.
     """
-    started = time.monotonic()
+    deadline = Deadline(max_hours)
     refuse_other_engines()
     if recipe.tensorboard:
         summary_writer()  # missing, it must be said before the work
@@ -193,8 +195,9 @@ def train(
                 if evaluates:
                     line |= judge(step + 1)
                 logs = evaluates or (step + 1) % recipe.log_every == 0
-                ends = max_hours is not None and time.monotonic() - started > max_hours * 3600
-                ends |= 0 < recipe.patience <= waited
+                ends = deadline.passed() or 0 < recipe.patience <= waited
+                if words := deadline.warning(recipe, start.step, step + 1, time.perf_counter() - clock):
+                    bar.say(words)
                 if logs and accelerator.is_main_process:
                     ends |= any([callback(dict(line)) for callback in callbacks])
                 ends, signum = agree(accelerator, ends, signals.received)

@@ -39,17 +39,26 @@ def open_folder(folder: Path, settings: dict[str, Any], *, resume: bool) -> list
     if not resume:
         (folder / DRAFT).unlink(missing_ok=True)
     if (there or (folder / DRAFT).exists()) and noted.exists():
-        before = json.loads(noted.read_text("utf-8"))
-        now = json.loads(json.dumps(settings))
-        for name in sorted(before.keys() | now.keys()):
-            if before.get(name) != now.get(name):
-                raise ValueError(f"{noted} has {name} {before.get(name)!r}, and now it is {now.get(name)!r}: "
-                                 "choose another --out")  # fmt: skip
+        before, now = json.loads(noted.read_text("utf-8")), json.loads(json.dumps(settings))
+        if differing := _differing(before, now):
+            raise ValueError(f"{noted} has {'; '.join(differing)}: make it as it was, or choose another --out")
     write_json(noted, settings)
     trials = read_trials(results)
     # A line that was cut short must not be joined with the next.
     write_text(results, "".join(json.dumps(trial) + "\n" for trial in trials))
     return trials
+
+
+def _differing(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
+    """Which settings are not as they were, in words; of a group of them, those that differ."""
+    words = []
+    for name in sorted(before.keys() | now.keys()):
+        old, new = before.get(name), now.get(name)
+        if isinstance(old, dict) and isinstance(new, dict):
+            words += _differing(old, new, f"{prefix}{name}.")
+        elif old != new:
+            words.append(f"{prefix}{name} {old!r}, and now it is {new!r}")
+    return words
 
 
 def read_trials(path: Path) -> list[Trial]:
