@@ -43,9 +43,9 @@ def test_shares_are_those_of_training(
     plain(windows, use_cache=False)
     assert list(scores) == [1, 3]
     for layer, expected in crossbatch.attention_mass:
-        shares = scores[layer].softmax(0)
-        torch.testing.assert_close(shares.sum(0), torch.ones(4, WINDOW))
-        torch.testing.assert_close(shares[1:].mean((1, 2)), expected[3], atol=1e-4, rtol=1e-3)
+        shares = (scores[layer].alike - scores[layer].all).exp()
+        torch.testing.assert_close(shares.sum(0), (scores[layer].memory - scores[layer].all).exp())
+        torch.testing.assert_close(shares.mean((1, 2)), expected[3], atol=1e-4, rtol=1e-3)
         assert expected[3].max() - expected[3].min() > 1e-3, "contexts differ in what they get"
 
 
@@ -58,11 +58,30 @@ def test_positive_mass_of_equal_contexts_is_one_in_d(make_model: ModelMaker, ids
     assert not found["interrupted"]
     for entry in found["results"]:
         for shares in (entry, *entry["layers"].values()):
-            assert shares["to_memory"] == pytest.approx(1 / entry["contexts"], rel=1e-4)
+            assert shares["to_memory"] == shares["weighed"] == pytest.approx(1 / entry["contexts"], rel=1e-4)
             assert 0 < shares["of_all"] < shares["to_memory"]
     other = distraction.run(model, distraction.Sample(windows, [distraction.Trial(0, (0, 2, 3, 4))]), [1, 4])
     assert other["results"][0]["to_memory"] == pytest.approx(1)
     assert other["results"][1]["to_memory"] != pytest.approx(1 / 4, abs=1e-3)
+
+
+@pytest.mark.parametrize(("newest", "share"), [(1, 1 / 2), (2, 1 / 3)])
+@torch.no_grad()
+def test_a_model_may_weigh_the_newest_more(newest: int, share: float, make_model: ModelMaker, ids: Draw) -> None:
+    """Of 4 equal windows that weigh as much as ``newest + 1``: the newest ones at 1 each, the others 1 together."""
+    weights = {"full_weight_tokens": (newest + 1) * WINDOW, "newest_full_weight": newest * WINDOW}
+    model, alike = make_model(**weights), make_model()
+    windows = torch.cat([ids(WINDOW), ids(WINDOW, seed=1).expand(4, -1)])
+    sample = distraction.Sample(windows, [distraction.Trial(0, (1, 2, 3, 4))])
+    (found,) = distraction.run(model, sample, [4])["results"]
+    assert found["to_memory"] == pytest.approx(1 / 4, rel=1e-4)
+    assert found["weighed"] == pytest.approx(share, rel=1e-4)
+    (scores, *_) = distraction.context_scores(model, windows[0], memories_of(model, windows[1:])).values()
+    (plain, *_) = distraction.context_scores(alike, windows[0], memories_of(alike, windows[1:])).values()
+    # In the first memory layer queries are the same: of the window's own keys each weighs as much as the newest.
+    own, newest_one = ((plain.all.exp() - plain.memory.exp()), plain.alike[-1].exp())
+    expected = newest_one / (own + (newest + 1) * newest_one)
+    torch.testing.assert_close((scores.newest - scores.all).exp(), expected, atol=1e-5, rtol=1e-4)
 
 
 def test_text_windows_are_consecutive_and_negatives_of_other_texts() -> None:

@@ -2,9 +2,11 @@
 
 The positive attention mass of arXiv 2307.03170 (section 3.3): a window is read with its document's previous window
 (the positive) and d - 1 windows of other documents in memory. A model without preference gives the positive 1/d of
-its attention to memory; one trained with many negatives gives it more.
+its attention to memory; one trained with many negatives gives it more. A model that lowers the weight of what is far
+back in a large memory (``newest_full_weight``) gives the newest window more in any case, so both are measured.
 """
 
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fot.attention import attend_newest, memory_discount
 from fot.cache import LocalCache, local_window
 from fot.tasks.dictionary import DictionaryTask
 from fot.windows import Inputs, run_window
@@ -114,8 +117,9 @@ def run(model: Any, sample: Sample, counts: Sequence[int], *, progress: Any = No
 
     Returns:
         ``{"results": [...], "interrupted": bool}``, one entry a count: ``contexts``, ``trials``, averages over trials,
-        queries, heads and layers ``to_memory`` (share of the attention to memory) and ``of_all`` (share of all), and
-        the same for each of ``layers``. Ctrl-C ends the run and keeps the finished trials.
+        queries, heads and layers, and the same for each of ``layers``: ``to_memory``, the share of the attention to
+        memory if it weighs all of it alike; ``weighed``, this share as the model weighs its memory, the positive stored
+        last; and ``of_all``, the share of all attention then. Ctrl-C ends the run and keeps the finished trials.
     """
     memories: dict[int, Memory] = {}
 
@@ -126,13 +130,13 @@ def run(model: Any, sample: Sample, counts: Sequence[int], *, progress: Any = No
             _move(progress, sample)
         return memories[row]
 
-    found: list[list[dict[int, tuple[float, float]]]] = []  # trial -> count -> layer -> shares
+    found: list[list[dict[int, dict[str, float]]]] = []  # trial -> count -> layer -> shares
     interrupted = False
     try:
         for trial in sample.trials:
             read = [memory_of(row) for row in trial.contexts]
             query = sample.windows[trial.query]
-            found.append([_positive_shares(context_scores(model, query, read[:count])) for count in counts])
+            found.append([_positive_shares(context_scores(model, query, read[:count][::-1])) for count in counts])
             _move(progress, sample)
     except KeyboardInterrupt:
         interrupted = True
@@ -140,17 +144,30 @@ def run(model: Any, sample: Sample, counts: Sequence[int], *, progress: Any = No
     return {"results": results, "interrupted": interrupted}
 
 
-def context_scores(model: Any, query: Tensor, memories: Sequence[Memory]) -> dict[int, Tensor]:
-    """How much each query of a window attends to its own window and to each of d memories.
+@dataclass(frozen=True)
+class Scores:
+    """What the queries of a window attend to in one layer: log-sum-exps (H, T) float32, comparable with each other.
+
+    Attributes:
+        all: of everything, the window itself included.
+        alike: (d, H, T), of each memory, every token of it at the weight of the oldest ones.
+        memory: of all memories, as the model weighs them.
+        newest: of the last memory, likewise.
+    """
+
+    all: Tensor
+    alike: Tensor
+    memory: Tensor
+    newest: Tensor
+
+
+def context_scores(model: Any, query: Tensor, memories: Sequence[Memory]) -> dict[int, Scores]:
+    """How much each query of a window attends to its own window and to each of d memories, for each memory layer.
 
     Args:
         model: a ``FoTForCausalLM``.
         query: (T,) token ids, at most a window.
-        memories: what the window reads, each a context.
-
-    Returns:
-        for each memory layer, log-sum-exps (1 + d, H, T) float32: the window's own, then each memory's. Their softmax
-        over the first dimension is the shares of attention.
+        memories: what the window reads, each a context, the newest last; at least one.
     """
     ids = query.unsqueeze(0).to(model.device)
     positions = torch.arange(len(query), device=model.device).unsqueeze(0)
@@ -166,34 +183,43 @@ class _Listener:
 
     def __init__(self, memories: Sequence[Memory]) -> None:
         self.memories = memories
-        self.scores: dict[int, Tensor] = {}
+        self.scores: dict[int, Scores] = {}
 
     def note(self, layer: int, queries: Tensor, lses: list[Tensor], window: LocalCache, scale: float) -> None:
         """Called by the attention of each memory layer; see ``fot.trace.Recorder.note``."""
-        own = lses[0][0]  # (H, T)
-        heads = self.memories[0].num_key_value_heads if self.memories else 1
-        folded = queries[0].reshape(heads, -1, queries.shape[-1])  # query heads of a KV head behind one another
-        found = [memory[layer].attend(folded, scale=scale)[1].reshape(own.shape) for memory in self.memories]
-        self.scores[layer] = torch.stack([own, *found])
+        local, memory = lses[0][0], lses[1][0]  # (H, T)
+        folded = queries[0].reshape(self.memories[0].num_key_value_heads, -1, queries.shape[-1])
+        alike = [read[layer].attend(folded, scale=scale)[1].reshape(local.shape) for read in self.memories]
+        newest, every = alike[-1], torch.logaddexp(local, memory)
+        count, discount = window.config.newest_full_weight, memory_discount(self.memories, window.config)
+        if discount and count:
+            # An old token weighs 1 here, one of the newest exp(discount). What it weighs more is in ``local``.
+            more = math.log(math.expm1(discount))
+            memory, newest = (
+                torch.logaddexp(lse, attend_newest(queries, [read], layer, count, scale=scale)[1][0] + more)
+                for lse, read in ((memory, self.memories), (newest, self.memories[-1:]))
+            )
+        self.scores[layer] = Scores(every, torch.stack(alike), memory, newest)
 
 
-def _positive_shares(scores: dict[int, Tensor]) -> dict[int, tuple[float, float]]:
-    """For each layer, the first memory's share of the attention to memory, and of all attention."""
+def _positive_shares(scores: dict[int, Scores]) -> dict[int, dict[str, float]]:
+    """For each layer, the shares of the last memory, on the mean over heads and queries."""
     return {
-        layer: (float(lses[1:].softmax(0)[0].mean()), float(lses.softmax(0)[1].mean()))
-        for layer, lses in scores.items()
-    }
-
-
-def _summary(count: int, trials: Sequence[dict[int, tuple[float, float]]]) -> dict[str, Any]:
-    layers = {
         layer: {
-            "to_memory": sum(trial[layer][0] for trial in trials) / len(trials),
-            "of_all": sum(trial[layer][1] for trial in trials) / len(trials),
+            "to_memory": float(found.alike.softmax(0)[-1].mean()),
+            "weighed": float((found.newest - found.memory).exp().mean()),
+            "of_all": float((found.newest - found.all).exp().mean()),
         }
-        for layer in trials[0]
+        for layer, found in scores.items()
     }
-    pooled = {name: sum(layer[name] for layer in layers.values()) / len(layers) for name in ("to_memory", "of_all")}
+
+
+def _summary(count: int, trials: Sequence[dict[int, dict[str, float]]]) -> dict[str, Any]:
+    def mean(many: list[dict[str, float]]) -> dict[str, float]:
+        return {name: sum(one[name] for one in many) / len(many) for name in many[0]}
+
+    layers = {layer: mean([trial[layer] for trial in trials]) for layer in trials[0]}
+    pooled = mean(list(layers.values()))
     return {"contexts": count, "trials": len(trials), **pooled, "layers": layers}
 
 

@@ -204,10 +204,14 @@ def _growing(title: str, rows: list[dict[str, Any]]) -> str:
 def distraction_table(result: dict[str, Any]) -> str:
     """Positive attention mass as two tables: pooled, a column a model; and by layer, a column a number of contexts."""
     counts, models = result["contexts"], result["models"]
-    pooled = Table(box=box.SIMPLE_HEAD, title=f"attention to the positive window, {result['what']}: of memory (of all)")
+    pooled = Table(
+        box=box.SIMPLE_HEAD,
+        title=f"attention to the positive window, {result['what']}: of memory if all of it "
+        "weighs alike / as the model weighs it (of all attention)",
+    )
     pooled.add_column("contexts", justify="right")
     pooled.add_column("1/contexts", justify="right")
-    layers = Table(box=box.SIMPLE_HEAD, title="the same by layer, of memory")
+    layers = Table(box=box.SIMPLE_HEAD, title="the same by layer, of memory if all of it weighs alike")
     layers.add_column("model", overflow="fold")
     layers.add_column("layer", justify="right")
     for entry in models:
@@ -215,7 +219,8 @@ def distraction_table(result: dict[str, Any]) -> str:
     for number, count in enumerate(counts):
         layers.add_column(str(count), justify="right")
         found = [entry["results"][number] for entry in models if entry["results"]]
-        pooled.add_row(str(count), f"{1 / count:.1%}", *(f"{x['to_memory']:.1%} ({x['of_all']:.1%})" for x in found))
+        cells = (f"{x['to_memory']:.1%} / {x['weighed']:.1%} ({x['of_all']:.1%})" for x in found)
+        pooled.add_row(str(count), f"{1 / count:.1%}", *cells)
     for entry in models:
         for layer in entry["results"][0]["layers"] if entry["results"] else ():
             shares = [row["layers"][layer]["to_memory"] for row in entry["results"]]
