@@ -116,8 +116,8 @@ def _add_distraction(kinds: Any) -> None:
         help="measure how much attention goes to the right window, as the memory grows",
         description="Measure the positive attention mass. The memory holds the window before the current one and "
         "windows of other texts. The positive attention mass is the share of the attention to memory "
-        "that goes to the window before. It is 1/contexts for a model without a preference. It is measured twice: if all "
-        "of the memory weighs alike, and as the model weighs it, the window before stored last (--newest-full-weight).",
+        "that goes to the window before. It is 1/contexts for a model without a preference. It is measured twice: if "
+        "all of the memory weighs alike, and as the model weighs it, the window before stored last.",
     )
     parser.add_argument("models", nargs="+", metavar="MODEL", help="alias, folder, GGUF file or hub id")
     data = parser.add_mutually_exclusive_group(required=True)
