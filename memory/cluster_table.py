@@ -171,14 +171,20 @@ def ranges(firsts: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """``firsts[i] .. firsts[i] + lengths[i] - 1`` for each i, behind one another, of each row; all int64.
 
     Returns:
-        The numbers (G, m); the i that each is of, (G, m); and which are valid, (G, m): rows of fewer end in zeros.
+        The numbers (G, m); the i that each is of, (G, m); and which are valid, (G, m): rows of fewer end in some that
+        are not, the numbers of which are ``firsts[0]``, of i = 0, so that they can be looked up like any others.
     """
-    ends = lengths.cumsum(1)
-    places = torch.arange(int(ends[:, -1].max()), device=ends.device).expand(len(ends), -1).contiguous()
-    of = torch.searchsorted(ends, places, right=True).clamp_(max=ends.shape[1] - 1)
-    valid = places < ends[:, -1:]
-    numbers = places + (firsts - ends + lengths).gather(1, of)
-    return numbers.masked_fill_(~valid, 0), of, valid
+    rows, count = lengths.shape
+    sums = lengths.sum(1, keepdim=True)
+    longest = int(sums.max())
+    filled = torch.cat([lengths, longest - sums], dim=1).flatten()
+    of = torch.repeat_interleave(filled, output_size=rows * longest).view(rows, longest)
+    of -= (count + 1) * torch.arange(rows, device=of.device).unsqueeze(1)
+    valid = of < count
+    of.masked_fill_(~valid, 0)
+    places = torch.arange(longest, device=of.device)
+    numbers = torch.where(valid, places + (firsts - lengths.cumsum(1) + lengths).gather(1, of), firsts[:, :1])
+    return numbers, of, valid
 
 
 def coarse_groups(clusters: Clusters, known: Clusters | None) -> Clusters | None:

@@ -275,6 +275,21 @@ def test_with_two_levels_the_error_falls_with_the_share(rows: int) -> None:
 
 
 @pytest.mark.usefixtures("two_levels")
+@pytest.mark.parametrize("seed", range(4))
+def test_the_last_group_may_be_shorter_than_the_others(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Heads look into unequal numbers of coarse clusters, and what fills up a row must be a cluster that there is."""
+    keys, values = topics(512 * 3, seed, spread=1.0)
+    stretch = torch.arange(3).repeat_interleave(512)  # so that a coarse cluster lies in one stretch
+    keys = keys + 6 * torch.randn(3, DIM, generator=torch.Generator().manual_seed(seed))[stretch]
+    exact, errors = store("exact", (keys, values)), []
+    for coarse_from in (1, 4096):
+        monkeypatch.setattr(cluster_table, "COARSE_FROM", coarse_from)
+        memory = store("clusters;share=0.05", (keys, values))
+        errors.append(sum(error(memory, exact, one) for one in (keys[:, ::20] / 4).split(1, dim=1)))
+    assert errors[0] == pytest.approx(errors[1], rel=0.1)
+
+
+@pytest.mark.usefixtures("two_levels")
 def test_two_levels_rank_few_clusters_and_lose_little() -> None:
     data = topics(8192)
     keys, values = (VectorBlocks(HEADS, DIM, torch.float32) for _ in range(2))
