@@ -183,6 +183,8 @@ class LocalCache(DynamicCache):
         self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, scale: float, learnt_sinks: Tensor | None
     ) -> tuple[Tensor, list[Tensor]]:
         if layer == self.ends_at:
+            if self.recorder is not None:
+                self.recorder.note(layer, queries, [], self, scale)
             raise WindowStored
         first, mask = self.unstored()
         keys, values = keys[:, :, first:], values[:, :, first:]

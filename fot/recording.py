@@ -15,7 +15,7 @@ class Recorder(Protocol):
         """Called before each ``forward`` with its cache."""
 
     def note(self, layer: int, queries: Tensor, lses: list[Tensor], local: Any, scale: float) -> None:
-        """Called by the attention of each memory layer."""
+        """Called by the attention of each memory layer; without ``lses`` in the one that a window ends at."""
 
     def settle(self) -> None:
         """Called before a memory grows."""

@@ -27,12 +27,12 @@ NAME = "clusters"
 DEFAULT_SHARE = 0.02
 STEADY = 65_536  # keys up to which it holds; so many times more keys, the square root of it times more attended to
 FEW = 4  # queries that attend to the same clusters: the query heads of a KV head, at one token
-# Of more queries, those that are alike do, so many on the mean, and to a larger share: measured on a shipped model's
-# queries, their errors are then no larger than that of a query alone.
-ALIKE, ALIKE_SHARE = 16, 4
+# Of more queries, those that are alike do, so many on the mean, and to a share so many times as large: measured on a
+# shipped model's queries, their errors are then no larger than that of a query alone.
+ALIKE, ALIKE_SHARE = 16, 2.5
 # As many queries as a window has: more are alike. If they attend to more than this, dense attention costs so little
 # more that they get it.
-MANY, MANY_ALIKE, DENSE_SHARE = 512, 64, 0.06
+MANY, MANY_ALIKE, MANY_SHARE, DENSE_SHARE = 512, 64, 4, 0.06
 LADDER = (0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32)  # shares that are tried
 SAMPLED = 32  # queries that they are tried on
 UNTRIED_SHARE = 0.05  # before there are so many
@@ -152,7 +152,7 @@ class ClusterIndex(Index):
         if self._plan.error is not None and len(self._keys) >= 2 * self._tried_at:
             self._try_shares(asked, self._table)
         rows, shares = asked.shape[1], self._shares()
-        if rows >= MANY and ALIKE_SHARE * sum(shares) / len(shares) > DENSE_SHARE:
+        if rows >= MANY and MANY_SHARE * sum(shares) / len(shares) > DENSE_SHARE:
             return self._exact.attend(queries, scale=scale)
         if rows <= FEW:
             output, lse = self._attend_together(slice(None), asked, self._table, torch.tensor(shares))
@@ -221,10 +221,10 @@ class ClusterIndex(Index):
 
     def _attend_alike(self, head: int, queries: Tensor, table: ClusterTable, share: float) -> tuple[Tensor, Tensor]:
         """As ``_attend_together``, of many queries (b, D) of one head: those that are alike at a time."""
-        order, sizes = alike(queries, ALIKE if len(queries) < MANY else MANY_ALIKE)
-        own, shares = slice(head, head + 1), torch.tensor([min(1.0, ALIKE_SHARE * share)])
-        # Of a window's queries a correction would take half as long as all else.
-        few = len(queries) < MANY
+        few = len(queries) < MANY  # of a window's queries a correction would take half as long as all else
+        size, times = (ALIKE, ALIKE_SHARE) if few else (MANY_ALIKE, MANY_SHARE)
+        order, sizes = alike(queries, size)
+        own, shares = slice(head, head + 1), torch.tensor([min(1.0, times * share)])
         parts = [self._attend_together(own, some[None], table, shares, few) for some in queries[order].split(sizes)]
         output, lse = (torch.empty_like(one) for one in (queries, queries[:, 0]))
         output[order], lse[order] = (torch.cat(found, dim=1)[0] for found in zip(*parts, strict=True))

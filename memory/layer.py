@@ -9,6 +9,8 @@ from memory.indexed import IndexedLayer
 from memory.softmax import attend
 from memory.vectors import VectorBlocks
 
+ALL = slice(None)
+
 
 class LayerMemory:
     """Keys, values and the index of one memory layer; get it as ``memory[layer]``.
@@ -106,21 +108,31 @@ class LayerMemory:
         output, lse = attend(queries.to(self.device)[None], keys[None], values[None], scale=scale)
         return output[0].to(queries.device), lse[0].to(queries.device)
 
-    def keys(self, slots: Tensor | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Stored keys: all as (G, N, D), or those in ``slots`` (G, ...) as (G, ..., D)."""
-        return self._vectors(self._layer.content.keys, slots, dtype)
+    def keys(self, slots: Tensor | slice = ALL, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Stored keys.
 
-    def values(self, slots: Tensor | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Stored values: all as (G, N, D), or those in ``slots`` (G, ...) as (G, ..., D).
+        Args:
+            slots: a slice of neighbours, n of them, which may be read without a copy; or (G, ...) int64.
+            dtype: of the result.
+
+        Returns:
+            (G, n, D), or (G, ..., D). Do not write to it.
 
         Raises:
-            IndexError: A slot lies outside 0..N-1.
+            IndexError: A slot lies outside 0..N-1, or the slice has a step.
         """
+        return self._vectors(self._layer.content.keys, slots, dtype)
+
+    def values(self, slots: Tensor | slice = ALL, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Stored values; see ``keys``."""
         return self._vectors(self._layer.content.values, slots, dtype)
 
-    def _vectors(self, blocks: VectorBlocks, slots: Tensor | None, dtype: torch.dtype) -> Tensor:
-        if slots is None:
-            return blocks.take_range(0, len(blocks), dtype)
+    def _vectors(self, blocks: VectorBlocks, slots: Tensor | slice, dtype: torch.dtype) -> Tensor:
+        if isinstance(slots, slice):
+            start, stop, step = slots.indices(len(blocks))
+            if step != 1:
+                raise IndexError(f"a slice with step {step}: neighbouring slots are read together, so leave it out")
+            return blocks.take_range(start, max(start, stop), dtype)
         bad = slots[(slots < 0) | (slots >= len(blocks))]
         if bad.numel():
             raise IndexError(f"slot {bad[0].item()} is outside 0..{len(blocks) - 1}, what this memory holds")

@@ -127,8 +127,7 @@ def slot_masses(
     total = lse.reshape(groups, -1, 1)
     rows = max(1, STEP_NUMBERS // (groups * BLOCK))
     for start in range(0, len(memory), BLOCK):
-        slots = torch.arange(start, min(len(memory), start + BLOCK)).expand(groups, -1)
-        keys = memory[layer].keys(slots).to(queries.device)  # (G, n, D)
+        keys = memory[layer].keys(slice(start, start + BLOCK)).to(queries.device)  # (G, n, D)
         mass = torch.zeros(keys.shape[1], dtype=torch.float64, device=queries.device)
         for some, some_total in zip(folded.split(rows, dim=1), total.split(rows, dim=1), strict=True):
             mass += (scale * (some @ keys.mT) - some_total).exp().sum((0, 1))

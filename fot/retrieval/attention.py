@@ -8,8 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fot.recording import recording
+from fot.local import local_window
 from fot.retrieval.passages import Cut
+from fot.windows import Inputs, fill_window
 from memory import Memory
 from memory.index import DEFAULT_TOP_K
 
@@ -51,8 +52,10 @@ class QueryRecorder:
 def question_queries(model: Any, memory: Memory, ids: Sequence[int], tokens: range) -> dict[int, Queries]:
     """Layer -> queries of some tokens of a prompt that fits the local window, read with the memory."""
     recorder = QueryRecorder(tokens)
-    with recording(model, recorder):
-        model(torch.tensor([list(ids)], device=model.device), memory=memory, use_cache=False, logits_to_keep=1)
+    given = torch.tensor([list(ids)], device=model.device)
+    positions = torch.arange(given.shape[1], device=given.device).unsqueeze(0)
+    # What the last memory layer attends to, and what is above it, tells nothing of its queries.
+    fill_window(model, Inputs(given, None, None, positions), local_window(model, [[memory]], recorder))
     return recorder.found
 
 
@@ -83,12 +86,12 @@ def _every_slot(memory: Memory, layer: int, queries: Tensor, scale: float, of_sl
     highest = queries.new_full((groups, rows, 1), -torch.inf)
     step = max(1, STEP_NUMBERS // (groups * rows))
     for start in range(0, len(memory), step):
-        slots = torch.arange(start, min(len(memory), start + step))
-        keys = memory[layer].keys(slots.expand(groups, -1)).to(queries.device)  # (G, n, D)
+        some = slice(start, start + step)
+        keys = memory[layer].keys(some).to(queries.device)  # (G, n, D)
         logits = scale * (queries @ keys.mT)  # (G, R, n)
         above = torch.maximum(highest, logits.amax(-1, keepdim=True))
         masses *= (highest - above).exp()
-        masses.index_add_(-1, of_slot[slots].to(queries.device), (logits - above).exp())
+        masses.index_add_(-1, of_slot[some].to(queries.device), (logits - above).exp())
         highest = above
     return masses / masses.sum(-1, keepdim=True)
 
