@@ -121,9 +121,7 @@ def flush(content: Content, folder: Folder, learnt: dict[int, Learnt] | None) ->
     _describe(content, manifest)
     with changing(folder.path):
         new = _write_segments(content, folder.path, manifest, start, {}, lambda tokens: None)
-        if learnt is not None and (
-            not manifest.learnt or not learnt or manifest.learnt.tokens != _known(learnt) or new
-        ):
+        if learnt is not None and (new or not _is_saved(learnt, folder.path, manifest)):
             _write_learnt(folder.path, manifest, learnt)
         if manifest == folder.manifest:
             return
@@ -267,6 +265,13 @@ def _write_learnt(folder: Path, manifest: Manifest, learnt: dict[int, Learnt]) -
     if learnt:
         manifest.learnt = write_part(next_path(folder, "index"), learnt_streams(learnt), _known(learnt))
         manifest.learnt_name = next(iter(learnt.values())).name
+
+
+def _is_saved(learnt: dict[int, Learnt], folder: Path, manifest: Manifest) -> bool:
+    """Whether the folder's index part has it: of the same layers, up to the same token."""
+    if not learnt or manifest.learnt is None or manifest.learnt.tokens != _known(learnt):
+        return False
+    return map_learnt(folder, manifest).keys() == learnt.keys()
 
 
 def _known(learnt: dict[int, Learnt]) -> int:

@@ -145,6 +145,8 @@ class Memory(MemoryFacts):
             OSError: The folder cannot be written. It is as it was before, and the memory still holds everything.
         """
         built = any(layer.index is not None for layer in self._indexed.values())
+        if built:  # a text that is read asks every layer but the last
+            self.prepare()
         disk.flush(self._content, self._writable_folder(), self._learnt() if built else None)
 
     def compact(self, *, by_cluster: bool = False, progress: Callable[[int], object] = lambda tokens: None) -> None:

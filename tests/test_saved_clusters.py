@@ -21,7 +21,8 @@ from test_clusters import (  # noqa: F401 - fixtures
 )
 from torch import Tensor
 
-from memory import Memory, cluster_table, clusters
+from memory import Memory, cluster_table, clusters, disk
+from memory.clusters import ClusterIndex
 from memory.disk import verify
 
 
@@ -117,6 +118,35 @@ def test_a_memory_opened_to_read_says_that_its_clusters_are_made_each_time(
         memory.prepare()
         memory.flush()
     assert not said(index="clusters")
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_layer_that_nobody_has_asked_is_saved_with_the_others(
+    whole: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A model that reads its memory while it stores a text asks every layer but the last."""
+    monkeypatch.setattr("memory.indexed.SEGMENT", 512)
+    keys, values = topics(1100)
+    Memory([1, 2], HEADS, DIM, index="clusters").save(tmp_path / "m")
+    with Memory.open(tmp_path / "m", mode="a") as memory:
+        memory.append(dict.fromkeys((1, 2), keys), dict.fromkeys((1, 2), values), range(1100))
+        memory[1].attend(queries(1), scale=0.1)
+        if whole:
+            memory.flush()
+        else:  # as it was written before: a later flush adds what lacks
+            disk.flush(memory._content, memory._folder, {1: memory._indexed[1].learnt()})
+    if not whole:
+        Memory.open(tmp_path / "m").close()
+        assert "holds no clusters" in caplog.text
+        with Memory.open(tmp_path / "m", mode="a") as memory:
+            memory.prepare()
+            memory.flush()
+    caplog.clear()
+    monkeypatch.setattr(ClusterIndex, "_cluster", lambda *args: pytest.fail("made again"))
+    with Memory.open(tmp_path / "m") as memory:
+        found = [memory[layer].attend(queries(1), scale=0.1) for layer in (1, 2)]
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+    assert "holds no clusters" not in caplog.text
 
 
 def as_first_version(folder: Path) -> None:
