@@ -9,8 +9,6 @@ from memory.indexed import IndexedLayer
 from memory.softmax import attend
 from memory.vectors import VectorBlocks
 
-ALL = slice(None)
-
 
 class LayerMemory:
     """Keys, values and the index of one memory layer; get it as ``memory[layer]``.
@@ -108,11 +106,11 @@ class LayerMemory:
         output, lse = attend(queries.to(self.device)[None], keys[None], values[None], scale=scale)
         return output[0].to(queries.device), lse[0].to(queries.device)
 
-    def keys(self, slots: Tensor | slice = ALL, dtype: torch.dtype = torch.float32) -> Tensor:
+    def keys(self, slots: Tensor | slice | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
         """Stored keys.
 
         Args:
-            slots: a slice of neighbours, n of them, which may be read without a copy; or (G, ...) int64.
+            slots: a slice of neighbours, n of them, which may be read without a copy; or (G, ...) int64; None for all.
             dtype: of the result.
 
         Returns:
@@ -123,13 +121,13 @@ class LayerMemory:
         """
         return self._vectors(self._layer.content.keys, slots, dtype)
 
-    def values(self, slots: Tensor | slice = ALL, dtype: torch.dtype = torch.float32) -> Tensor:
+    def values(self, slots: Tensor | slice | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
         """Stored values; see ``keys``."""
         return self._vectors(self._layer.content.values, slots, dtype)
 
-    def _vectors(self, blocks: VectorBlocks, slots: Tensor | slice, dtype: torch.dtype) -> Tensor:
-        if isinstance(slots, slice):
-            start, stop, step = slots.indices(len(blocks))
+    def _vectors(self, blocks: VectorBlocks, slots: Tensor | slice | None, dtype: torch.dtype) -> Tensor:
+        if slots is None or isinstance(slots, slice):
+            start, stop, step = (slots or slice(None)).indices(len(blocks))
             if step != 1:
                 raise IndexError(f"a slice with step {step}: neighbouring slots are read together, so leave it out")
             return blocks.take_range(start, max(start, stop), dtype)
