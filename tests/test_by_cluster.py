@@ -44,6 +44,11 @@ def assert_same(found: Memory, wanted: Memory, *, clusters: bool = True) -> None
     for chosen in (None, slots):
         assert torch.equal(one.keys(chosen), other.keys(chosen))
         assert torch.equal(one.values(chosen), other.values(chosen))
+    for some in (slice(None), slice(5, 733), slice(-7, None), slice(30, len(wanted) + 9), slice(9, 4)):
+        assert torch.equal(one.keys(some), other.keys()[:, some])
+        assert torch.equal(one.values(some), other.values()[:, some])
+    with pytest.raises(IndexError, match="a slice with step 2"):
+        one.keys(slice(0, 9, 2))
     assert torch.equal(one.search(asked, 9)[1], other.search(asked, 9)[1])
     count = min(700, len(wanted))
     pairs = [[layer.attend_newest(asked, count=count, scale=SCALE) for layer in (one, other)]]

@@ -77,17 +77,6 @@ def test_appending_copies_nothing_stored() -> None:
     assert blocks.nbytes() <= (len(blocks) + memory.vectors.LAST_BLOCK) * HEADS * DIM * 4
 
 
-@pytest.mark.parametrize("some", [slice(None), slice(5, 33), slice(-7, None), slice(30, 99), slice(9, 4)])
-def test_neighbouring_pairs_are_read_by_a_slice(some: slice) -> None:
-    store = make()
-    keys, values = append(store, 20)
-    more_keys, more_values = append(store, 20, seed=1)
-    assert torch.equal(store[1].keys(some), torch.cat([keys, more_keys], dim=1)[:, some] + 1)
-    assert torch.equal(store[1].values(some), torch.cat([values, more_values], dim=1)[:, some] - 1)
-    with pytest.raises(IndexError, match="step 2"):
-        store[1].keys(slice(0, 9, 2))
-
-
 @pytest.mark.parametrize("index", ["exact", "auto", "clusters", "Flat", "HNSW8", "IVF4,Flat", "IVF4,SQ8", "PQ4x4"])
 def test_appending_nothing_changes_nothing(index: str) -> None:
     """An empty piece of a text, before there is anything and after; it makes no document, either."""
