@@ -4,9 +4,11 @@ import argparse
 import functools
 import logging
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from types import FrameType
 from typing import NoReturn
 
 from fot import __version__
@@ -67,6 +69,7 @@ def program() -> NoReturn:
     let the interpreter do it, may never end: the destructor of a gloo group holds Python's lock while it waits for its
     threads, and one of them may want the lock to free a tensor.
     """
+    terminated = _terminate_like_ctrl_c()
     try:
         status = main()
     except Exception:
@@ -78,7 +81,30 @@ def program() -> NoReturn:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
+    if terminated:  # whoever sent it is to see that it worked
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os.kill(os.getpid(), signal.SIGTERM)
     sys.exit(status)
+
+
+def _terminate_like_ctrl_c() -> list[int]:
+    """Let SIGTERM end a command as Ctrl-C does, so that it keeps what is finished; the next one ends it at once.
+
+    Schedulers send it when a job's time is over, and to a command in the background a shell sends no Ctrl-C.
+
+    Returns:
+        a list that will have the signal when it has come.
+    """
+    received: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        received.append(number)
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, note)
+    return received
 
 
 def _in_a_group() -> bool:

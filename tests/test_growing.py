@@ -2,6 +2,8 @@
 
 import json
 import math
+import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import WINDOW, ModelMaker
+from forks import Fork
 from torch.nn.functional import cross_entropy
 
 from fot.cli import main
@@ -98,3 +101,27 @@ def test_command(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     assert plot.stat().st_size > 1000
     assert main([*command, "--places", "2"]) == 2
     assert "--places needs --memory" in capsys.readouterr().err
+
+
+def test_a_command_that_is_terminated_keeps_its_finished_places(checkpoint: Path, tmp_path: Path) -> None:
+    """As after Ctrl-C, and whoever ended it sees that it was ended."""
+    text, out, program = tmp_path / "text.txt", tmp_path / "out.json", tmp_path / "told.py"
+    text.write_text("A sentence that goes on for a while. " * 200)
+    program.write_text(
+        "import sys, time\nfrom fot.cli import program\nfrom fot.evaluation import growing\n"
+        "losses, places = growing._losses_at, []\n"
+        "def told(*args):\n    places.append(losses(*args))\n"
+        "    if len(places) == 3:\n        print('third', file=sys.stderr, flush=True)\n        time.sleep(60)\n"
+        "    return places[-1]\n"
+        "growing._losses_at = told\nprogram()\n"
+    )
+    command = ["eval", "perplexity", checkpoint, text, "--memory", "0,32", "--places", "50", "--json", out]
+    process = Fork(program, *command, "--mem-layers", "1,3", "--local-context", "16", "--window-overlap", "0")
+    while not any(line == "third" for line in process.stderr.splitlines()):
+        assert process.poll() is None, process.stderr
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=30) == -signal.SIGTERM, process.stderr
+    result = json.loads(out.read_text())
+    assert result["interrupted"]
+    assert result["models"][0]["texts"][str(text)]["places"] == 2
