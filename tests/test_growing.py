@@ -75,6 +75,30 @@ def test_plain_attention_and_weights(make_model: ModelMaker, make_plain: ModelMa
     assert rows[0]["plain"]["inside"] == pytest.approx(rows[0]["memory"]["inside"], rel=1e-4)
 
 
+@torch.no_grad()
+def test_memory_beside_the_best_plain_context(make_model: ModelMaker, ids: Draw) -> None:
+    model = make_model(isolated_windows=True, window_overlap=OVERLAP)
+    texts = {name: ids(200, seed=seed)[0].tolist() for seed, name in enumerate(("one", "other"))}
+    found = growing.run(model, texts, [0, 40, 60], places=3)
+    for text in found["texts"].values():
+        best = min(row["plain"]["inside"] for row in text["rows"] if row["plain"])
+        for row in text["rows"]:
+            difference = math.log(row["memory"]["inside"] / best)
+            assert row["beside_plain"][0] == pytest.approx(difference, abs=1e-5)
+    # Plain attention over nothing before the window is what no memory is: so these pairs are known.
+    found = growing.run(model, texts, [0, 60], places=3)
+    pairs = [torch.tensor(text["rows"][1]["losses"]) - torch.tensor(text["rows"][0]["losses"])
+             for text in found["texts"].values()]  # fmt: skip
+    for text, pair in zip(found["texts"].values(), pairs, strict=True):
+        expected = float(pair.mean()), float(pair.std()) / math.sqrt(3)
+        assert text["rows"][1]["beside_plain"] == pytest.approx(expected, abs=1e-5)
+    joint = found["rows"][1]["beside_plain"]
+    assert joint[0] == pytest.approx(float(torch.cat(pairs).mean()), abs=1e-5)
+    assert joint[1] == pytest.approx(math.hypot(*(float(pair.std()) for pair in pairs)) / math.sqrt(3) / 2, abs=1e-5)
+    alone = growing.run(model, texts, [0, 40], places=1)
+    assert [row["beside_plain"] for row in alone["rows"]] == [None, None]
+
+
 def test_text_that_is_too_short(make_model: ModelMaker, ids: Draw) -> None:
     with pytest.raises(ValueError, match=r"short has 50 tokens; a memory of 48 .* take 64: give a smaller --memory"):
         growing.run(make_model(), {"short": ids(50)[0].tolist()}, [48])
@@ -97,7 +121,10 @@ def test_command(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     assert model["rows"] == base["rows"]
     assert [(row["tokens"], row["others"]) for row in model["rows"]] == [(0, 0), (32, 0), (32, 32)]
     assert list(model["texts"]) == [str(path) for path in texts[:2]]
-    assert f"{model['rows'][1]['memory']['inside']:.2f}" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"{model['rows'][1]['memory']['inside']:.2f}" in said
+    difference, error = model["rows"][1]["beside_plain"]
+    assert f"{math.expm1(difference):+.2%} ± {error:.2%}" in " ".join(said.split())
     assert plot.stat().st_size > 1000
     assert main([*command, "--places", "2"]) == 2
     assert "--places needs --memory" in capsys.readouterr().err

@@ -128,8 +128,9 @@ def run(
         of the text and of ``others`` in memory, and for ``memory`` and ``plain`` (None where the model's positions do
         not suffice) ``inside`` and ``start``, the perplexity of the second and of the first half of the windows, and
         ``weighted``, of the second half with tokens weighted by what plain attention gains from the text (None
-        without it). The rows of all texts together are means over texts. Ctrl-C ends the run and keeps the finished
-        places.
+        without it). ``beside_plain`` is ``(difference, standard error)`` of the mean loss inside, of memory less that of
+        the context with which plain attention is best, at the same places; None without plain attention or with one
+        place. The rows of all texts together are means over texts. Ctrl-C ends the run and keeps the finished places.
 
     Raises:
         ValueError: a text without room for a window behind the largest memory.
@@ -219,7 +220,9 @@ def _rows(places: Sequence[dict[Key, Tensor]]) -> list[dict[str, Any]]:
     """What was measured at the places of one text, a row a memory."""
     joint = {key: torch.stack([losses[key] for losses in places]) for key in places[0]}  # (places, W - 1)
     plain = {key.tokens: losses for key, losses in joint.items() if key.kind == "plain"}
-    weights = None
+    weights, best = None, None
+    if plain:
+        best = min((_inside(losses).mean(1) for losses in plain.values()), key=lambda losses: float(losses.mean()))
     if len(plain) > 1:
         gain = _inside(plain[min(plain)]) - _inside(plain[max(plain)])
         weights = gain.exp().clamp(max=MOST_WEIGHT)
@@ -232,9 +235,15 @@ def _rows(places: Sequence[dict[Key, Tensor]]) -> list[dict[str, Any]]:
                 "others": key.others,
                 "memory": _perplexities(losses, weights),
                 "plain": None if beside is None else _perplexities(beside, weights),
+                "beside_plain": None if best is None else _difference(_inside(losses).mean(1) - best),
                 "losses": _inside(losses).mean(1).tolist(),
             })  # fmt: skip
     return rows
+
+
+def _difference(pairs: Tensor) -> tuple[float, float] | None:
+    """Mean of what pairs differ by, with its standard error; None for one pair."""
+    return (float(pairs.mean()), float(pairs.std()) / math.sqrt(len(pairs))) if len(pairs) > 1 else None
 
 
 def _perplexities(losses: Tensor, weights: Tensor | None) -> dict[str, float | None]:
@@ -259,6 +268,10 @@ def _joint(texts: Sequence[Sequence[dict[str, Any]]]) -> list[dict[str, Any]]:
                 name: None if value is None else math.exp(sum(math.log(one[kind][name]) for one in same) / len(same))
                 for name, value in same[0][kind].items()
             }  # fmt: skip
+        pairs = [one["beside_plain"] for one in same]
+        row["beside_plain"] = None if None in pairs else (
+            sum(mean for mean, _ in pairs) / len(pairs), math.hypot(*(error for _, error in pairs)) / len(pairs)
+        )  # fmt: skip
         rows.append(row)
     return rows
 

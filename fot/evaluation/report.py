@@ -1,5 +1,6 @@
 """Results as tables."""
 
+import math
 from typing import Any
 
 from rich import box
@@ -194,11 +195,20 @@ def _growing(title: str, rows: list[dict[str, Any]]) -> str:
     for half in halves.values():
         for kind in ("memory", "plain"):
             table.add_column(kind + half, justify="right")
+    paired = any(row["beside_plain"] for row in rows)
+    if paired:
+        table.add_column("memory beside the best plain", justify="right")
     for row in rows:
         cells = [row[kind] and row[kind][half] for half in halves for kind in ("memory", "plain")]
         beside = [f"{row['others']:,}"] if others else []
-        table.add_row(f"{row['tokens']:,}", *beside, *(_number(cell, "{:.2f}") for cell in cells))
+        last = [_percent(*row["beside_plain"]) if row["beside_plain"] else ""] if paired else []
+        table.add_row(f"{row['tokens']:,}", *beside, *(_number(cell, "{:.2f}") for cell in cells), *last)
     return render(table)
+
+
+def _percent(difference: float, error: float) -> str:
+    """By how much a perplexity is higher, from a difference of losses and its standard error."""
+    return f"{math.expm1(difference):+.2%} ± {error:.2%}"
 
 
 def distraction_table(result: dict[str, Any]) -> str:
