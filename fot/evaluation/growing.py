@@ -128,7 +128,7 @@ def run(
         of the text and of ``others`` in memory, and for ``memory`` and ``plain`` (None where the model's positions do
         not suffice) ``inside`` and ``start``, the perplexity of the second and of the first half of the windows, and
         ``weighted``, of the second half with tokens weighted by what plain attention gains from the text (None
-        without it). ``beside_plain`` is ``(difference, standard error)`` of the mean loss inside, of memory less that of
+        without it). ``beside_plain`` is ``(difference, standard error)`` of the mean loss inside: memory's less that of
         the context with which plain attention is best, at the same places; None without plain attention or with one
         place. The rows of all texts together are means over texts. Ctrl-C ends the run and keeps the finished places.
 
