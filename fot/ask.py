@@ -32,7 +32,7 @@ from fot.compat import CACHE
 from fot.greedy import end_tokens, one_greedy_answer, without_repetition
 from fot.retrieval.find import WAYS, Finder
 from fot.retrieval.passages import SHORTEST
-from fot.retrieval.prompt import with_passages
+from fot.retrieval.prompt import titles, with_passages
 from fot.sampling import GREEDY, Sampling, Scorer
 from fot.streamer import OnText, Streamer
 from fot.trace import Passage, record
@@ -98,7 +98,8 @@ class Conversation:
         memory: is read and never changed; None for a conversation without one.
         use_chat_template: False asks questions as you would ask a base model. None uses the chat template if the
             tokenizer has one.
-        title: what to call a document, in front of its passages and in answers.
+        title: what to call a document, in front of its passages and in answers. By default a model is told its file's
+            name, without the folders that all documents lie in, and answers have the name that the memory knows.
 
     Attributes:
         messages: the turns so far, with the answers as the model wrote them.
@@ -111,7 +112,7 @@ class Conversation:
         memory: Memory | None,
         *,
         use_chat_template: bool | None = None,
-        title: Callable[[str], str] = str,
+        title: Callable[[str], str] | None = None,
     ) -> None:
         if model.tokenizer is None:
             raise ValueError("a conversation needs a tokenizer: load the model with FoTForCausalLM.from_pretrained")
@@ -242,7 +243,7 @@ class Conversation:
         done, (passages, read_again) = time.perf_counter(), prompt.found or ([], 0)
         return Answer(
             answer.strip(),
-            [replace(passage, document=self.title(passage.document)) for passage in passages],
+            self._titled(passages),
             read_again,
             len(prompt.ids) - read,
             read,
@@ -265,7 +266,11 @@ class Conversation:
         """
         self._check_length(question)
         found = [] if self._finder is None else self._finder.find(question, count, by)
-        return [replace(passage, document=self.title(passage.document)) for passage in found]
+        return self._titled(found)
+
+    def _titled(self, passages: Sequence[Passage]) -> list[Passage]:
+        title = self.title or str
+        return [replace(passage, document=title(passage.document)) for passage in passages]
 
     def _find(
         self, text: str, count: int, max_new_tokens: int, reread: str
@@ -287,7 +292,8 @@ class Conversation:
             return None, text
         way = BEST_WAY if reread == "auto" else reread
         passages = self._finder.find(self._searched(text), max(count, MOST_READ), way)
-        sources = [(self.title(passage.document), self._finder.text(passage)) for passage in passages[:MOST_READ]]
+        title = self.title or titles(self.memory.documents() if self.memory else ())
+        sources = [(title(passage.document), self._finder.text(passage)) for passage in passages[:MOST_READ]]
         for number in range(len(sources), 0, -1):
             content = with_passages(text, sources[:number])
             if len(self._turn_ids(content)) + room <= window:

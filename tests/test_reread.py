@@ -87,6 +87,21 @@ def test_passages_stand_before_the_question(
         assert "vicar of Highbury is Mr Elton" in answer.passages[0].text
 
 
+def test_a_model_is_told_files_and_no_folders(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So an answer does not depend on where the files of a memory were when it was built."""
+    seen, answers = prompts(model, monkeypatch), []
+    for name in ("/home/reader/old books/book.txt", "book.txt", "../book.txt"):
+        memory = model.new_memory()
+        model.ingest(TEXT, memory, name)
+        answers.append(ask(model, memory, QUESTION, max_new_tokens=5))
+        assert {passage.document for passage in answers[-1].passages} == {name}
+    assert seen[0] == seen[1] == seen[2]
+    assert len({answer.text for answer in answers}) == 1
+    named = Conversation(model, memory, title=lambda name: f"the file {Path(name).stem}").say(QUESTION)
+    assert "From the file book:" in model.tokenizer.decode(seen[3])
+    assert named.passages[0].document == "the file book"
+
+
 def test_the_answer_is_what_generate_gives(model: Any, memory: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The memory stays attended."""
     seen = prompts(model, monkeypatch)

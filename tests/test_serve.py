@@ -12,8 +12,9 @@ from transformers import PreTrainedTokenizerFast
 
 from fot.ask import Conversation
 from fot.memories import short_name
+from fot.retrieval.prompt import titles
 from fot.serve import answering
-from fot.serve.library import Library, titles
+from fot.serve.library import Library
 from fot.serve.server import Settings
 from fot.serve.stops import StopText
 

@@ -3,12 +3,12 @@
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from fot.ask import Conversation
+from fot.retrieval.prompt import titles
 from memory import Memory
 from memory.manifest import MANIFEST
 
@@ -126,24 +126,3 @@ def _opened_again(entry: Entry, place: OnDisk) -> Entry:
     except (ValueError, OSError) as error:
         logger.warning("the memory %s has changed, and is served as it was before: %s", entry.name, error)
         return entry
-
-
-def titles(names: Iterable[str]) -> Callable[[str], str]:
-    """What to call documents in public: their names, without what they tell of the machine's folders."""
-    names = list(names)
-    placed = [name for name in names if os.path.isabs(name) or ".." in Path(name).parts or name.startswith("~")]
-    top = _common_folder(placed)
-    shown = dict.fromkeys(names, "") | {name: name for name in names}
-    for name in placed:
-        shown[name] = Path(os.path.relpath(os.path.normpath(name), top)).as_posix() if top else Path(name).name
-    return lambda name: shown.get(name, name)
-
-
-def _common_folder(names: list[str]) -> str:
-    """The folder that all of these lie in; empty if there is none that says nothing."""
-    if not names:
-        return ""
-    try:
-        return os.path.commonpath([os.path.dirname(os.path.normpath(name)) for name in names])
-    except ValueError:  # some are relative, or on other drives
-        return ""

@@ -79,7 +79,7 @@ async def inspect(request: Request, asked: Inspected) -> JSONResponse:
     if asked.model not in server.library:
         raise ApiError(404, f"the model {asked.model!r} does not exist", param="model")
     entry = server.library[asked.model]
-    titles = entry.blank.title
+    titles = entry.blank.title or str
 
     def work(stopped: Stopped) -> bytes:
         templated = has_template(entry.model.tokenizer)
