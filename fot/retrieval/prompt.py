@@ -21,7 +21,15 @@ def with_passages(question: str, passages: Sequence[tuple[str, str]]) -> str:
 
 
 def titles(names: Iterable[str]) -> Callable[[str], str]:
-    """What to call documents to models and to others: their names, without what they tell of the machine's folders."""
+    """What to call documents to models and to others: their names, without what they tell of the machine's folders.
+
+    Args:
+        names: of all documents of a memory.
+
+    Returns:
+        a function of a name: for a path that is absolute, or leads up or home, its part below the folder that all such
+        paths lie in; any other name as it is.
+    """
     names = list(names)
     placed = [name for name in names if os.path.isabs(name) or ".." in Path(name).parts or name.startswith("~")]
     top = _common_folder(placed)
