@@ -86,8 +86,6 @@ def _compare(args: argparse.Namespace) -> int:
     if args.index is not None:
         raise ValueError("--index: methods have their own; choose among memory, memory-ivf and memory-clusters")
     lambdas = None if args.longrope_factors is None else _factors(args.longrope_factors)
-    from tqdm import tqdm
-
     from fot.compare.methods import Setting, missing
     from fot.compare.results import open_folder, rows
     from fot.compare.rope import trained_length
@@ -96,6 +94,7 @@ def _compare(args: argparse.Namespace) -> int:
     from fot.compare.tasks import Material, check_texts
     from fot.compare.tuned import find_tuned
     from fot.evaluation.texts import read_texts
+    from fot.progress import progress_bar
 
     tuned = find_tuned(args.tuned)
     model = load(args)
@@ -116,10 +115,10 @@ def _compare(args: argparse.Namespace) -> int:
     check_texts(material, [("perplexity", setting.longest, 0)] if search else [])
     done = open_folder(args.out, settings, resume=args.resume)
     if search:
-        with tqdm(unit="tok", desc="searching LongRoPE factors", disable=None) as bar:
+        with progress_bar(unit="tok", desc="searching LongRoPE factors") as bar:
             setting = searched(model, setting, material, args.longrope_search, bar)
         print(f"longrope factors: {json.dumps([round(one, 4) for one in setting.lambdas or ()])}")
-    with tqdm(total=sum(length for _, _, length, _ in planned), unit="tok", desc="compare", disable=None) as bar:
+    with progress_bar(total=sum(length for _, _, length, _ in planned), unit="tok", desc="compare") as bar:
 
         def report(trial: dict[str, Any]) -> None:
             row = rows([trial])[0]

@@ -17,13 +17,12 @@ def compare_positions(args: argparse.Namespace) -> int:
     paths = [*([] if args.model is None else [Path(args.model)]), *args.files]
     if not paths:
         raise ValueError("--positions trains on text: name a text")
-    from tqdm import tqdm
-
     from fot.compare import panel
     from fot.compare.decoder import Size
     from fot.compare.show import positions_picture, positions_table
     from fot.files import check_utf8
     from fot.machine import describe_machine
+    from fot.progress import progress_bar
     from memory.atomic import write_json
 
     for path in paths:
@@ -34,7 +33,7 @@ def compare_positions(args: argparse.Namespace) -> int:
     device = find_device(args)
     lengths = args.lengths or [512, 1024, 2048, 4096, 8192, 16384]
     size = Size(longest=max(lengths))
-    with tqdm(total=len(kinds) * args.steps, unit="step", desc="positions", disable=None) as bar:
+    with progress_bar(total=len(kinds) * args.steps, unit="step", desc="positions") as bar:
         text = b"\n".join(path.read_bytes() for path in paths)
         found = panel.run(
             text, kinds, lengths, steps=args.steps, size=size, seed=args.seed, progress=bar, device=device

@@ -35,18 +35,17 @@ def _cost(args: argparse.Namespace) -> int:
     if len(set(args.sizes)) < 2 and not args.no_time:
         raise ValueError("--sizes: times are extrapolated from at least two sizes, such as 512,1024")
     model = load(args)
-    from tqdm import tqdm
-
     from fot.compare.cost import Shape, cost, extrapolate, measure, read_powers, token_powers
     from fot.compare.methods import Setting, missing
     from fot.compare.show import cost_table
+    from fot.progress import progress_bar
 
     setting, shape = Setting(args.length, args.window), Shape.of(model)
     without = missing([method.name for method in methods], model, setting)
     costs = {method: cost(method, shape, args.length, setting) for method in methods if method.name not in without}
     if not args.no_time:
         total = len(costs) * (min(args.sizes) + sum(args.sizes))
-        with tqdm(total=total, unit="tok", desc="timing", disable=None) as bar:
+        with progress_bar(total=total, unit="tok", desc="timing") as bar:
             for method in costs:
                 read, wrote = measure(method, model, args.sizes, setting, progress=bar.update)
                 costs[method] = replace(

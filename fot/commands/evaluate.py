@@ -154,12 +154,11 @@ def _add_layers(kinds: Any) -> None:
 def _eval_dictionary(args: argparse.Namespace) -> int:
     check_writable(args.json)
     model = load(args, tokenizer=False)
-    from tqdm import tqdm
-
     from fot.evaluation import dictionary
     from fot.evaluation.report import dictionary_table
+    from fot.progress import progress_bar
 
-    with tqdm(total=sum(args.lengths), unit="tok", desc="dictionary", disable=None) as bar:
+    with progress_bar(total=sum(args.lengths), unit="tok", desc="dictionary") as bar:
         found = dictionary.run(model, args.lengths, windows=args.windows, seed=args.seed, progress=bar)
     result = {**about(model, args.model), "seed": args.seed, **found}
     return finish(dictionary_table(result), result, args.json)
@@ -168,14 +167,13 @@ def _eval_dictionary(args: argparse.Namespace) -> int:
 def _eval_needles(args: argparse.Namespace) -> int:
     check_writable(args.json)
     model = load(args)
-    from tqdm import tqdm
-
     from fot.evaluation import needles
     from fot.evaluation.report import needles_table
     from fot.evaluation.texts import read_texts
+    from fot.progress import progress_bar
 
     texts = read_texts(args.files, model.tokenizer)
-    with tqdm(total=args.trials * sum(args.lengths), unit="tok", desc="needles", disable=None) as bar:
+    with progress_bar(total=args.trials * sum(args.lengths), unit="tok", desc="needles") as bar:
         log = bar.write if args.verbose else lambda line: None
         found = needles.run(
             model, texts, args.lengths, needles=args.needles, trials=args.trials, chat=args.chat,
@@ -240,11 +238,10 @@ def _check_perplexity_options(args: argparse.Namespace) -> None:
 
 
 def _perplexity(model: Any, texts: dict[str, Any], others: list[Any], args: argparse.Namespace) -> dict[str, Any]:
-    from tqdm import tqdm
-
     from fot.evaluation import growing, perplexity
+    from fot.progress import progress_bar
 
-    with tqdm(unit="tok", desc="perplexity", disable=None) as bar:
+    with progress_bar(unit="tok", desc="perplexity") as bar:
         if not args.memory:
             return perplexity.run(model, texts, tokens=args.tokens or 32768, progress=bar)
         return growing.run(
@@ -275,17 +272,16 @@ def _eval_distraction(args: argparse.Namespace) -> int:
 
 
 def _distraction(model: Any, args: argparse.Namespace) -> dict[str, Any]:
-    from tqdm import tqdm
-
     from fot.evaluation import distraction
     from fot.evaluation.texts import read_texts
+    from fot.progress import progress_bar
 
     drawn = (model.memory_config.window, max(args.contexts), args.trials, args.seed)
     if args.task:
         sample = distraction.dictionary_sample(*drawn)
     else:
         sample = distraction.text_sample(read_texts(args.text, model.tokenizer), *drawn)
-    with tqdm(total=sample.tokens(), unit="tok", desc="distraction", disable=None) as bar:
+    with progress_bar(total=sample.tokens(), unit="tok", desc="distraction") as bar:
         return distraction.run(model, sample, args.contexts, progress=bar)
 
 
@@ -294,15 +290,14 @@ def _eval_layers(args: argparse.Namespace) -> int:
     model = load(args)
     from dataclasses import asdict
 
-    from tqdm import tqdm
-
     from fot.evaluation import layers
     from fot.evaluation.report import layers_table
     from fot.evaluation.texts import read_texts
+    from fot.progress import progress_bar
 
     texts = read_texts(args.files, model.tokenizer)
     sets = layers.sets_tried(model.config.num_hidden_layers, args.count)
-    with tqdm(total=sets, unit="set", desc="layers", disable=None) as bar:
+    with progress_bar(total=sets, unit="set", desc="layers") as bar:
         found = layers.run(
             model, texts, count=args.count, windows=args.windows, trials=args.trials, seed=args.seed, progress=bar
         )

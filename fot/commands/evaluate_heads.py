@@ -40,14 +40,13 @@ def _eval_heads(args: argparse.Namespace) -> int:
     model = load(args)
     from dataclasses import asdict
 
-    from tqdm import tqdm
-
     from fot.evaluation import heads
     from fot.evaluation.report import heads_table
     from fot.evaluation.texts import read_texts
+    from fot.progress import progress_bar
 
     texts = read_texts(args.files, model.tokenizer)
-    with tqdm(total=args.needles * args.trials, unit="question", desc="heads", disable=None) as bar:
+    with progress_bar(total=args.needles * args.trials, unit="question", desc="heads") as bar:
         found = heads.run(
             model, texts, length=args.length, needles=args.needles, trials=args.trials, seed=args.seed, progress=bar
         )

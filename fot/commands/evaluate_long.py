@@ -63,15 +63,14 @@ def add_few_shot(kinds: Any) -> None:
 def _ruler(args: argparse.Namespace) -> int:
     check_writable(args.json)
     model = load(args)
-    from tqdm import tqdm
-
     from fot.evaluation import ruler
     from fot.evaluation.report import ruler_table
     from fot.evaluation.texts import read_texts
+    from fot.progress import progress_bar
 
     texts = read_texts(args.files, model.tokenizer)
     total = len(args.tasks) * args.trials * sum(args.lengths)
-    with tqdm(total=total, unit="tok", desc="ruler", disable=None) as bar:
+    with progress_bar(total=total, unit="tok", desc="ruler") as bar:
         log = bar.write if args.verbose else lambda line: None
         found = ruler.run(
             model, texts, args.tasks, args.lengths, trials=args.trials, chat=args.chat, seed=args.seed, progress=bar,
@@ -90,11 +89,10 @@ def _few_shot(args: argparse.Namespace) -> int:
 
     examples, questions = (read_examples(path, args.encoding) for path in (args.examples, args.questions))
     model = load(args)
-    from tqdm import tqdm
-
     from fot.evaluation.report import few_shot_table
+    from fot.progress import progress_bar
 
-    with tqdm(total=max(args.lengths), unit="tok", desc="few-shot", disable=None) as bar:
+    with progress_bar(total=max(args.lengths), unit="tok", desc="few-shot") as bar:
         log = bar.write if args.verbose else lambda line: None
         found = run(
             model, examples, questions, args.lengths, trials=args.trials, seed=args.seed, progress=bar,

@@ -49,12 +49,11 @@ def _eval_questions(args: argparse.Namespace) -> int:
     rows = _check_rows(args.rows or questions.ROWS)
     asked = sum(len(questions.load_questions(book)) for book, _ in args.books)  # names an unknown book
     model = load(args)
-    from tqdm import tqdm
-
     from fot.evaluation.report import questions_table
+    from fot.progress import progress_bar
 
     memories = {book: _memory(model, path) for book, path in args.books}
-    with tqdm(total=asked * len(rows), unit="answer", desc="questions", disable=None) as bar:
+    with progress_bar(total=asked * len(rows), unit="answer", desc="questions") as bar:
         log = bar.write if args.verbose else lambda line: None
         found = questions.run(
             model,

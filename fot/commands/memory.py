@@ -283,15 +283,14 @@ def _drop(args: argparse.Namespace) -> int:
 
 
 def _compact(args: argparse.Namespace) -> int:
-    from tqdm import tqdm
-
     from fot.hub import memory_folder
+    from fot.progress import progress_bar
     from memory import Memory
     from memory.manifest import read_manifest
 
     with Memory.open(memory_folder(args.memory, "a"), "a") as memory:
         before = sum(part.bytes for part in read_manifest(args.memory).files())
-        with tqdm(total=len(memory), unit="tok", unit_scale=True, desc="compact", disable=None) as bar:
+        with progress_bar(total=len(memory), unit="tok", unit_scale=True, desc="compact") as bar:
             memory.compact(by_cluster=args.by_cluster, progress=bar.update)
     after = sum(part.bytes for part in read_manifest(args.memory).files())
     print(f"{before / 1e6:,.1f} MB before, {after / 1e6:,.1f} MB now")

@@ -45,14 +45,13 @@ def _passkey(args: argparse.Namespace) -> int:
     check_writable(args.json)
     check_plot(args.plot)
     model = load(args)
-    from tqdm import tqdm
-
     from fot.evaluation import passkey
     from fot.evaluation.plots import passkey_plot
     from fot.evaluation.report import passkey_table
+    from fot.progress import progress_bar
 
     parts = (not args.no_memory) + (not args.no_baseline)
-    with tqdm(total=parts * args.trials * sum(args.lengths), unit="tok", desc="passkey", disable=None) as bar:
+    with progress_bar(total=parts * args.trials * sum(args.lengths), unit="tok", desc="passkey") as bar:
         log = bar.write if args.verbose else lambda line: None
         found = passkey.run(
             model,

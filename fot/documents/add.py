@@ -18,6 +18,7 @@ from fot.documents.record import note_file
 from fot.files import check_unicode
 from fot.ingest import Piece, ingest_pieces, text_pieces
 from fot.inspection.texts import one_line
+from fot.progress import progress_bar
 from memory import DocumentNote, Memory
 
 # What was read goes to disk once it is so many tokens, or was read so long ago (seconds). Each time makes a new file,
@@ -59,14 +60,14 @@ def add_documents(
         memory: opened with ``mode="a"``.
         found: the documents; the state of each file is noted in the memory.
         name: of the document that a file is.
-        bar: makes the progress bar; None: one on the terminal.
+        bar: makes the progress bar; None: ``progress_bar``.
     """
     after, read, same = sum(found.characters), 0, 0
     disk = _Disk(memory)
     held = {note.sha256: known for known, note in memory.notes.items() if note.complete and note.sha256}
-    make_bar = bar or tqdm
+    make_bar = bar or progress_bar
     with (
-        make_bar(total=after // CHARACTERS_PER_TOKEN, unit="tok", desc="documents", disable=None) as shown,
+        make_bar(total=after // CHARACTERS_PER_TOKEN, unit="tok", desc="documents") as shown,
         disk.whole_at_the_end(),
     ):
         for path, characters, text in ahead(_texts(found), 1):

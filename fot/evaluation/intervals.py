@@ -14,4 +14,5 @@ def wilson(successes: int, trials: int) -> tuple[float, float]:
     middle = share + z2 / (2 * trials)
     spread = Z95 * math.sqrt(share * (1 - share) / trials + z2 / (4 * trials**2))
     low, high = ((middle + sign * spread) / (1 + z2 / trials) for sign in (-1, 1))
-    return max(0.0, low), min(1.0, high)
+    # the bounds of none and of all are 0 and 1, which rounding misses
+    return low if successes else 0.0, high if successes < trials else 1.0

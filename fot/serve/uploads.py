@@ -3,7 +3,6 @@
 import re
 import shutil
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -12,11 +11,11 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 from starlette.datastructures import UploadFile
-from tqdm import tqdm
 
 from fot.documents import Documents, add_documents
 from fot.documents.read import read
 from fot.documents.record import State
+from fot.progress import Unseen
 from fot.serve import wire
 from fot.serve.errors import ApiError
 from fot.serve.library import OnDisk
@@ -142,35 +141,27 @@ def _names(paths: list[Path]) -> dict[Path, str]:
     return names
 
 
-class _Bar(tqdm):
+class _Bar(Unseen):
     """A progress bar that a client sees; it ends the work when the client has left."""
 
     def __init__(self, send: Send, stopped: Stopped, **options: Any) -> None:
-        super().__init__(**options | {"disable": True})
+        super().__init__(**options)
         self._send_event, self._stopped = send, stopped
-        self._file, self._start = "", time.monotonic()
 
-    def set_postfix_str(self, s: str = "", refresh: bool = True) -> None:
-        """The file that is read now."""
-        self._file = s
-
-    def update(self, n: float | None = 1) -> None:
-        """So many tokens more.
+    def moved(self) -> None:
+        """Tell the client.
 
         Raises:
             Left: the client has left.
         """
         if self._stopped():
             raise Left
-        self.n += n or 0
-        seconds = max(time.monotonic() - self._start, 1e-9)
-        left = max(0.0, (self.total or self.n) - self.n) * seconds / max(self.n, 1)
         self._send_event(
             {
-                "file": self._file,
+                "file": self.doing,
                 "tokens": int(self.n),
                 "total": int(max(self.total or 0, self.n)),
-                "tokens_per_second": round(self.n / seconds, 1),
-                "seconds_left": round(left, 1),
+                "tokens_per_second": round(self.rate(), 1),
+                "seconds_left": round(self.seconds_left(), 1),
             }
         )
