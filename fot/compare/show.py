@@ -149,6 +149,7 @@ def picture_along(folder: Path, trials: Sequence[Trial], title: str) -> list[Pat
             axes.plot(ends, means, "o-", markersize=3, label=method)
         axes.set(xlabel="tokens written", title=f"share of {name}")
         axes.set_ylim(bottom=0)
+        axes.xaxis.set_major_formatter(lambda tokens, _: f"{tokens / 1000:g}k")  # 100,000 would run into the next label
     figure.suptitle(f"fluency by stretches, {title}")
     figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", fontsize="small")
     path = folder / "fluency_along.png"
