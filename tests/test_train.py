@@ -199,6 +199,17 @@ def test_lora_adapter_loads_with_peft(tmp_path: Path, recipe: Path) -> None:
     assert list(merged.state_dict()) == list(LlamaForCausalLM.from_pretrained(base / "model").state_dict())
 
 
+def test_saving_a_lora_asks_no_hub_for_a_name_of_ours(
+    tmp_path: Path, recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr("peft.utils.save_and_load.check_file_exists_on_hf_hub", lambda name, file: asked.append(name))
+    recipe.write_text(yaml.safe_dump(SMALL | {"model": "dictionary-fot", "trainable": "lora", "lora": {"r": 2}}))
+    assert main(["train", str(recipe), "steps=1", "--out", str(tmp_path / "out")]) == 0
+    assert (tmp_path / "out" / "adapter" / "adapter_model.safetensors").is_file()
+    assert asked == []
+
+
 def test_adafactor_and_accumulation(recipe: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     settings = ["optimizer=adafactor", "accumulation=2", "lr_schedule=cosine", "warmup_steps=2", "checkpointing=true",

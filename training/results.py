@@ -80,7 +80,8 @@ def write_result(
                 wrapper = model.__dict__[PEFT_WRAPPER]
                 wrapper.peft_config["default"].base_model_name_or_path = description.base
                 named = {f"base_model.model.{name}": tensor for name, tensor in parameters.items()}  # as peft does
-                wrapper.save_pretrained(folder, state_dict=named)
+                # else peft asks the hub for the base model, by a name that may be ours, to see if its vocabulary grew
+                wrapper.save_pretrained(folder, state_dict=named, save_embedding_layers=False)
                 write_description(folder, description)
             else:
                 save_adapter(folder, {name: parameters[name] for name in trained}, description)
