@@ -287,7 +287,7 @@ def test_one_bar_over_all_files(
             super().__init__(*args, **(kwargs | {"disable": False, "mininterval": 0.0}))
             bars.append(self)
 
-    monkeypatch.setattr(add_module, "tqdm", Bar)
+    monkeypatch.setattr(add_module, "progress_bar", Bar)
     assert main(["memory", "build", "m", "book.txt", "code", "--model", str(checkpoint), *OPTIONS]) == 0
     shown = capfd.readouterr().err
     (bar,) = bars
