@@ -102,6 +102,23 @@ def test_a_decoder_sees_the_past_alone(kind: str, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("kind", positions.KINDS)
+def test_a_short_text_in_training_is_a_stretch_of_a_whole_one(kind: str) -> None:
+    model, draws = Decoder(kind, SIZE).train(), generator()
+    starts = []
+    for _ in range(40):
+        places = model._places(2, 6, draws)
+        assert places.shape == (2, 6)
+        assert (places.diff(dim=1) > 0).all()
+        starts.append(int(places[0, 0]))
+    if kind not in ("randomised", "shape"):
+        assert (min(starts), max(starts)) == (0, 24 - 6)
+    assert model._places(2, 24, draws).shape == (2, 24)
+    first = model.eval()._places(1, 6, generator())[0]
+    if kind not in ("randomised", "shape"):
+        assert first.tolist() == [0, 1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("kind", positions.KINDS)
 def test_order_matters_to_all_kinds_but_none(kind: str) -> None:
     """In one layer without positions, a query sees the bytes before it in any order as the same."""
     torch.manual_seed(0)
@@ -172,7 +189,7 @@ def test_memory_by_hand(kind: str, windows: int) -> None:
     torch.nn.init.normal_(model.layers[0].mixed.weight, std=0.5)
     text = torch.randint(256, (1, 6 * windows + 4), generator=generator(1))
     found = model.read(text, generator(), keep=2)[0, -1]
-    layer, hidden = model.layers[0], model.embedding(text[0, 4:])
+    layer, hidden = model.layers[0], model.embedding(text[0, 4:]) * 16**0.5
     queries, keys, values = layer.mixed(layer.first(hidden)).unflatten(-1, (3, 2, 8)).unbind(1)  # (S, H, D)
     stored, outputs = 6 * (windows - 1), []
     for head in range(2):
@@ -223,6 +240,15 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert "'yarn' is no kind of positions" in capsys.readouterr().err
     assert main(["compare", "--positions"]) == 2
     assert "name a text" in capsys.readouterr().err
+
+
+def test_an_older_torch_is_told_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    (text := tmp_path / "text.txt").write_text("words " * 2000)
+    monkeypatch.delattr(torch.optim, "Muon")
+    assert main(["compare", str(text), "--positions", "--lengths", "512", "--out", str(tmp_path / "out")]) == 2
+    assert "install torch 2.9 or later" in capsys.readouterr().err
 
 
 @pytest.mark.gpu

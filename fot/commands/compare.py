@@ -39,8 +39,8 @@ def add(commands: Any) -> None:
     parser.add_argument("--positions", action="store_true",
                         help="instead, train a small decoder with each kind of positions on short pieces of TEXT, and "
                         "read long ones; give texts alone, no MODEL")  # fmt: skip
-    parser.add_argument("--steps", type=positive, default=300, metavar="N",
-                        help="steps of training with --positions (default: 300)")  # fmt: skip
+    parser.add_argument("--steps", type=positive, default=600, metavar="N",
+                        help="steps of training with --positions (default: 600)")  # fmt: skip
     parser.add_argument("--list", action="store_true", help="say what each method is and where it comes from, and end")
     parser.add_argument("--tasks", type=_tasks, metavar="NAME,NAME,...",
                         help=f"some of {', '.join(TASKS)} (default: passkey)")  # fmt: skip

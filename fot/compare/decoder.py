@@ -45,6 +45,9 @@ class Layer(nn.Module):
         self.mixed = nn.Linear(size.width, 3 * size.width, bias=False)
         self.out = nn.Linear(size.width, size.width, bias=False)
         self.up, self.down = nn.Linear(size.width, 4 * size.width), nn.Linear(4 * size.width, size.width)
+        with torch.no_grad():
+            for last in (self.out, self.down):  # as in GPT-2, so that the sum of all layers does not drown the bytes
+                last.weight /= (2 * size.layers) ** 0.5
 
     def forward(self, hidden: Tensor, places: Tensor, table: Tensor | None, remembered: Tensor | None = None) -> Tensor:
         """(B, T, width) -> the same.
@@ -104,9 +107,9 @@ class Layer(nn.Module):
             bias = -torch.tensor(positions.alibi_slopes(self.heads))[:, None, None] * distances
         elif table is not None:
             bias = table[positions.t5_buckets(distances.clamp(min=0))].permute(2, 0, 1)
-        bias = (bias + discount).masked_fill(distances < 0, -torch.inf)  # (H or 1, T, S)
-        scale = 1.0 if self.kind == "t5" else None  # T5 does not divide by sqrt(D)
-        return functional.scaled_dot_product_attention(queries, keys, values, attn_mask=bias, scale=scale)
+        # (1, H or 1, T, S): torch is fast on a CPU with all four dimensions alone.
+        bias = (bias + discount).masked_fill(distances < 0, -torch.inf).unsqueeze(0)
+        return functional.scaled_dot_product_attention(queries, keys, values, attn_mask=bias)
 
 
 class Decoder(nn.Module):
@@ -121,8 +124,9 @@ class Decoder(nn.Module):
         super().__init__()
         self.kind, self.size = kind, size
         self.embedding = nn.Embedding(BYTES, size.width)
-        nn.init.normal_(self.embedding.weight, std=0.02)
-        self.learnt = nn.Parameter(torch.randn(size.trained, size.width) * 0.02) if kind == "learnt" else None
+        # Times sqrt(width) they are as large as sinusoidal positions (arXiv 1706.03762, section 3.4).
+        nn.init.normal_(self.embedding.weight, std=size.width**-0.5)
+        self.learnt = nn.Parameter(torch.randn(size.trained, size.width) * 0.5) if kind == "learnt" else None
         # One table for all layers, as in T5.
         self.table = nn.Parameter(torch.zeros(positions.BUCKETS, size.heads)) if kind == "t5" else None
         self.layers = nn.ModuleList([Layer(kind, size) for _ in range(size.layers)])
@@ -136,9 +140,9 @@ class Decoder(nn.Module):
         """
         if ids.shape[1] > self.reach():
             raise ValueError(f"{self.kind} positions end at {self.reach()}; the text has {ids.shape[1]} bytes")
-        hidden, places = self._embedded(ids, generator)
+        (hidden, places), table = self._embedded(ids, generator), self._scaled_table()
         for layer in self.layers:
-            hidden = layer(hidden, places, self.table)
+            hidden = layer(hidden, places, table)
         return self._logits(hidden[:, -keep:])
 
     def read(self, ids: Tensor, generator: torch.Generator, keep: int) -> Tensor:
@@ -148,25 +152,28 @@ class Decoder(nn.Module):
         whole window are left out. The middle layer of the last window sees the keys of all others, too.
         """
         windows = ids[0, ids.shape[1] % self.size.trained :].unflatten(0, (-1, self.size.trained))
-        hidden, places = self._embedded(windows, generator)
+        (hidden, places), table = self._embedded(windows, generator), self._scaled_table()
         middle = len(self.layers) // 2
         for layer in self.layers[:middle]:
-            hidden = layer(hidden, places, self.table)
+            hidden = layer(hidden, places, table)
         remembered, last, places = hidden[:-1], hidden[-1:], places[-1:]
         for number, layer in enumerate(self.layers[middle:]):
-            last = layer(last, places, self.table, remembered if number == 0 else None)
+            last = layer(last, places, table, remembered if number == 0 else None)
         return self._logits(last[:, -keep:])
 
     def _embedded(self, ids: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """States before the first layer, and places."""
         places = self._places(ids.shape[0], ids.shape[1], generator).to(ids.device)
-        hidden = self.embedding(ids)
+        hidden = self.embedding(ids) * self.size.width**0.5
         if self.learnt is not None:
             hidden = hidden + self.learnt[places]
         elif self.kind in ("sinusoidal", "shape", "randomised"):
-            # As large as the embeddings, which otherwise drown at first.
-            hidden = hidden + 0.02 * 2**0.5 * positions.sinusoidal(places, self.size.width)
+            hidden = hidden + positions.sinusoidal(places, self.size.width)
         return hidden, places
+
+    def _scaled_table(self) -> Tensor | None:
+        """(buckets, H) of T5, times sqrt(width) as the embeddings are: the steps of AdamW are small beside scores."""
+        return None if self.table is None else self.table * self.size.width**0.5
 
     def _logits(self, hidden: Tensor) -> Tensor:
         logits: Tensor = self.norm(hidden) @ self.embedding.weight.T
@@ -177,8 +184,13 @@ class Decoder(nn.Module):
         return {"learnt": self.size.trained, "randomised": self.size.longest}.get(self.kind, float("inf"))
 
     def _places(self, rows: int, count: int, generator: torch.Generator) -> Tensor:
+        """(rows, count) positions; in training a shorter text is a stretch of one of ``size.trained`` bytes."""
+        whole = max(count, self.size.trained) if self.training else count
         if self.kind == "randomised":  # its authors' code draws them when it is read, too
-            return positions.random_positions(rows, count, self.size.longest, generator)
-        if self.kind == "shape":
-            return positions.shifted_positions(rows, count, generator if self.training else None)
-        return torch.arange(count).expand(rows, count)
+            places = positions.random_positions(rows, whole, self.size.longest, generator)
+        elif self.kind == "shape":
+            places = positions.shifted_positions(rows, whole, generator if self.training else None)
+        else:
+            places = torch.arange(whole, device="cpu").expand(rows, whole)
+        start = int(torch.randint(whole - count + 1, (1,), generator=generator, device="cpu")) if whole > count else 0
+        return places[:, start : start + count]
