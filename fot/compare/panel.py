@@ -111,8 +111,9 @@ def trained(kind: str, data: Tensor, steps: int, size: Size, seed: int, progress
         model.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for part in (*optimizers, *schedules):
-            part.step()
+        for optimizer, schedule in zip(optimizers, schedules, strict=True):
+            optimizer.step()
+            schedule.step()
         progress.update()
     return model.eval()
 
