@@ -13,6 +13,7 @@ import torch
 from conftest import WINDOW, ModelMaker
 from forks import Fork
 from torch.nn.functional import cross_entropy
+from tqdm import tqdm
 
 from fot.cli import main
 from fot.evaluation import growing
@@ -55,6 +56,21 @@ def test_memory_is_what_ingest_makes_of_the_text_before(make_model: ModelMaker, 
         assert row["memory"]["start"] == pytest.approx(math.exp(joint[:, :half].mean()), rel=1e-4)
         assert row["losses"] == pytest.approx(joint[:, half:].mean(1).tolist(), rel=1e-4)
     assert len({round(row["memory"]["inside"], 3) for row in rows}) == len(rows)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("isolated", [True, False])
+@pytest.mark.parametrize("places", [2, 9])
+def test_the_bar_ends_at_its_total(make_model: ModelMaker, ids: Draw, isolated: bool, places: int) -> None:
+    """With places so far apart that some windows are never read, and with places that share theirs."""
+    model = make_model(isolated_windows=isolated, window_overlap=OVERLAP)
+    text, other = ids(400)[0].tolist(), ids(90, seed=1)[0].tolist()
+    for others in ([], [other, other]):
+        bar = tqdm(disable=True)
+        read: list[int] = []
+        bar.update = read.append
+        growing.run(model, {"text": text}, [0, 16, 40], places=places, others=others, others_tokens=60, progress=bar)
+        assert sum(read) == bar.total
 
 
 @torch.no_grad()

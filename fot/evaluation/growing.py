@@ -58,6 +58,10 @@ class Shelf:
         """The number of tokens nearest to this that whole windows hold; 0 for 0."""
         return self.overlap + self.step * max(1, round((tokens - self.overlap) / self.step)) if tokens else 0
 
+    def numbers(self, start: int, stop: int) -> range:
+        """Windows that hold tokens start..stop-1; see ``memory``."""
+        return range(start // self.step, (stop - self.overlap) // self.step) if stop > start else range(0)
+
     def memory(self, start: int, stop: int, memory: Memory | None = None) -> Memory:
         """A memory of tokens start..stop-1, which are whole windows of the text; or more of one.
 
@@ -72,7 +76,7 @@ class Shelf:
         if not self._model.memory_config.isolated_windows:
             self._model.ingest(self.ids[start:stop], memory, progress=self.progress)
             return memory
-        numbers = range(start // self.step, (stop - self.overlap) // self.step)
+        numbers = self.numbers(start, stop)
         self._ensure(numbers)
         taken = [torch.arange(self.window) + self._read[numbers[0]]]
         taken += [torch.arange(self.overlap, self.window) + self._read[number] for number in numbers[1:]]
@@ -147,7 +151,7 @@ def run(
                 f"another text has {len(other.ids):,} tokens, but its share of --others-tokens is {share:,}"
             )
     most = model.config.max_position_embeddings - model.memory_config.window if plain else -1
-    progress.total = _expected(model.memory_config, starts, sizes, most, len(beside), share)
+    progress.total = _expected(model.memory_config, shelves, starts, sizes, most, beside, share)
     found: list[list[dict[Key, Tensor]]] = [[] for _ in texts]
     interrupted = False
     try:
@@ -277,12 +281,23 @@ def _joint(texts: Sequence[Sequence[dict[str, Any]]]) -> list[dict[str, Any]]:
 
 
 def _expected(
-    config: MemoryConfig, starts: Sequence[Sequence[int]], sizes: Sequence[int], most: int, others: int, share: int
+    config: MemoryConfig,
+    shelves: Sequence[Shelf],
+    starts: Sequence[Sequence[int]],
+    sizes: Sequence[int],
+    most: int,
+    others: Sequence[Shelf],
+    share: int,
 ) -> int:
     """Tokens that will be read."""
     plain = sum(size + config.window for size in sizes if size <= most)
-    scored = config.window * (len(sizes) + (sum(size > 0 for size in sizes) if others else 0))
-    total = sum(map(len, starts)) * (plain + scored)
-    if config.isolated_windows:  # each window once, about
-        return total + sum(mine[-1] - mine[0] + sizes[-1] for mine in starts) + others * share
-    return total + sum(map(len, starts)) * (sum(sizes) + sum(size > 0 for size in sizes) * others * share)
+    memories = sum(size > 0 for size in sizes) if others else 0
+    total = sum(map(len, starts)) * (plain + config.window * (len(sizes) + memories))
+    if config.isolated_windows:  # each window once
+        read = [
+            set().union(*(shelf.numbers(start - sizes[-1], start) for start in mine))
+            for shelf, mine in zip(shelves, starts, strict=True)
+        ]
+        read += [set(other.numbers(0, share)) for other in others if memories]
+        return total + config.window * sum(map(len, read))
+    return total + sum(map(len, starts)) * (sum(sizes) * (2 if others else 1) + memories * len(others) * share)
