@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -236,10 +237,48 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert "alibi + memory" in shown
     assert result["kinds"]["alibi"]["600"] > 1
     assert (out / "positions.png").read_bytes().startswith(b"\x89PNG")
+    assert main([*few, "--methods", "alibi"]) == 2
+    assert "results.jsonl exists: go on with it by --resume" in capsys.readouterr().err
     assert main([*few, "--methods", "yarn"]) == 2
     assert "'yarn' is no kind of positions" in capsys.readouterr().err
     assert main(["compare", "--positions"]) == 2
     assert "name a text" in capsys.readouterr().err
+
+
+def test_interrupted_and_resumed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    text, out = tmp_path / "text.txt", tmp_path / "out"
+    text.write_text("".join(f"{number} bottles hang on wall {number * 7 % 91}.\n" for number in range(200)))
+    command = [
+        "compare",
+        str(text),
+        "--positions",
+        "--lengths",
+        "512,600",
+        "--steps",
+        "1",
+        "--methods",
+        "none,learnt,t5",
+    ]
+    assert main([*command, "--out", str(tmp_path / "whole")]) == 0
+    train, kinds = panel.trained, []
+
+    def interrupted(kind: str, *rest: Any) -> Decoder:
+        kinds.append(kind)
+        if len(kinds) == 3:
+            raise KeyboardInterrupt
+        return train(kind, *rest)
+
+    monkeypatch.setattr(panel, "trained", interrupted)
+    assert main([*command, "--out", str(out)]) == 130
+    assert "finished kinds only; go on with --resume" in capsys.readouterr().out
+    assert main([*command, "--out", str(out), "--resume"]) == 0
+    assert kinds == ["none", "learnt", "t5", "t5"]
+    whole, resumed = (json.loads((folder / "positions.json").read_text()) for folder in (tmp_path / "whole", out))
+    assert resumed == whole
+    assert main([*command, "--out", str(out), "--resume", "--seed", "1"]) == 2
+    assert "seed 0, and now it is 1" in capsys.readouterr().err
 
 
 def test_an_older_torch_is_told_so(

@@ -50,7 +50,7 @@ def add(commands: Any) -> None:
     parser.add_argument("--trials", type=positive, default=1, help="trials of each task and length (default: 1)")
     parser.add_argument("--out", type=named_path, default=Path("comparison"), metavar="FOLDER",
                         help="folder for results.jsonl and the pictures (default: comparison)")  # fmt: skip
-    parser.add_argument("--resume", action="store_true", help="go on with the trials in --out")
+    parser.add_argument("--resume", action="store_true", help="go on with the trials, or kinds of positions, in --out")
     parser.add_argument("--whole-up-to", type=positive, default=16384, metavar="N",
                         help="longest text for methods that attend to all of it (default: 16384)")  # fmt: skip
     parser.add_argument("--window", type=positive, default=1020, metavar="N",

@@ -1,7 +1,7 @@
 """Train short, test long (the experiment of ALiBi, arXiv 2108.12409): the same decoder with each kind of positions."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,9 @@ MEMORY = " + memory"
 # Share of the text, its end, that is kept to test.
 HELD_OUT = 0.2
 
+# Perplexities of a decoder by length, as it is and with a memory; None where there are no positions.
+Read = list[dict[int, float | None]]
+
 
 def run(
     text: bytes,
@@ -38,6 +41,8 @@ def run(
     seed: int,
     progress: Any,
     device: torch.device | str = "cpu",
+    done: Mapping[str, Read] | None = None,
+    report: Callable[[str, Read], None] = lambda kind, read: None,
 ) -> dict[str, Any]:
     """Perplexity of bytes against length.
 
@@ -50,6 +55,8 @@ def run(
         seed: draws weights, texts and positions.
         progress: a tqdm bar that is moved by each step.
         device: to compute on. What is drawn is the same on each.
+        done: kinds that were read before, which are not trained again.
+        report: is told each other kind and what it came to, as soon as it is read.
 
     Returns:
         ``{"kinds": {kind: {length: perplexity or None}}, "interrupted": bool}``; None where there are no positions.
@@ -64,11 +71,19 @@ def run(
         raise ImportError(f"the decoders are trained with torch.optim.Muon, which torch {torch.__version__} has not: "
                           "install torch 2.9 or later")  # fmt: skip
     with torch.device(device):
-        return _panel(text, kinds, lengths, steps, size, seed, progress)
+        return _panel(text, kinds, lengths, steps, size, seed, progress, done or {}, report)
 
 
 def _panel(
-    text: bytes, kinds: Sequence[str], lengths: Sequence[int], steps: int, size: Size, seed: int, progress: Any
+    text: bytes,
+    kinds: Sequence[str],
+    lengths: Sequence[int],
+    steps: int,
+    size: Size,
+    seed: int,
+    progress: Any,
+    done: Mapping[str, Read],
+    report: Callable[[str, Read], None],
 ) -> dict[str, Any]:
     data = torch.tensor(np.frombuffer(text, dtype=np.uint8), dtype=torch.int64)
     cut = len(data) - max(int(HELD_OUT * len(data)), max(lengths) + 1)
@@ -78,12 +93,18 @@ def _panel(
     found: dict[str, dict[int, float | None]] = {}
     try:
         for kind in kinds:
-            model = trained(kind, data[:cut], steps, size, seed, progress)
-            for memory, name in ((False, kind), (True, kind + MEMORY)):
-                found[name] = {
-                    length: perplexity(model, data[cut:], length, seed, max(lengths), memory=memory)
-                    for length in sorted(lengths)
-                }
+            read = done.get(kind)
+            if read is None:
+                model = trained(kind, data[:cut], steps, size, seed, progress)
+                read = [
+                    {
+                        length: perplexity(model, data[cut:], length, seed, max(lengths), memory=memory)
+                        for length in sorted(lengths)
+                    }
+                    for memory in (False, True)
+                ]
+                report(kind, read)
+            found[kind], found[kind + MEMORY] = read
     except KeyboardInterrupt:
         return {"kinds": found, "interrupted": True}
     return {"kinds": found, "interrupted": False}
