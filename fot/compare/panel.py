@@ -70,22 +70,7 @@ def run(
     if not hasattr(torch.optim, "Muon"):
         raise ImportError(f"the decoders are trained with torch.optim.Muon, which torch {torch.__version__} has not: "
                           "install torch 2.9 or later")  # fmt: skip
-    with torch.device(device):
-        return _panel(text, kinds, lengths, steps, size, seed, progress, done or {}, report)
-
-
-def _panel(
-    text: bytes,
-    kinds: Sequence[str],
-    lengths: Sequence[int],
-    steps: int,
-    size: Size,
-    seed: int,
-    progress: Any,
-    done: Mapping[str, Read],
-    report: Callable[[str, Read], None],
-) -> dict[str, Any]:
-    data = torch.tensor(np.frombuffer(text, dtype=np.uint8), dtype=torch.int64)
+    data = torch.tensor(np.frombuffer(text, dtype=np.uint8), dtype=torch.int64, device=device)
     cut = len(data) - max(int(HELD_OUT * len(data)), max(lengths) + 1)
     if cut <= size.trained:
         raise ValueError(f"a text of {len(text):,} bytes is too short to train on and to test at {max(lengths):,}: "
@@ -93,16 +78,17 @@ def _panel(
     found: dict[str, dict[int, float | None]] = {}
     try:
         for kind in kinds:
-            read = done.get(kind)
+            read = (done or {}).get(kind)
             if read is None:
-                model = trained(kind, data[:cut], steps, size, seed, progress)
-                read = [
-                    {
-                        length: perplexity(model, data[cut:], length, seed, max(lengths), memory=memory)
-                        for length in sorted(lengths)
-                    }
-                    for memory in (False, True)
-                ]
+                with torch.device(device):
+                    model = trained(kind, data[:cut], steps, size, seed, progress)
+                    read = [
+                        {
+                            length: perplexity(model, data[cut:], length, seed, max(lengths), memory=memory)
+                            for length in sorted(lengths)
+                        }
+                        for memory in (False, True)
+                    ]
                 report(kind, read)
             found[kind], found[kind + MEMORY] = read
     except KeyboardInterrupt:
