@@ -86,8 +86,10 @@ def resolve_settings(settings: MemoryConfig, config: Any, dtype: str, name: str)
             f"layer {short[0]} of {name} attends within a sliding window of {sliding} tokens, shorter than the local "
             f"window of {resolved.window}: choose mem_layers among {whole}, or local_context={sliding}"
         )
-    if short:
-        near = {min(whole, key=lambda one: abs(one - layer)) for layer in resolved.layers}
+    # A sliding window as long as the local one would do, but a layer that has one never learnt to look farther.
+    far = [layer for layer in whole if _kinds(config)[layer] != "sliding_attention"] or whole
+    if settings.mem_layers is None and not set(resolved.layers) <= set(far):
+        near = {min(far, key=lambda one: abs(one - layer)) for layer in resolved.layers}
         resolved = settings.resolve(*shape, default_layers=tuple(sorted(near)))
     return resolved
 
@@ -119,9 +121,14 @@ def whole_layers(config: Any, window: int) -> list[int]:
     """Layers that see a whole local window, so that the memory can continue it: all but those with a shorter sliding
     window, and those that attend within chunks."""
     sliding = getattr(config, "sliding_window", None)
-    kinds = getattr(config, "layer_types", None) or ["sliding_attention" if sliding else ""] * config.num_hidden_layers
     short = {"chunked_attention"} | ({"sliding_attention"} if sliding and sliding < window else set())
-    return [number for number, kind in enumerate(kinds) if kind not in short]
+    return [number for number, kind in enumerate(_kinds(config)) if kind not in short]
+
+
+def _kinds(config: Any) -> list[str]:
+    """How each layer attends: ``layer_types``, or one kind for all."""
+    kind = "sliding_attention" if getattr(config, "sliding_window", None) else ""
+    return getattr(config, "layer_types", None) or [kind] * config.num_hidden_layers
 
 
 def decoder_of(model: Any) -> Any:

@@ -9,7 +9,7 @@ import torch
 from conftest import FAMILIES, PAPER, SHAPE, WINDOW, ModelMaker
 from reference import reference_logits
 from tokenizers import Tokenizer, models
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, set_seed
+from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, PreTrainedTokenizerFast, set_seed
 from transformers.models.mistral import MistralConfig
 from transformers.models.qwen2 import Qwen2Config
 
@@ -113,6 +113,17 @@ def test_memory_goes_to_layers_that_see_a_whole_window(ids: Draw) -> None:
     model = fot.attach_memory(plain, fot.MemoryConfig(local_context=WINDOW))
     assert model.memory_config.layers == (1,)
     torch.testing.assert_close(model(ids(WINDOW)).logits, expected, **CLOSE)
+
+
+def test_memory_goes_by_default_to_layers_that_look_far(ids: Draw) -> None:
+    """Not to those with a sliding window, even one as long as the local window; where they are named, it does."""
+    kinds = ["sliding_attention", "full_attention"] * 2
+    config = Gemma3TextConfig(**SHAPE, head_dim=8, sliding_window=WINDOW, layer_types=kinds)
+    for named, expected in ((None, (1, 3)), ((0, 2), (0, 2))):
+        plain = AutoModelForCausalLM.from_config(config).eval()
+        model = fot.attach_memory(plain, fot.MemoryConfig(local_context=WINDOW, mem_layers=named))
+        assert model.memory_config.layers == expected
+        assert model(ids(2 * WINDOW)).logits.shape == (1, 2 * WINDOW, SHAPE["vocab_size"])
 
 
 @torch.no_grad()
