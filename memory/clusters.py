@@ -16,11 +16,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from memory.cluster_table import ClusterTable, coarse_groups
+from memory.cluster_table import Asked, ClusterTable, coarse_groups
 from memory.clustered import SEGMENT, Clusters, LearntClusters
 from memory.clustering import assign, cluster
 from memory.index import ExactIndex, Index, Starts
 from memory.levels import Measured
+from memory.softmax import attend, merge
 from memory.vectors import VectorBlocks
 
 NAME = "clusters"
@@ -223,26 +224,30 @@ class ClusterIndex(Index):
         """As ``_attend_together``, of many queries (b, D) of one head: those that are alike at a time."""
         few = len(queries) < MANY  # of a window's queries a correction would take half as long as all else
         size, times = (ALIKE, ALIKE_SHARE) if few else (MANY_ALIKE, MANY_SHARE)
+        together = self._attend_together if few else self._attend_uncorrected
         order, sizes = alike(queries, size)
         own, shares = slice(head, head + 1), torch.tensor([min(1.0, times * share)])
-        parts = [self._attend_together(own, some[None], table, shares, few) for some in queries[order].split(sizes)]
+        parts = [together(own, some[None], table, shares) for some in queries[order].split(sizes)]
         output, lse = (torch.empty_like(one) for one in (queries, queries[:, 0]))
         output[order], lse[order] = (torch.cat(found, dim=1)[0] for found in zip(*parts, strict=True))
+        if not few:
+            always = [(keys[own], values[own]) for keys, values in table.always if keys.shape[1]]
+            found = [(output[None], lse[None]), *(_dense(queries[None], *pair) for pair in always)]
+            output, lse = (one[0] for one in merge(found))
         return output, lse
 
     def _attend_together(
-        self, heads: slice, queries: Tensor, table: ClusterTable, shares: Tensor, correct: bool = True
+        self, heads: slice, queries: Tensor, table: ClusterTable, shares: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Of scaled queries (g, b, D) float32 of some heads; those of a head attend to the same clusters.
 
-        ``shares`` (g,) float32 are those of the keys; ``correct`` lets the clusters attended to correct the others.
-        Output and log-sum-exp as from ``attend``.
+        ``shares`` (g,) float32 are those of the keys. The clusters attended to correct the others. Output and
+        log-sum-exp as from ``attend``.
         """
-        asked = table.ask(heads, queries, (shares * len(self._keys)).to(queries.device))
-        keys, values = (blocks.gather_heads(heads, asked.slots) for blocks in (self._keys, self._values))
+        asked, keys, values = self._ask(heads, queries, table, shares)
         places = torch.arange(asked.slots.shape[1], device=queries.device)
         logits = (queries @ keys.mT).masked_fill_(places >= asked.held[:, None, None], -torch.inf)
-        measured = Measured(asked.estimate, asked.chosen, asked.of, logits) if correct else None
+        measured = Measured(asked.estimate, asked.chosen, asked.of, logits)
         always = [(queries @ k[heads].mT, v[heads]) for k, v in table.always]
         weights = [asked.estimate.weights, logits] + [one for one, _ in always]
         if asked.coarse is not None:
@@ -251,18 +256,38 @@ class ClusterIndex(Index):
         shares, attended, *others = ((one - top).exp_() for one in weights)
         total = torch.cat([one.sum(2, keepdim=True) for one in (shares, attended, *others)], dim=2)
         total = total.sum(2, keepdim=True)  # (g, b, 1)
-        if measured is None:
-            output = asked.estimate.outputs(queries, shares) + attended @ values
-        else:
-            output = measured.outputs(queries, shares, attended, values, top)
+        output = measured.outputs(queries, shares, attended, values, top)
         if asked.coarse is not None:
             output = output + asked.coarse.outputs(queries, others.pop())
         for share, (_, found) in zip(others, always, strict=True):
             output = output + share @ found
         return output / total, (top + total.log()).squeeze(2)
 
+    def _attend_uncorrected(
+        self, heads: slice, queries: Tensor, table: ClusterTable, shares: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The same of one head by the formulae alone, without what every query attends to."""
+        asked, keys, values = self._ask(heads, queries, table, shares)
+        levels = [asked.estimate] + ([] if asked.coarse is None else [asked.coarse])
+        parts = [level.attend(queries) for level in levels]
+        if keys.shape[1]:
+            parts.append(_dense(queries, keys, values))
+        return merge(parts)
+
+    def _ask(self, heads: slice, queries: Tensor, table: ClusterTable, shares: Tensor) -> tuple[Asked, Tensor, Tensor]:
+        """What these queries attend to, and the keys and values (g, m, D) of that."""
+        asked = table.ask(heads, queries, (shares * len(self._keys)).to(queries.device))
+        keys, values = (blocks.gather_heads(heads, asked.slots) for blocks in (self._keys, self._values))
+        return asked, keys, values
+
+
+def _dense(queries: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention of scaled queries (1, b, D) to all these."""
+    output, lse = attend(queries[None], keys[None], values[None], scale=1.0)
+    return output[0], lse[0]
+
 
 def alike(queries: Tensor, size: int) -> tuple[Tensor, list[int]]:
     """An order (b,) in which queries that are alike lie behind one another, and how many do, ``size`` on the mean."""
-    of = assign(queries.cpu(), max(1, len(queries) // size))
+    of = assign(queries.detach().cpu(), max(1, len(queries) // size))
     return of.argsort(stable=True).to(queries.device), [n for n in torch.bincount(of).tolist() if n]

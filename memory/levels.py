@@ -44,14 +44,14 @@ class Level:
 
     def estimate(self, queries: Tensor) -> "Estimate":
         """What they weigh for scaled queries (G, b, D)."""
-        counts, logs, spreads = self.facts.unsqueeze(2).unbind()  # each (G, 1, L)
+        _, logs, spreads = self.facts.unsqueeze(2).unbind()  # each (G, 1, L)
         variance = ((queries @ self.covariance) * queries).sum(2, keepdim=True).clamp(min=1e-12)  # (G, b, 1)
         means = queries @ self.mean_keys.mT  # (G, b, L)
         plain = means + logs
         weights = (variance / 2 * spreads).clamp_(max=MOST_DRIFT).add_(plain)
         # A cluster is worth a look for the largest logits that its keys may have, whatever it costs to read.
-        ranks = torch.addcmul(means, DEVIATIONS * variance.sqrt(), spreads.sqrt())
-        return Estimate(self, plain, weights, ranks.masked_fill_(counts == 0, -torch.inf), 2 * MOST_DRIFT / variance)
+        ranks = means.addcmul_(DEVIATIONS * variance.sqrt(), spreads.sqrt())
+        return Estimate(self, plain, weights, ranks, 2 * MOST_DRIFT / variance)
 
 
 @dataclass
@@ -62,7 +62,7 @@ class Estimate:
         level: the clusters.
         plain: (G, b, L), their log-weights if all keys of each were at its mean; -inf for empty ones.
         weights: (G, b, L), their log-weights; -inf once they are looked into.
-        ranks: (G, b, L), by which they are chosen.
+        ranks: (G, b, L), by which they are chosen; used up by the choice.
         pull: (G, b, 1), the most spread whose drift of values is believed.
     """
 
@@ -89,15 +89,27 @@ class Estimate:
             (G, L) bool, those chosen that are not empty.
         """
         counts = self.level.facts[0]
-        # What matters to any of them: as shares of each query's own.
-        ranks = (self.ranks - total).amax(1)
+        # What matters to any of them: as shares of each query's own. Passes over all queries are the dear part.
+        ranks = self.ranks.sub_(total).amax(1).masked_fill_(counts == 0, -torch.inf)
         # Twice as many as hold the budget if all are alike: the best may be small.
         best = ranks.topk(min(ranks.shape[1], max(1, int(2 * float(budgets.max()) / size)))).indices
         within = counts.gather(1, best).cumsum(1) <= budgets.unsqueeze(1)
         within[:, 0] = True
         chosen = torch.zeros_like(counts, dtype=torch.bool).scatter_(1, best, within)
-        self.weights.masked_fill_(chosen.unsqueeze(1), -torch.inf)
+        self.weights += torch.zeros_like(counts).masked_fill_(chosen, -torch.inf).unsqueeze(1)
         return chosen & (counts > 0)
+
+    def attend(self, queries: Tensor) -> tuple[Tensor, Tensor]:
+        """Attention to those not looked into, for the queries (G, b, D); ends the estimate.
+
+        Returns:
+            output (G, b, D), log-sum-exp (G, b); next to nothing, ``exp`` of which is 0, if all were looked into.
+        """
+        least = torch.finfo(torch.float32)
+        top = self.weights.detach().amax(2, keepdim=True).clamp_(min=least.min / 2)  # cancels out, gradients too
+        shares = self.weights.sub_(top).exp_()
+        total = shares.sum(2, keepdim=True).clamp_(min=least.tiny)
+        return self.outputs(queries, shares) / total, (top + total.log()).squeeze(2)
 
     def drifts(self) -> Tensor:
         """By how much of the slope the values of each move, (G, b, L)."""

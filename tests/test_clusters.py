@@ -102,11 +102,13 @@ def test_too_small_a_share_errs_more() -> None:
     assert sum(error(loosest, exact, one) for one in queries(100).split(1, dim=1)) / 100 > 0.05
 
 
-def test_gradients_reach_the_queries() -> None:
+@pytest.mark.parametrize("rows", [3, 40, clusters.MANY])
+def test_gradients_reach_the_queries(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(clusters, "DENSE_SHARE", 4.0)  # above which a window gets dense attention
     data = topics(1100)
     grads = []
     for index in ("clusters;share=0.9999", "exact"):
-        asked = queries(3).requires_grad_()
+        asked = queries(rows).requires_grad_()
         store(index, data)[LAYER].attend(asked, scale=SCALE)[0].square().sum().backward()
         grads.append(asked.grad)
     torch.testing.assert_close(*grads, atol=2e-3, rtol=1e-3)  # of values near 1, for sums that nearly cancel
