@@ -16,6 +16,7 @@ from memory.index import DEFAULT_TOP_K
 
 # Scores of one step: 2**22 float32 numbers are 16 MiB, whatever the size of the memory.
 STEP_NUMBERS = 1 << 22
+BESIDE = 32  # rows of scores side by side
 
 
 @dataclass(frozen=True)
@@ -82,18 +83,28 @@ def passage_masses(memory: Memory, layer: int, asked: Queries, passages: Cut) ->
 def _every_slot(memory: Memory, layer: int, queries: Tensor, scale: float, of_slot: Tensor, count: int) -> Tensor:
     """(G, R, P) by all stored keys, block by block, in a softmax whose maximum grows."""
     groups, rows, _ = queries.shape
-    masses = queries.new_zeros(groups, rows, count)
-    highest = queries.new_full((groups, rows, 1), -torch.inf)
+    masses = queries.new_zeros(groups, count, rows)
+    highest = queries.new_full((groups, 1, rows), -torch.inf)
+    asked = (scale * queries).mT
     step = max(1, STEP_NUMBERS // (groups * rows))
     for start in range(0, len(memory), step):
         some = slice(start, start + step)
-        keys = memory[layer].keys(some).to(queries.device)  # (G, n, D)
-        logits = scale * (queries @ keys.mT)  # (G, R, n)
-        above = torch.maximum(highest, logits.amax(-1, keepdim=True))
-        masses *= (highest - above).exp()
-        masses.index_add_(-1, of_slot[some].to(queries.device), (logits - above).exp())
+        # Slot by slot, so that a slot's row is added to its passage's: across rows it takes five times as long.
+        logits = memory[layer].keys(some).to(queries.device) @ asked  # (G, n, R)
+        above = torch.maximum(highest, _highest(logits))
+        masses *= (highest - above).exp_()
+        logits.sub_(above).exp_()
+        for of_head, found in zip(masses, logits, strict=True):
+            of_head.index_add_(0, of_slot[some].to(queries.device), found)
         highest = above
-    return masses / masses.sum(-1, keepdim=True)
+    return (masses / masses.sum(1, keepdim=True)).mT
+
+
+def _highest(logits: Tensor) -> Tensor:
+    """The largest of each column, (G, 1, R) of (G, n, R): rows side by side first, which takes a third of the time."""
+    beside = logits.shape[1] - logits.shape[1] % BESIDE
+    tops = [logits[:, :beside].unflatten(1, (-1, BESIDE)).amax(1), logits[:, beside:]]
+    return torch.cat(tops, dim=1).amax(1, keepdim=True)
 
 
 def _retrieved(memory: Memory, layer: int, queries: Tensor, scale: float, of_slot: Tensor, count: int) -> Tensor:
