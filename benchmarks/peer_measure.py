@@ -24,49 +24,50 @@ WARM_UP = {"cpu": CHUNK // 2, "cuda": 1 << 14}
 def measure(job: Job, name: str, material: dict[str, Any]) -> dict[str, Any]:
     """Read, write and judge.
 
+    Speeds are of the real text where there is one: that of a passkey says the same again and again, and fot reads equal
+    isolated windows once.
+
     Args:
         job: to open the peer for.
         name: of the peer.
         material: ``passkey``: trials, each a ``text``, a ``question`` and ids that ``peers.py`` judges; ``text``: ids
-            for perplexity, or None.
+            of a real text, or None.
 
     Returns:
-        ``tokens_per_second`` and ``bytes_per_token`` of the first trial's text, ``decode_ms``: the median of the tokens
-        written after it, ``peak_bytes`` of that, ``answers``: ids written in each trial, ``perplexity`` or None, and
-        ``note``.
+        ``tokens_per_second`` and ``bytes_per_token`` of the real text, or else of the first trial's, ``decode_ms``: the
+        median of the tokens written after it, ``peak_bytes`` of that, ``answers``: ids written in each trial,
+        ``perplexity`` of the real text's end or None, and ``note``.
     """
     peer = PEERS[name]
     reader = peer.open(job)
-    trials = material[PASSKEY]
-    text, question = trials[0]["text"], trials[0]["question"]
+    trials, real = material[PASSKEY], material["text"]
+    text, question = trials[0]["text"] if real is None else real, trials[0]["question"]
     clock = time.process_time if job.device == "cpu" and job.threads == 1 else time.perf_counter
 
     reader.read(text[: WARM_UP[job.device]])
     write(reader, question, 3, clock)
     reset_peak(job)
 
+    scores = real is not None and PERPLEXITY in peer.tasks
     start = clock()
-    reader.read(text)
+    reader.read(text[: -2 * SCORED] if scores else text)
     seconds, held = clock() - start, reader.held_bytes()
+    read = len(text) - (2 * SCORED if scores else 0)
+    scored = reader.feed(text[-2 * SCORED :], SCORED + 1)[:-1] if scores else None
     ids, times = write(reader, question, WRITTEN, clock)
     found: dict[str, Any] = {
-        "tokens_per_second": len(text) / seconds,
+        "tokens_per_second": read / seconds,
         "decode_ms": 1e3 * sorted(times)[len(times) // 2],
-        "bytes_per_token": held / len(text),
+        "bytes_per_token": held / read,
         "peak_bytes": peak_bytes(job),
         "note": reader.note,
-        "answers": [ids],
-        "perplexity": None,
+        "answers": [ids] if real is None else [],
+        "perplexity": None if scored is None else perplexity(scored, text[-SCORED:]),
     }
     try:
-        for trial in trials[1:] if PASSKEY in peer.tasks else ():
+        for trial in trials[len(found["answers"]) :] if PASSKEY in peer.tasks else ():
             reader.read(trial["text"])
             found["answers"].append(write(reader, trial["question"], WRITTEN, clock)[0])
-        if material["text"] is not None and PERPLEXITY in peer.tasks:
-            ids = material["text"]
-            reader.read(ids[: -2 * SCORED])
-            logits = reader.feed(ids[-2 * SCORED :], SCORED + 1)[:-1]
-            found["perplexity"] = perplexity(logits, ids[-SCORED:])
     except Exception as error:  # what was measured before stays
         found["unfinished"] = reason(error)
     return found

@@ -184,7 +184,7 @@ def hopeless(row: dict[str, Any], done: Sequence[dict[str, Any]]) -> str | None:
 
 def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("texts", nargs="*", type=Path, help="for perplexity, one after another")
+    parser.add_argument("texts", nargs="*", type=Path, help="read, one after another; else the passkey's filler")
     parser.add_argument("--shape", choices=("shipped", "random"), default="shipped")
     parser.add_argument("--model", default="smollm2-135m-fot")
     parser.add_argument("--lengths", type=lambda text: list(map(int, text.split(","))), default=[4096, 16384])

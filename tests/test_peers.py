@@ -55,6 +55,21 @@ def test_a_measurement_has_all_columns(job: peer_readers.Job) -> None:
     assert all(found[name] > 0 for name in FIGURES)
 
 
+@torch.no_grad()
+def test_speeds_are_of_the_real_text(job: peer_readers.Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of equal windows, as the passkey's text has them, fot reads one: that would flatter it."""
+    ids = torch.randint(3, 60, (530,), generator=torch.Generator().manual_seed(1)).tolist()
+    trial = {"text": ids[:80], "question": ids[:4]}
+    reads: list[list[int]] = []
+    read = peer_readers.Compared.read
+    monkeypatch.setattr(peer_readers.Compared, "read", lambda self, some: (reads.append(list(some)), read(self, some)))
+    for real in (ids, None):
+        reads.clear()
+        found = peer_measure.measure(job, "transformers, dynamic cache", {"passkey": [trial], "text": real})
+        assert len(found["answers"]) == 1
+        assert reads[1:] == ([ids[:80]] if real is None else [ids[: -2 * peer_measure.SCORED], ids[:80]])
+
+
 def test_perplexity_is_that_of_torch() -> None:
     logits, targets = torch.randn(7, 11, generator=torch.Generator().manual_seed(0)), [3, 1, 4, 1, 5, 9, 2]
     expected = math.exp(float(torch.nn.functional.cross_entropy(logits, torch.tensor(targets))))
