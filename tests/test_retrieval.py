@@ -95,8 +95,7 @@ def asked(model: Any) -> Any:
 def test_masses_are_those_of_one_softmax(
     family: str, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Against all scores at once in float64, in steps of a few keys."""
-    monkeypatch.setattr(attention, "STEP_NUMBERS", 1000)
+    """Against all scores at once in float64, in steps of a few keys, of some, and in one."""
     model = make_wide(tokenizer, WINDOW, family)
     memory = model.new_memory()
     model.ingest(FILLER * 5, memory)
@@ -105,13 +104,14 @@ def test_masses_are_those_of_one_softmax(
     assert sorted(found) == [1, 3]
     passages = cut(memory, tokenizer, 20, 40)
     for layer, queries in found.items():
-        masses = passage_masses(memory, layer, queries, passages)
-        assert masses.shape == (4, 5, len(passages))
         keys = memory[layer].keys().double().repeat_interleave(2, 0)  # (H, N, D)
         dense = (queries.scale * queries.queries.double() @ keys.mT).softmax(-1)
         pairs = zip(passages.starts, passages.stops, strict=True)
         expected = torch.stack([dense[..., start:stop].sum(-1) for start, stop in pairs], dim=-1)
-        torch.testing.assert_close(masses.double(), expected, atol=1e-5, rtol=1e-4)
+        for numbers in (1000, 2000, 1 << 22):
+            monkeypatch.setattr(attention, "STEP_NUMBERS", numbers)
+            masses = passage_masses(memory, layer, queries, passages)
+            torch.testing.assert_close(masses.double(), expected, atol=1e-5, rtol=1e-4)
 
 
 def test_queries_are_those_of_the_tokens_asked_for(model: Any, memory: Any) -> None:

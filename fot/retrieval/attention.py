@@ -103,8 +103,10 @@ def _every_slot(memory: Memory, layer: int, queries: Tensor, scale: float, of_sl
 def _highest(logits: Tensor) -> Tensor:
     """The largest of each column, (G, 1, R) of (G, n, R): rows side by side first, which takes a third of the time."""
     beside = logits.shape[1] - logits.shape[1] % BESIDE
-    tops = [logits[:, :beside].unflatten(1, (-1, BESIDE)).amax(1), logits[:, beside:]]
-    return torch.cat(tops, dim=1).amax(1, keepdim=True)
+    if beside:
+        tops = logits[:, :beside].unflatten(1, (-1, BESIDE)).amax(1)
+        logits = torch.cat([tops, logits[:, beside:]], dim=1)
+    return logits.amax(1, keepdim=True)
 
 
 def _retrieved(memory: Memory, layer: int, queries: Tensor, scale: float, of_slot: Tensor, count: int) -> Tensor:
