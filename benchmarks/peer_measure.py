@@ -24,8 +24,8 @@ WARM_UP = {"cpu": CHUNK // 2, "cuda": 1 << 14}
 def measure(job: Job, name: str, material: dict[str, Any]) -> dict[str, Any]:
     """Read, write and judge.
 
-    Speeds are of the real text where there is one: that of a passkey says the same again and again, and fot reads equal
-    isolated windows once.
+    Speeds are of the real text, where the model has a tokenizer: that of a passkey says the same again and again, and
+    fot reads equal isolated windows once.
 
     Args:
         job: to open the peer for.
@@ -49,20 +49,20 @@ def measure(job: Job, name: str, material: dict[str, Any]) -> dict[str, Any]:
     reset_peak(job)
 
     scores = real is not None and PERPLEXITY in peer.tasks
+    before = text[: -2 * SCORED] if scores else text
     start = clock()
-    reader.read(text[: -2 * SCORED] if scores else text)
+    reader.read(before)
     seconds, held = clock() - start, reader.held_bytes()
-    read = len(text) - (2 * SCORED if scores else 0)
-    scored = reader.feed(text[-2 * SCORED :], SCORED + 1)[:-1] if scores else None
+    logits = reader.feed(text[-2 * SCORED :], SCORED + 1)[:-1] if scores else None
     ids, times = write(reader, question, WRITTEN, clock)
     found: dict[str, Any] = {
-        "tokens_per_second": read / seconds,
+        "tokens_per_second": len(before) / seconds,
         "decode_ms": 1e3 * sorted(times)[len(times) // 2],
-        "bytes_per_token": held / read,
+        "bytes_per_token": held / len(before),
         "peak_bytes": peak_bytes(job),
         "note": reader.note,
         "answers": [ids] if real is None else [],
-        "perplexity": None if scored is None else perplexity(scored, text[-SCORED:]),
+        "perplexity": None if logits is None else perplexity(logits, text[-SCORED:]),
     }
     try:
         for trial in trials[len(found["answers"]) :] if PASSKEY in peer.tasks else ():

@@ -85,8 +85,7 @@ def make_material(
     cut = -len(encode(tokenizer, "\n" + QUESTION))
     prompts = make_prompts(tokenizer, length, trials, seed)
     parts = [{"text": prompt.ids[:cut], "question": prompt.ids[cut:]} for prompt in prompts]
-    piece = list(text[:length]) if len(text) >= length else None
-    return {PASSKEY: parts, "text": piece}, [prompt.key for prompt in prompts]
+    return {PASSKEY: parts, "text": list(text[:length])}, [prompt.key for prompt in prompts]
 
 
 def missing(name: str, args: argparse.Namespace) -> str | None:
@@ -184,7 +183,7 @@ def hopeless(row: dict[str, Any], done: Sequence[dict[str, Any]]) -> str | None:
 
 def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("texts", nargs="*", type=Path, help="read, one after another; else the passkey's filler")
+    parser.add_argument("texts", nargs="*", type=Path, help="read, one after another; not for --shape random")
     parser.add_argument("--shape", choices=("shipped", "random"), default="shipped")
     parser.add_argument("--model", default="smollm2-135m-fot")
     parser.add_argument("--lengths", type=lambda text: list(map(int, text.split(","))), default=[4096, 16384])
@@ -270,6 +269,11 @@ def main() -> None:
         tokenizer = make_checkpoint(args.shape, args.model, folder / "model")
         trained = json.loads((folder / "model" / "config.json").read_text())["max_position_embeddings"]
         text = tokens_of(args.texts, tokenizer)
+        if tokenizer is not None and len(text) < max(args.lengths):
+            raise SystemExit(
+                f"the texts have {len(text):,} tokens, and {max(args.lengths):,} are to be read: name more texts, or "
+                "choose shorter --lengths"
+            )
         planned, keys = list(plan(args)), dict[int, list[int]]()
         open_rows = len(planned)
         for number, (length, name) in enumerate(planned):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -145,3 +146,16 @@ def test_an_unknown_peer_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytes
         peers.main()
     assert stop.value.code == 2
     assert "'nobody' is no peer" in capsys.readouterr().err
+
+
+def test_texts_that_are_too_short_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The passkey's filler would stand in for what they lack, and its equal windows flatter fot."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text('{"max_position_embeddings": 64}')
+    monkeypatch.setattr(
+        peers, "make_checkpoint", lambda shape, model, folder: shutil.copytree(tmp_path / "model", folder)
+    )
+    monkeypatch.setattr(peers, "tokens_of", lambda texts, tokenizer: [5] * 300)
+    monkeypatch.setattr(sys, "argv", ["peers.py", "a.txt", "--lengths", "200,301", "--peers", "fot exact"])
+    with pytest.raises(SystemExit, match="the texts have 300 tokens, and 301 are to be read: name more texts"):
+        peers.main()

@@ -111,6 +111,7 @@ def test_masses_are_those_of_one_softmax(
         for numbers in (1000, 2000, 1 << 22):
             monkeypatch.setattr(attention, "STEP_NUMBERS", numbers)
             masses = passage_masses(memory, layer, queries, passages)
+            assert masses.shape == (4, 5, len(passages))
             torch.testing.assert_close(masses.double(), expected, atol=1e-5, rtol=1e-4)
 
 

@@ -94,8 +94,9 @@ def _every_slot(memory: Memory, layer: int, queries: Tensor, scale: float, of_sl
         above = torch.maximum(highest, _highest(logits))
         masses *= (highest - above).exp_()
         logits.sub_(above).exp_()
+        of = of_slot[some].to(queries.device)
         for of_head, found in zip(masses, logits, strict=True):
-            of_head.index_add_(0, of_slot[some].to(queries.device), found)
+            of_head.index_add_(0, of, found)
         highest = above
     return (masses / masses.sum(1, keepdim=True)).mT
 
