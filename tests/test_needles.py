@@ -15,6 +15,7 @@ from wide import make_wide
 from fot.ask import Conversation
 from fot.cli import main
 from fot.evaluation import needles
+from fot.evaluation.report import needles_table
 from fot.model import detach_memory
 
 TEXT = "It was a dark evening in the old town, and nobody would have gone out without need. "
@@ -143,6 +144,26 @@ def test_chat_asks_in_the_template_and_takes_any_wording(model: Any, monkeypatch
         prompt, target = needles.question_ids(model.tokenizer, needle, chat=True)
         assert model.tokenizer.decode(prompt) == f"U:{needle.asked}\nM:{needle.stem}"
         assert model.tokenizer.decode(target) == f" {needle.answer}"
+
+
+@pytest.mark.parametrize("right", [[1.0, 1.0, 0.5], [0.9, 0.0, 0.5]])
+def test_shares_with_the_beginning_given_are_comparable(right: list[float]) -> None:
+    """In chat, one context is asked with the beginning of the answer alone; the table has that share of all columns."""
+    marks = {"correct": 0.0, "tokens_right": 0.25}
+    whole = {"correct": 1.0, "tokens_right": 1.0}
+    answers = [needles.Answer("phone", 0.5, "12", "no", False, share, marks, whole) for share in right]
+    entry = needles._summary(
+        {"length": 700, "answers": answers, "ingest_seconds": 1.0, "ingest_tokens": 700, "memory_bytes": 1}
+    )
+    shares = entry["kinds"]["phone"]
+    begun = sum(share == 1 for share in right) / 3
+    assert (shares["correct"], shares["begun"], shares["whole_text"]["begun"]) == (0, begun, 1)
+    result = {"model": "m", "dtype": "float32", "seed": 0, "results": [entry], "interrupted": False}
+    chat = " ".join(needles_table(result | {"chat": True}).split())
+    tokens = f"{sum(right) / 3:.0%}"
+    assert f"phone 0% / {begun:.0%} / {tokens} - / 100% / 100% 0% / 0% / 25%" in chat
+    line = " ".join(needles_table(result | {"chat": False}).split())
+    assert f"phone 0% / {tokens} 100% / 100% 0% / 25%" in line
 
 
 def test_chat_reads_passages_again_as_fot_ask_does(

@@ -204,7 +204,9 @@ def run(
     Returns:
         ``{"results": [...], "interrupted": bool}``, one entry a length: ``length``, ``ingest_tokens_per_second``,
         ``memory_bytes``, ``answers`` (fields of ``Answer``), and ``kinds``: for each kind and for ``all`` of them
-        ``questions``, ``correct`` (share), ``tokens_right``, and both again under ``without`` and ``whole_text``.
+        ``questions``, ``correct`` (share), ``begun`` (share whose tokens are all right, the sentence up to the answer
+        given, which is what ``correct`` of ``whole_text`` is), ``tokens_right``, and the same of a model ``without``
+        memory and of the ``whole_text``.
         Ctrl-C ends the run and keeps the answers that were given.
 
     Raises:
@@ -346,7 +348,8 @@ def _shares(answers: Sequence[Answer]) -> dict[str, Any]:
 
 
 def _mean(marks: Sequence[dict[str, float]]) -> dict[str, float]:
-    return {name: sum(mark[name] for mark in marks) / len(marks) for name in ("correct", "tokens_right")}
+    marks = [mark | {"begun": float(mark["tokens_right"] == 1)} for mark in marks]
+    return {name: sum(mark[name] for mark in marks) / len(marks) for name in ("correct", "begun", "tokens_right")}
 
 
 def _sandwich(rng: random.Random) -> Needle:

@@ -1,6 +1,7 @@
 """Results as tables."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from rich import box
@@ -52,10 +53,15 @@ def dictionary_table(result: dict[str, Any]) -> str:
 
 
 def needles_table(result: dict[str, Any]) -> str:
-    """Needles as a table: one row a kind; for each length with the memory and, where it can, with the whole text."""
-    title = (
-        f"needles, {result['model']} ({result['dtype']}), seed {result['seed']}: answers right / answer tokens right"
-    )
+    """Needles as a table: one row a kind; for each length with the memory and, where it can, with the whole text.
+
+    In chat, a whole text is only asked with the beginning of the answer given; so that share is shown for all.
+    """
+    chat = result["chat"]
+    names = ("correct", "begun", "tokens_right") if chat else ("correct", "tokens_right")
+    wholly = (None, *names[1:]) if chat else names
+    told = "answers right / with their beginning given / tokens of them" if chat else "answers right / tokens of them"
+    title = f"needles, {result['model']} ({result['dtype']}), seed {result['seed']}: {told}"
     table = Table(box=box.SIMPLE_HEAD, title=title)
     table.add_column("needle")
     entries = result["results"]
@@ -67,16 +73,13 @@ def needles_table(result: dict[str, Any]) -> str:
     for kind in dict.fromkeys(kind for entry in entries for kind in entry["kinds"]):
         found, cells = [entry["kinds"].get(kind) for entry in entries], []
         for shares, entry in zip(found, entries, strict=True):
-            cells.append(shares)
+            cells.append(_shares(shares, names))
             if entry["kinds"]["all"]["whole_text"]:
-                cells.append(shares and shares["whole_text"])
+                cells.append(_shares(shares and shares["whole_text"], wholly))
         plain = [shares["without"] | {"questions": shares["questions"]} for shares in found if shares]
         total = sum(shares["questions"] for shares in plain)
-        joint = {
-            name: sum(shares[name] * shares["questions"] for shares in plain) / total
-            for name in ("correct", "tokens_right")
-        }
-        table.add_row(kind, *(_shares(shares) for shares in [*cells, joint]))
+        joint = {name: sum(shares[name] * shares["questions"] for shares in plain) / total for name in names}
+        table.add_row(kind, *cells, _shares(joint, names))
     return render(table) + _note(result)
 
 
@@ -266,8 +269,10 @@ def _accuracy(entry: dict[str, Any] | None) -> str:
     return f"{entry['accuracy']:.0%} ({sum(trial['correct'] for trial in trials)}/{len(trials)})"
 
 
-def _shares(entry: dict[str, Any] | None) -> str:
-    return "-" if entry is None else f"{entry['correct']:.0%} / {entry['tokens_right']:.0%}"
+def _shares(entry: dict[str, Any] | None, names: Sequence[str | None]) -> str:
+    if entry is None:
+        return "-"
+    return " / ".join("-" if name is None else f"{entry[name]:.0%}" for name in names)
 
 
 def _perplexities(entry: dict[str, Any]) -> dict[str, dict[str, Any]]:
