@@ -53,7 +53,7 @@ def configuration(family: str, **settings: Any) -> Any:
     return AutoConfig.for_model(family, **(SHAPE | settings))
 
 
-FAMILIES: dict[str, Callable[[], Any]] = {
+FAMILIES: dict[str, Callable[..., Any]] = {
     "llama": partial(configuration, "llama", tie_word_embeddings=True),
     "mistral": partial(configuration, "mistral", sliding_window=None, head_dim=12),
     "qwen2": partial(configuration, "qwen2", use_sliding_window=False),
