@@ -115,6 +115,29 @@ def test_memory_beside_the_best_plain_context(make_model: ModelMaker, ids: Draw)
     assert [row["beside_plain"] for row in alone["rows"]] == [None, None]
 
 
+@torch.no_grad()
+def test_memory_beside_the_same_context_and_beside_memory_alone(make_model: ModelMaker, ids: Draw) -> None:
+    model = make_model(isolated_windows=True, window_overlap=OVERLAP)
+    texts = {name: ids(200, seed=seed)[0].tolist() for seed, name in enumerate(("one", "other"))}
+    found = growing.run(model, texts, [0, 40, 60], places=3, others=[ids(90, seed=2)[0].tolist()], others_tokens=32)
+    for text in found["texts"].values():
+        none, some, with_others, long, _ = text["rows"]
+        assert (some["tokens"], with_others["others"]) == (40, 28)
+        assert [row["plain_losses"] is None for row in text["rows"]] == [False, False, True, True, True]
+        assert math.log(some["plain"]["inside"]) == pytest.approx(float(torch.tensor(some["plain_losses"]).mean()))
+        for name, row, plain in (
+            ("beside_same", some, some["plain_losses"]), ("beside_alone", with_others, some["losses"])
+        ):  # fmt: skip
+            pairs = torch.tensor(row["losses"]) - torch.tensor(plain)
+            expected = float(pairs.mean()), float(pairs.std()) / math.sqrt(3)
+            assert row[name] == pytest.approx(expected, abs=1e-5)
+        assert none["beside_same"] == pytest.approx((0, 0), abs=1e-5)
+        assert (long["beside_same"], with_others["beside_same"], some["beside_alone"]) == (None, None, None)
+    joint = found["rows"][1]["beside_same"][0]
+    single = [text["rows"][1]["beside_same"][0] for text in found["texts"].values()]
+    assert joint == pytest.approx(sum(single) / 2)
+
+
 def test_text_that_is_too_short(make_model: ModelMaker, ids: Draw) -> None:
     with pytest.raises(ValueError, match=r"short has 50 tokens; a memory of 48 .* take 64: give a smaller --memory"):
         growing.run(make_model(), {"short": ids(50)[0].tolist()}, [48])
@@ -139,8 +162,9 @@ def test_command(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     assert list(model["texts"]) == [str(path) for path in texts[:2]]
     said = capsys.readouterr().out
     assert f"{model['rows'][1]['memory']['inside']:.2f}" in said
-    difference, error = model["rows"][1]["beside_plain"]
-    assert f"{math.expm1(difference):+.2%} ± {error:.2%}" in " ".join(said.split())
+    for number, name in ((1, "beside_plain"), (1, "beside_same"), (2, "beside_alone")):
+        difference, error = model["rows"][number][name]
+        assert f"{math.expm1(difference):+.2%} ± {error:.2%}" in " ".join(said.split())
     assert plot.stat().st_size > 1000
     assert main([*command, "--places", "2"]) == 2
     assert "--places needs --memory" in capsys.readouterr().err

@@ -29,6 +29,13 @@ ROWS = 8  # windows read at once
 # arXiv 2410.23771, section 3.2).
 MOST_WEIGHT = 5.0
 
+# Differences of a row, and what its memory is compared with; see ``run``.
+DIFFERENCES = {
+    "beside_same": "plain, same tokens",
+    "beside_plain": "plain, best number of tokens",
+    "beside_alone": "memory without other texts",
+}
+
 
 class Key(NamedTuple):
     """What was measured: ``memory`` or ``plain``, tokens of the text before the window, and of other texts."""
@@ -132,9 +139,12 @@ def run(
         of the text and of ``others`` in memory, and for ``memory`` and ``plain`` (None where the model's positions do
         not suffice) ``inside`` and ``start``, the perplexity of the second and of the first half of the windows, and
         ``weighted``, of the second half with tokens weighted by what plain attention gains from the text (None
-        without it). ``beside_plain`` is ``(difference, standard error)`` of the mean loss inside: memory's less that of
-        the context with which plain attention is best, at the same places; None without plain attention or with one
-        place. The rows of all texts together are means over texts. Ctrl-C ends the run and keeps the finished places.
+        without it). Three differences are ``(mean, standard error)`` of the mean losses inside, at the same places, or
+        None with one place: ``beside_same`` is memory's less that of plain attention over the same tokens,
+        ``beside_plain`` less that of the context with which plain attention is best, and ``beside_alone``, for rows
+        with others, less that of the memory without them. In the rows of a text, ``losses`` and ``plain_losses`` are
+        the mean losses inside by place. The rows of all texts together are means over texts. Ctrl-C ends the run and
+        keeps the finished places.
 
     Raises:
         ValueError: a text without room for a window behind the largest memory.
@@ -226,28 +236,36 @@ def _rows(places: Sequence[dict[Key, Tensor]]) -> list[dict[str, Any]]:
     plain = {key.tokens: losses for key, losses in joint.items() if key.kind == "plain"}
     weights, best = None, None
     if plain:
-        best = min((_inside(losses).mean(1) for losses in plain.values()), key=lambda losses: float(losses.mean()))
+        best = min(map(_by_place, plain.values()), key=lambda losses: float(losses.mean()))
     if len(plain) > 1:
         gain = _inside(plain[min(plain)]) - _inside(plain[max(plain)])
         weights = gain.exp().clamp(max=MOST_WEIGHT)
     rows = []
     for key, losses in joint.items():
         if key.kind == "memory":
-            beside = None if key.others else plain.get(key.tokens)
+            same = None if key.others else plain.get(key.tokens)
+            alone = joint[key._replace(others=0)] if key.others else None
+            here, by_place = _by_place(losses), None if same is None else _by_place(same)
             rows.append({
                 "tokens": key.tokens,
                 "others": key.others,
                 "memory": _perplexities(losses, weights),
-                "plain": None if beside is None else _perplexities(beside, weights),
-                "beside_plain": None if best is None else _difference(_inside(losses).mean(1) - best),
-                "losses": _inside(losses).mean(1).tolist(),
+                "plain": None if same is None else _perplexities(same, weights),
+                "beside_same": _difference(here, by_place),
+                "beside_plain": _difference(here, best),
+                "beside_alone": _difference(here, None if alone is None else _by_place(alone)),
+                "losses": here.tolist(),
+                "plain_losses": None if by_place is None else by_place.tolist(),
             })  # fmt: skip
     return rows
 
 
-def _difference(pairs: Tensor) -> tuple[float, float] | None:
-    """Mean of what pairs differ by, with its standard error; None for one pair."""
-    return (float(pairs.mean()), float(pairs.std()) / math.sqrt(len(pairs))) if len(pairs) > 1 else None
+def _difference(losses: Tensor, others: Tensor | None) -> tuple[float, float] | None:
+    """Mean of losses - others over pairs, with its standard error; None without others or for one pair."""
+    if others is None or len(losses) < 2:
+        return None
+    pairs = losses - others
+    return float(pairs.mean()), float(pairs.std()) / math.sqrt(len(pairs))
 
 
 def _perplexities(losses: Tensor, weights: Tensor | None) -> dict[str, float | None]:
@@ -262,6 +280,11 @@ def _inside(losses: Tensor) -> Tensor:
     return losses[:, losses.shape[1] // 2 :]
 
 
+def _by_place(losses: Tensor) -> Tensor:
+    """Mean losses of the second half of the windows: (places,)."""
+    return _inside(losses).mean(1)
+
+
 def _joint(texts: Sequence[Sequence[dict[str, Any]]]) -> list[dict[str, Any]]:
     """Rows of several texts together: geometric means of their perplexities, each text counting once."""
     rows = []
@@ -272,10 +295,11 @@ def _joint(texts: Sequence[Sequence[dict[str, Any]]]) -> list[dict[str, Any]]:
                 name: None if value is None else math.exp(sum(math.log(one[kind][name]) for one in same) / len(same))
                 for name, value in same[0][kind].items()
             }  # fmt: skip
-        pairs = [one["beside_plain"] for one in same]
-        row["beside_plain"] = None if None in pairs else (
-            sum(mean for mean, _ in pairs) / len(pairs), math.hypot(*(error for _, error in pairs)) / len(pairs)
-        )  # fmt: skip
+        for difference in DIFFERENCES:
+            pairs = [one[difference] for one in same]
+            row[difference] = None if None in pairs else (
+                sum(mean for mean, _ in pairs) / len(pairs), math.hypot(*(error for _, error in pairs)) / len(pairs)
+            )  # fmt: skip
         rows.append(row)
     return rows
 

@@ -8,6 +8,7 @@ from rich import box
 from rich.table import Table
 
 from fot.evaluation.drawing import render
+from fot.evaluation.growing import DIFFERENCES
 
 
 def passkey_table(result: dict[str, Any]) -> str:
@@ -198,15 +199,25 @@ def _growing(title: str, rows: list[dict[str, Any]]) -> str:
     for half in halves.values():
         for kind in ("memory", "plain"):
             table.add_column(kind + half, justify="right")
-    paired = any(row["beside_plain"] for row in rows)
-    if paired:
-        table.add_column("memory beside the best plain", justify="right")
     for row in rows:
         cells = [row[kind] and row[kind][half] for half in halves for kind in ("memory", "plain")]
         beside = [f"{row['others']:,}"] if others else []
-        last = [_percent(*row["beside_plain"]) if row["beside_plain"] else ""] if paired else []
-        table.add_row(f"{row['tokens']:,}", *beside, *(_number(cell, "{:.2f}") for cell in cells), *last)
-    return render(table)
+        table.add_row(f"{row['tokens']:,}", *beside, *(_number(cell, "{:.2f}") for cell in cells))
+    return render(table) + _differences(rows, others)
+
+
+def _differences(rows: list[dict[str, Any]], others: bool) -> str:
+    """By how much memory's perplexity is higher than others, where there are pairs of places."""
+    paired = [name for name in DIFFERENCES if any(row[name] for row in rows)]
+    if not paired:
+        return ""
+    table = Table(box=box.SIMPLE_HEAD, title="perplexity of the memory beside others, with standard error")
+    for name in ("tokens before", *["of other texts"] * others, *(DIFFERENCES[name] for name in paired)):
+        table.add_column(name, justify="right")
+    for row in rows:
+        beside = [f"{row['others']:,}"] if others else []
+        table.add_row(f"{row['tokens']:,}", *beside, *(_percent(*row[name]) if row[name] else "" for name in paired))
+    return "\n" + render(table)
 
 
 def _percent(difference: float, error: float) -> str:
