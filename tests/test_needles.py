@@ -77,6 +77,20 @@ def test_marking(text: str, right: bool) -> None:
     assert needles._begins_with(text, "Oslo") is right
 
 
+@pytest.mark.parametrize(
+    ("text", "right"),
+    [
+        ("Smoked eel.", True),  # a reply's first letter is a capital
+        ("The best is smoked eel, they say.", True),
+        ("Smoked eels.", False),
+        ("Eel, smoked.", False),
+        ("", False),
+    ],
+)
+def test_marking_of_a_reply(text: str, right: bool) -> None:
+    assert needles._holds(text, "smoked eel") is right
+
+
 @torch.no_grad()
 def test_answers_are_read_from_the_memory(model: Any) -> None:
     """Teacher forcing and greedy answers are those of the model's own forward pass, with and without the memory."""

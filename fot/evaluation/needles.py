@@ -131,7 +131,8 @@ class Answer:
         depth: where the needle was, 0 (start) to 1 (end).
         expected: the right answer.
         answer: what the model wrote.
-        correct: it begins with the right answer, and not with a longer word or number; in chat, it holds it somewhere.
+        correct: it begins with the right answer, and not with a longer word or number; in chat, it holds it somewhere,
+            in upper or lower case.
         tokens_right: share of the answer's tokens that are the model's likeliest, each after the right ones before it;
             in chat too the sentence up to the answer is given. No passage is read again for it.
         without: ``correct`` and ``tokens_right`` of the plain model that sees the question alone.
@@ -319,7 +320,8 @@ def _begins_with(text: str, expected: str) -> bool:
 
 
 def _holds(text: str, expected: str) -> bool:
-    return re.search(rf"(?<!\w){re.escape(expected)}(?!\w)", text) is not None
+    # A reply may begin with the value, which then has a capital that the text does not have.
+    return re.search(rf"(?<!\w){re.escape(expected)}(?!\w)", text, re.IGNORECASE) is not None
 
 
 def _summary(entry: dict[str, Any]) -> dict[str, Any]:
